@@ -1,0 +1,33 @@
+# make repro   set up .venv and run the whole pipeline
+# make test    set up .venv and run every test
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: repro test check venv lock bench-extract
+repro: venv
+	dvc repro
+
+test: venv
+	python -m pytest
+
+check: venv
+	ruff check .
+	ruff format --check .
+	pyright
+
+venv: .venv/installed
+
+.venv/installed: requirements.lock requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	python -m pip install --quiet --requirement requirements.lock --requirement requirements-dev.lock
+	python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Pins for Linux x86-64 and Arm, macOS Arm and Windows x86-64, from pyproject.toml.
+lock: venv
+	uv pip compile --quiet --universal pyproject.toml --output-file requirements.lock
+	uv pip compile --quiet --universal --group dev --constraint requirements.lock --output-file requirements-dev.lock
+
+bench-extract: venv
+	python -m benchmarks.extract

@@ -1,0 +1,31 @@
+"""Logging, progress bars, and how a stage ends: 0 when done, one line and 1 on a mistake."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+log = logging.getLogger("pipeline")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; a user's mistake (ValueError, OSError) is one line, no traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "httpx2", "timm", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def progress(items: Iterable[T], total: int, unit: str, description: str = "") -> Iterable[T]:
+    """`items` behind a bar with rate and time left; plain lines apart where there is no terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(items, description, total, unit=f" {unit}", mininterval=interval, smoothing=0.1)

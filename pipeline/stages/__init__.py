@@ -1,0 +1,1 @@
+"""One module per DVC stage; each main() reads params.yaml and the files named in its docstring."""

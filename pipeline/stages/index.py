@@ -1,0 +1,105 @@
+"""index: read every image once; say what is there, and what cannot be read.
+
+Reads   the directory dataset.path
+Writes  data/images.csv, data/labels.csv
+        reports/data/summary.json, rejected.csv
+"""
+
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline import images, logs, manifest
+from pipeline.files import write_json, write_text
+from pipeline.manifest import Images, Labels
+from pipeline.params import load_params
+
+REPORTS = Path("reports/data")
+
+
+def main() -> None:
+    """Write the manifest, or fail if too much is unreadable or a class loses every image."""
+    params = load_params()
+    directory = Path(params.dataset.path)
+    listed = manifest.find_images(directory)
+    found = read_all([directory / path for path in listed["path"]], params.runtime.workers)
+    is_good = [isinstance(result, tuple) for result in found]
+    rejected = pd.DataFrame(
+        [(path, reason) for path, reason in zip(listed["path"], found, strict=True) if isinstance(reason, str)],
+        columns=["path", "reason"],
+    )
+    write_text(REPORTS / "rejected.csv", rejected.to_csv(index=False, lineterminator="\n"))
+    if rejected.shape[0] > params.dataset.max_rejected_fraction * len(listed):
+        path, reason = rejected.iloc[0]
+        raise ValueError(
+            f"{len(rejected)} of {len(listed)} images cannot be read, first {directory / path} "
+            f"({reason}); all are in {REPORTS / 'rejected.csv'}; mend or remove them, or raise "
+            "dataset.max_rejected_fraction"
+        )
+    kept = listed[is_good].reset_index(drop=True)
+    lost = sorted(set(listed["label"]) - set(kept["label"]))
+    if lost:
+        raise ValueError(f"{directory}: no image of class {lost[0]!r} can be read")
+    if kept["label"].nunique() < 2:
+        raise ValueError(f"{directory}: one class only ({kept['label'][0]}); expected two or more")
+    sizes = [result for result in found if isinstance(result, tuple)]
+    write(kept, sizes, len(rejected))
+
+
+def write(kept: pd.DataFrame, read: list[tuple[str, int, int]], n_rejected: int) -> None:
+    """Write images.csv, labels.csv and the summary."""
+    sha256, width, height = (list(column) for column in zip(*read, strict=True))
+    image_id = list(kept["path"])
+    class_names = sorted(set(kept["label"]))
+    manifest.write_images(manifest.IMAGES, Images(image_id, sha256, width, height))
+    labels = Labels(
+        image_id=image_id,
+        sha256=sha256,
+        class_names=class_names,
+        label=kept["label"].map(class_names.index).to_numpy(),
+        weight=kept["weight"].astype(float).to_numpy(),
+        group=list(kept["group"]),
+        near_duplicate_group=[""] * len(kept),
+        stratum=list(kept["stratum"]),
+        subset=list(kept["subset"]),
+        given_split=list(kept["split"]),
+    )
+    manifest.write_labels(manifest.LABELS, labels)
+    counts = Counter(kept["label"])
+    summary = {
+        "n_images": len(kept),
+        "n_rejected": n_rejected,
+        "n_distinct": len(set(sha256)),
+        "classes": {name: counts[name] for name in class_names},
+        "width": {"min": min(width), "max": max(width)},
+        "height": {"min": min(height), "max": max(height)},
+    }
+    write_json(REPORTS / "summary.json", summary)
+    logs.log.info("indexed %d images, rejected %d", len(kept), n_rejected)
+
+
+def read_all(paths: list[Path], workers: int) -> list[tuple[str, int, int] | str]:
+    """For each file (SHA-256, width, height), upright, or the reason why it cannot be read."""
+    if not workers:
+        return list(logs.progress(map(read, paths), len(paths), "images", "index"))
+    with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
+        results = pool.map(read, paths, chunksize=32)
+        return list(logs.progress(results, len(paths), "images", "index"))
+
+
+def read(path: Path) -> tuple[str, int, int] | str:
+    """Read and fully decode one file."""
+    try:
+        content = path.read_bytes()
+        image = images.decode(content)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return images.sha256(content), image.width, image.height
+
+
+if __name__ == "__main__":
+    logs.run(main)
