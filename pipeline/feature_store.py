@@ -1,16 +1,16 @@
 """What a frozen network says of each view of each image, computed once; the only module with HDF5.
 
-The store is a directory of shards per key, and the key digests everything that can change a value.
-A row is found by (SHA-256 of the image file, view). A shard is written under another name, then
-renamed: it is whole or absent. data/features.h5 is assembled from the store in the order of
-images.csv, so that its bytes do not depend on how the store was filled.
+The store is a directory of shards per key, and the key digests everything that can change a value. A row is found by
+(SHA-256 of the image file, view). A shard is whole or absent. data/features.h5 is assembled from the store in the
+order of images.csv, so that its bytes do not depend on how the store was filled.
 """
 
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipeline.backbones import Backbone
 from pipeline.files import digest, replacing, write_json
 from pipeline.images import Preprocessing, Sample, load_batches
 from pipeline.logs import progress
-from pipeline.params import Augmentation
+from pipeline.params import Augmentation, FeatureOptions
 
 FEATURES = Path("data/features.h5")
 SCHEMA = 1
@@ -39,15 +39,11 @@ log = logging.getLogger("pipeline")
 Row = tuple[str, int]  # SHA-256 of the image file, view
 
 
-class OverBudgetError(ValueError):
-    """The rows asked for would take more than the limit."""
-
-
 @dataclass(frozen=True)
 class Features:
     """data/features.h5, mapped into memory: `values` (n_images, n_views, d) float32.
 
-    `sha256` (n_images,) names the images; `provenance` says how the values were made.
+    `sha256` (n_images) names the images; `provenance` says how the values were made.
     """
 
     values: np.ndarray
@@ -57,21 +53,19 @@ class Features:
 
 @dataclass(frozen=True)
 class Computation:
-    """A frozen network from uint8 pixels to float32 rows, and everything that can change a row."""
+    """A frozen network from uint8 pixels to float32 rows, and in `description` everything that can change a row."""
 
     module: nn.Module
     preprocessing: Preprocessing
     augmentation: Augmentation
-    engine: str
-    precision: str
     device: torch.device
     row_shape: tuple[int, ...]
     description: dict[str, Any]
 
-    def key(self, view: int) -> str:
-        """The key of the store: the augmentation counts for views other than 0."""
+    def describe(self, view: int) -> dict[str, Any]:
+        """What a row of this view depends on: on the augmentation only if it is not view 0."""
         augmentation = self.augmentation.model_dump(mode="json") if view else None
-        return digest({**self.description, "augmentation": augmentation})[:32]
+        return {**self.description, "augmentation": augmentation}
 
 
 def computation(
@@ -79,42 +73,36 @@ def computation(
     backbone: Backbone,
     cut: str,
     augmentation: Augmentation,
-    requested_engine: str,
-    precision: str,
+    options: FeatureOptions,
     device: torch.device,
 ) -> Computation:
-    """Resolve the engine and describe `module`: `backbone` from its pixels to `cut`."""
-    engine.check_precision("features.precision", precision, device)
-    example = np.zeros((engine.BATCH, *[backbone.preprocessing.crop] * 2, 3), np.uint8)
-    chosen = engine.choose_engine(requested_engine, module, example, device)
+    """Resolve the engine and describe `module`, which is `backbone` from pixels to `cut`."""
+    engine.check_precision("features.precision", options.precision, device)
+    example = torch.zeros(engine.BATCH, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
     with torch.no_grad():
-        row_shape = tuple(module.eval()(torch.from_numpy(example[:1])).shape[1:])
+        row_shape = tuple(module.eval()(example[:1]).shape[1:])
     description = {
         "schema": SCHEMA,
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
         "cut": cut,
-        "preprocessing": asdict(backbone.preprocessing),
-        "precision": precision,
-        "store_dtype": "fp32",
-        "engine": chosen,
+        "preprocessing": backbone.preprocessing.model_dump(mode="json"),
+        "precision": options.precision,
+        "engine": engine.choose_engine(options.engine, module, example.numpy(), device),
         "device": device.type,
-        "versions": {
-            library.__name__: library.__version__.partition("-")[0]
-            for library in (torch, torchvision, timm, PIL, openvino)
-        },
+        "versions": {library.__name__: library.__version__ for library in (torch, torchvision, timm, PIL, openvino)},
     }
-    return Computation(module, backbone.preprocessing, augmentation, chosen, precision, device, row_shape, description)
+    return Computation(module, backbone.preprocessing, augmentation, device, row_shape, description)
 
 
 class Store:
     """The rows of one computation that are on disk."""
 
     def __init__(self, computation: Computation) -> None:
-        self.computation = computation
-        self.root = Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
+        self._computation = computation
+        self._root = Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
         self._rows: dict[Row, tuple[np.ndarray, int]] = {}
-        for directory in {self._directory(0), self._directory(1)}:
+        for directory in (self._directory(0), self._directory(1)):
             for shard in sorted(directory.glob("*.h5")):
                 self._index(shard)
 
@@ -124,140 +112,111 @@ class Store:
 
     def read(self, rows: Sequence[Row]) -> np.ndarray:
         """Values (len(rows), *row_shape) float32, in any order; KeyError for a missing row."""
-        found = (self._rows[row] for row in rows)
-        return np.stack([values[position] for values, position in found])
+        return np.stack([values[position] for values, position in (self._rows[row] for row in rows)])
 
-    def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
+    def write(self, rows: Sequence[Row], values: Sequence[np.ndarray]) -> None:
         """Add one shard for view 0 and one for the others, whichever have rows."""
-        is_plain = np.array([view == 0 for _, view in rows])
-        for chosen, view in ((is_plain, 0), (~is_plain, 1)):
-            if not chosen.any():
-                continue
-            directory = self._directory(view)
-            part = [row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen]
-            if not (directory / "key.json").exists():
-                augmentation = self.computation.augmentation.model_dump(mode="json")
-                described = {"augmentation": augmentation if view else None}
-                write_json(directory / "key.json", self.computation.description | described)
-            shard = directory / f"{digest(part)[:32]}.h5"
-            with replacing(shard) as temporary, h5py.File(temporary, "w") as file:
-                file["features"] = values[chosen]
-                file["sha256"] = np.array([sha256.encode() for sha256, _ in part], "S64")
-                file["view"] = np.array([view for _, view in part], np.int32)
-            self._index(shard)
+        for is_plain in (True, False):
+            part = [i for i, (_, view) in enumerate(rows) if (view == 0) == is_plain]
+            if part:
+                description = self._computation.describe(rows[part[0]][1])
+                directory = self._directory(rows[part[0]][1])
+                if not (directory / "key.json").exists():
+                    write_json(directory / "key.json", description)
+                shard = directory / f"{digest([rows[i] for i in part])[:32]}.h5"
+                with replacing(shard) as temporary, h5py.File(temporary, "w") as file:
+                    file["features"] = np.stack([values[i] for i in part])
+                    file["sha256"] = np.array([rows[i][0].encode() for i in part], "S64")
+                    file["view"] = np.array([rows[i][1] for i in part], np.int32)
+                self._index(shard)
 
     def _directory(self, view: int) -> Path:
-        return self.root / self.computation.key(view)
+        return self._root / digest(self._computation.describe(view))[:32]
 
     def _index(self, shard: Path) -> None:
         try:
             with h5py.File(shard, "r") as file:
-                values = _map(file, "features", shard)
-                sha256, view = _map(file, "sha256", shard), _map(file, "view", shard)
-            if values.shape != (len(sha256), *self.computation.row_shape) or len(view) != len(sha256):
-                raise ValueError(f"rows of shape {values.shape}")
+                values, names, views = (_map(file, name) for name in ("features", "sha256", "view"))
+            if values.shape != (len(names), *self._computation.row_shape) or len(views) != len(names):
+                raise ValueError(f"rows of shape {values.shape[1:]}")
         except (OSError, ValueError, KeyError) as error:
             log.warning("%s is damaged (%s); set aside, its rows are computed again", shard, error)
             shard.replace(shard.with_suffix(".damaged"))
             return
-        for position, (name, number) in enumerate(zip(sha256.tolist(), view.tolist(), strict=True)):
-            self._rows[name.decode(), number] = (values, position)
+        for position, (name, view) in enumerate(zip(names.tolist(), views.tolist(), strict=True)):
+            self._rows[name.decode(), view] = (values, position)
 
 
-def _map(file: h5py.File, name: str, path: Path) -> np.ndarray:
-    """Map a contiguous dataset into memory; refuse links and storage outside the file."""
-    link = file.get(name, getlink=True)
-    dataset = file[name] if isinstance(link, h5py.HardLink) else None
+def _map(file: h5py.File, name: str) -> np.ndarray:
+    """Map a contiguous dataset into memory; ValueError for links and for storage outside the file."""
+    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise ValueError(f"{path}: {name} is no dataset of this file")
+        raise ValueError(f"{name} is no dataset of this file")
     offset = dataset.id.get_offset()
     if dataset.dtype.kind not in "fiS" or offset is None:
-        raise ValueError(f"{path}: {name} is not plain contiguous numbers")
-    return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+        raise ValueError(f"{name} is not contiguous and plain")
+    return np.memmap(file.filename, dataset.dtype, "r", offset, dataset.shape)
 
 
 def fill(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, max_bytes: float | None = None
+    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, max_bytes: float = float("inf")
 ) -> Store:
     """Compute the rows that are missing; `paths` says where the image of each SHA-256 lies.
 
-    Finished shards stay if this is interrupted. Raises ValueError before computing anything if the
-    rows would take more than `max_bytes`.
+    Finished shards stay if this is interrupted. Raises ValueError before computing anything if the rows would take
+    more than `max_bytes`.
     """
-    store = Store(computation)
-    missing = store.missing(rows)
+    store, cut = Store(computation), computation.description["cut"]
+    missing, n_rows = store.missing(rows), len(set(rows))
     row_bytes = 4 * int(np.prod(computation.row_shape))
-    wanted_bytes = row_bytes * len(set(rows))
-    if max_bytes is not None and wanted_bytes > max_bytes:
-        raise OverBudgetError(
-            f"the cache at {computation.description['cut']} needs {wanted_bytes / 1e9:.3g} GB, over "
-            f"runtime.store_max_gb ({max_bytes / 1e9:g}); take fewer views, a later cut or "
-            "`boundary_cache: off`, or raise the limit"
+    if n_rows * row_bytes > max_bytes:
+        raise ValueError(
+            f"the cache at {cut} needs {n_rows * row_bytes / 1e9:.3g} GB, over runtime.store_max_gb "
+            f"({max_bytes / 1e9:g}); take fewer views, a later cut or `boundary_cache: off`, or raise the limit"
         )
-    name = computation.description["cut"]
-    log.info(
-        "features at %s: %d rows reused, %d to compute (%s, %s)",
-        name,
-        len(set(rows)) - len(missing),
-        len(missing),
-        computation.engine,
-        computation.precision,
-    )
+    how = f"{computation.description['engine']}, {computation.description['precision']}"
+    log.info("features at %s: %d rows reused, %d to compute (%s)", cut, n_rows - len(missing), len(missing), how)
+    computed = iter(progress(_compute(computation, paths, missing, workers), len(missing), "images", cut))
     per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
-    computed = progress(_compute(computation, paths, missing, workers), len(missing), "images", name)
-    pending: list[tuple[Row, np.ndarray]] = []
-    for pair in computed:
-        pending.append(pair)
-        if len(pending) == per_shard:
-            _flush(store, pending)
-    _flush(store, pending)
+    for start in range(0, len(missing), per_shard):
+        part = missing[start : start + per_shard]
+        store.write(part, list(islice(computed, len(part))))
     return store
-
-
-def _flush(store: Store, pending: list[tuple[Row, np.ndarray]]) -> None:
-    if pending:
-        store.write([row for row, _ in pending], np.stack([value for _, value in pending]))
-        pending.clear()
 
 
 def _compute(
     computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int
-) -> Iterator[tuple[Row, np.ndarray]]:
-    if not rows:
-        return
+) -> Iterator[np.ndarray]:
     batches = [rows[i : i + engine.BATCH] for i in range(0, len(rows), engine.BATCH)]
-    samples = [[Sample(paths[sha256], sha256, view) for sha256, view in rows] for rows in batches]
+    samples = [[Sample(paths[name], name, view) for name, view in batch] for batch in batches]
     pixels = load_batches(samples, computation.preprocessing, computation.augmentation, workers)
-    outputs = engine.run(computation.module, pixels, computation.engine, computation.precision, computation.device)
+    how = computation.description["engine"], computation.description["precision"]
+    outputs = engine.run(computation.module, pixels, *how, computation.device)
     for batch, output in zip(batches, outputs, strict=True):
         if not np.isfinite(output).all():
-            raise ValueError(f"{paths[batch[0][0]]} or a neighbour: its features are not finite")
-        yield from zip(batch, output, strict=True)
+            raise ValueError(f"{paths[batch[0][0]]} or a neighbour gives features that are not finite")
+        yield from output
 
 
-def assemble(path: Path, store: Store, sha256: Sequence[str], views: int, provenance: dict[str, Any]) -> None:
+def assemble(store: Store, sha256: Sequence[str], views: int, provenance: dict[str, Any], path: Path) -> None:
     """Write `path`: all views of the images `sha256`, in this order, in bounded memory."""
-    description = {
-        **store.computation.description,
-        **provenance,
-        "augmentation": store.computation.augmentation.model_dump(mode="json"),
-    }
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        shape = (len(sha256), views, *store.computation.row_shape)
+        shape = (len(sha256), views, *store.read([(sha256[0], 0)]).shape[1:])
         values = file.create_dataset("features", shape, np.float32)
         for start in range(0, len(sha256), SHARD_ROWS):
             part = sha256[start : start + SHARD_ROWS]
             rows = store.read([(name, view) for name in part for view in range(views)])
             values[start : start + len(part)] = rows.reshape(len(part), *shape[1:])
         file["sha256"] = np.array([name.encode() for name in sha256], "S64")
-        file.attrs["provenance"] = json.dumps(description, sort_keys=True)
+        file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
 
 
 def read(path: Path = FEATURES) -> Features:
     """Map data/features.h5 into memory; ValueError if it is not what `assemble` writes."""
-    with h5py.File(path, "r") as file:
-        values, sha256 = _map(file, "features", path), _map(file, "sha256", path)
-        provenance = json.loads(str(file.attrs["provenance"]))
-    if values.ndim != 3 or len(sha256) != len(values) or provenance.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: not written by this version; run: dvc repro extract")
-    return Features(values, [name.decode() for name in sha256.tolist()], provenance)
+    try:
+        with h5py.File(path, "r") as file:
+            values, names = _map(file, "features"), _map(file, "sha256")
+            provenance = json.loads(str(file.attrs["provenance"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not written by this pipeline ({error}); run: dvc repro extract") from None
+    return Features(values, [name.decode() for name in names.tolist()], provenance)

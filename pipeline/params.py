@@ -4,26 +4,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 PARAMS = Path("params.yaml")
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0, lt=2**32)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-Precision = Literal["fp32", "bf16"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -32,41 +18,55 @@ def _distinct(values: tuple) -> tuple:
     return values
 
 
-class Dataset(_Section):
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < bounds[0] <= bounds[1]:
+        raise ValueError("expected [low, high] with 0 < low <= high")
+    return bounds
+
+
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0, lt=2**32)]
+Seeds = Annotated[tuple[Natural, ...], AfterValidator(_distinct)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Half = Annotated[float, Field(ge=0, le=0.5)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16"]
+
+
+class Record(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A frozen record that JSON can say; strict, and nothing unknown, NaN or infinite in it."""
+
+
+class Dataset(Record):
     """Where the images are."""
 
-    fetch: tuple[Literal["elpv"], ...]
-    path: Annotated[str, Field(min_length=1)]
+    fetch: Annotated[tuple[Literal["elpv"], ...], AfterValidator(_distinct)]
+    path: Text
     max_rejected_fraction: Share
 
-    _fetch_distinct = field_validator("fetch")(_distinct)
 
-
-class Splitting(_Section):
+class Splitting(Record):
     """Sizes are shares of all images."""
 
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
+    seeds: Annotated[Seeds, Field(min_length=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
 
-    _seeds_distinct = field_validator("seeds")(_distinct)
 
-    @model_validator(mode="after")
-    def _leaves_training_images(self) -> Self:
-        if self.test_fraction + self.val_fraction >= 1:
-            raise ValueError("test_fraction + val_fraction leave nothing to train on: expected < 1")
-        return self
-
-
-class BackboneChoice(_Section):
+class BackboneChoice(Record):
     """Which network, and which weights."""
 
     name: Annotated[str, Field(pattern=r"^(torchvision|timm)/[A-Za-z0-9_.]+$")]
-    weights: Annotated[str, Field(min_length=1)]
+    weights: Text
     seed: Natural
 
 
-class FeatureOptions(_Section):
+class FeatureOptions(Record):
     """How images become features."""
 
     views: Count
@@ -75,38 +75,31 @@ class FeatureOptions(_Section):
     precision: Precision
 
 
-class Augmentation(_Section):
+class Augmentation(Record):
     """How view k > 0 of an image differs from view 0."""
 
     seed: Natural
     flips: Literal["none", "horizontal", "vertical", "both"]
     right_angles: bool
     rotation_degrees: Annotated[float, Field(ge=0, le=180)]
-    shift_fraction: Annotated[float, Field(ge=0, le=0.5)]
-    scale: tuple[Positive, Positive]
-    crop_area: tuple[PositiveShare, PositiveShare]
-    crop_aspect: tuple[Positive, Positive]
+    shift_fraction: Half
+    scale: Range
+    crop_area: Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+    crop_aspect: Range
     brightness: Share
     contrast: Share
     saturation: Share
-    hue: Annotated[float, Field(ge=0, le=0.5)]
+    hue: Half
     noise_std: NonNegative
 
-    @field_validator("scale", "crop_area", "crop_aspect")
-    @classmethod
-    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
-        if bounds[0] > bounds[1]:
-            raise ValueError("expected [low, high] with low <= high")
-        return bounds
 
-
-class Evaluation(_Section):
+class Evaluation(Record):
     """How a run predicts."""
 
     views: Count
 
 
-class HeadOptions(_Section):
+class HeadOptions(Record):
     """The dense head and how it is fitted."""
 
     kind: Literal["linear", "mlp"]
@@ -115,29 +108,25 @@ class HeadOptions(_Section):
     standardize: bool
     penalty: Literal["l2", "l1", "elastic"]
     l1_ratio: Share
-    strengths: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    strengths: Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(min_length=1)]
     max_iterations: Count
     learning_rate: Positive
     epochs: Count
     batch_size: Count
     threads: Count
 
-    _strengths_distinct = field_validator("strengths")(_distinct)
-
     @model_validator(mode="after")
-    def _hidden_layers_fit_the_kind(self) -> Self:
-        if (self.kind == "mlp") != bool(self.hidden):
-            raise ValueError("hidden: expected [] for `kind: linear`, at least one width for mlp")
-        if self.kind == "linear" and self.dropout:
-            raise ValueError("dropout: expected 0.0 for `kind: linear`")
+    def _kind_fits(self) -> Self:
+        if (self.kind == "mlp") != bool(self.hidden) or (self.kind == "linear" and self.dropout):
+            raise ValueError("`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width")
         return self
 
 
-class Strategy(_Section):
-    """One way to train the network; see section "one idea" of the README."""
+class Strategy(Record):
+    """One way to train the network."""
 
     init: Literal["cached_head", "random"]
-    freeze_until: Annotated[str, Field(min_length=1)]
+    freeze_until: Text
     boundary_cache: Literal["on", "off"]
     batchnorm: Literal["frozen", "train"]
     views: Natural
@@ -159,38 +148,25 @@ class Strategy(_Section):
         if self.init == "random" and (self.freeze_until != "none" or self.batchnorm != "train"):
             raise ValueError("`init: random` needs `freeze_until: none` and `batchnorm: train`")
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs: expected at most epochs ({self.epochs})")
+            raise ValueError(f"warmup_epochs: found {self.warmup_epochs}, expected at most epochs ({self.epochs})")
         return self
 
 
-class FineTune(_Section):
+class FineTune(Record):
     """The strategies, and which of them run."""
 
-    run: tuple[Name, ...]
-    seeds: tuple[Natural, ...]
+    run: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
+    seeds: Seeds
     strategies: dict[Name, Strategy]
 
-    _run_distinct = field_validator("run", "seeds")(_distinct)
 
-    @model_validator(mode="after")
-    def _run_is_defined(self) -> Self:
-        if HEAD_ONLY in self.strategies:
-            raise ValueError(f"strategies: the name {HEAD_ONLY} is taken by the head alone")
-        for name in self.run:
-            if name not in self.strategies:
-                raise ValueError(f"run: {name!r} is not one of {', '.join(self.strategies)}")
-        if self.run and not self.seeds:
-            raise ValueError("seeds: expected at least one, or `run: []`")
-        return self
-
-
-class Compare(_Section):
+class Compare(Record):
     """How strategies are compared."""
 
     baseline: Name
 
 
-class Runtime(_Section):
+class Runtime(Record):
     """What changes no result (but for the device)."""
 
     device: Literal["auto", "cpu", "cuda"]
@@ -198,7 +174,7 @@ class Runtime(_Section):
     store_max_gb: Positive
 
 
-class Params(_Section):
+class Params(Record):
     """The whole of params.yaml."""
 
     dataset: Dataset
@@ -214,26 +190,36 @@ class Params(_Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.evaluation.views > self.features.views:
-            raise ValueError(
-                f"evaluation.views: found {self.evaluation.views}, expected at most "
-                f"features.views ({self.features.views})"
-            )
-        unknown = sorted(set(self.fine_tune.seeds) - set(self.split.seeds))
-        if unknown:
-            raise ValueError(f"fine_tune.seeds: {unknown} are not in split.seeds")
-        if self.compare.baseline not in (HEAD_ONLY, *self.fine_tune.run):
-            raise ValueError(
-                f"compare.baseline: found {self.compare.baseline!r}, expected {HEAD_ONLY} or an entry of fine_tune.run"
-            )
+        strategies, run = self.fine_tune.strategies, self.fine_tune.run
+        unknown = [name for name in run if name not in strategies]
+        unsplit = [seed for seed in self.fine_tune.seeds if seed not in self.split.seeds]
+        share = self.split.test_fraction + self.split.val_fraction
+        for is_wrong, problem in (
+            (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
+            (
+                self.evaluation.views > self.features.views,
+                f"evaluation.views: found {self.evaluation.views}, expected at most {self.features.views} "
+                "(features.views)",
+            ),
+            (HEAD_ONLY in strategies, f"fine_tune.strategies: the name {HEAD_ONLY} is taken by the head alone"),
+            (unknown, f"fine_tune.run: found {unknown}, expected some of {', '.join(strategies)}"),
+            (unsplit, f"fine_tune.seeds: found {unsplit}, expected some of split.seeds"),
+            (run and not self.fine_tune.seeds, "fine_tune.seeds: found [], expected a seed, or `run: []`"),
+            (
+                self.compare.baseline not in (HEAD_ONLY, *run),
+                f"compare.baseline: found {self.compare.baseline}, expected {HEAD_ONLY} or an entry of fine_tune.run",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(problem)
         return self
 
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and validate `path`; ValueError with one line per mistake.
 
-    Parsed as DVC parses it (ruamel.yaml, YAML 1.2: 1e-5 is a number, on and off are words), and
-    validated from JSON, where a list is a valid tuple but "3" is no valid integer.
+    Parsed as DVC parses it (ruamel.yaml, YAML 1.2: 1e-5 is a number, on and off are words), and validated from
+    JSON, where a list is a valid tuple but "3" is no valid integer.
     """
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -241,18 +227,16 @@ def load_params(path: Path = PARAMS) -> Params:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; run from the top of the repository") from None
     except ValidationError as error:
-        raise ValueError("\n".join(_line(path, mistake) for mistake in error.errors())) from None
+        raise ValueError("\n".join(f"{path}: {_mistake(dict(mistake))}" for mistake in error.errors())) from None
     except (YAMLError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
 
 
-def _line(path: Path, mistake: dict) -> str:
-    key = ".".join(str(part) for part in mistake["loc"])
-    problem = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
+def _mistake(mistake: dict) -> str:
+    key = "".join(f"{part}: " for part in [".".join(map(str, mistake["loc"]))] if part)
     if mistake["type"] == "missing":
-        return f"{path}: {key}: is missing"
+        return f"{key}is missing"
     if mistake["type"] == "extra_forbidden":
-        return f"{path}: {key}: unknown key; expected only those of the params.yaml in git"
-    found = mistake["input"]
-    shown = "" if isinstance(found, dict) else f" found {json.dumps(found)};"
-    return f"{path}: {key}{':' if key else ''}{shown} {problem}".replace(":  ", ": ")
+        return f"{key}unknown key; expected only those of the params.yaml in git"
+    found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
+    return key + found + mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")

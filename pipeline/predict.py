@@ -1,4 +1,4 @@
-"""Predict new images with a saved run: `python -m pipeline.predict RUN IMAGE… [--json]`.
+"""Predict new images with a saved run: python -m pipeline.predict RUN IMAGE… [--json].
 
 RUN is the path of a saved run without its ending, e.g. models/full_retrain/seed_0.
 """
@@ -7,7 +7,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline import artifacts, engine, heads, images, logs
@@ -16,14 +15,12 @@ from pipeline import artifacts, engine, heads, images, logs
 def main() -> None:
     """Print class, probability and path of every image that can be read; fail if one cannot."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", metavar="RUN")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     arguments = parser.parse_args()
-    run = arguments.run
-    if run.suffix not in (".json", ".safetensors"):
-        run = run.with_name(f"{run.name}.json")
-    predictions, failures = predict(run.with_suffix(".json"), arguments.images)
+    run = Path(arguments.run.removesuffix(".safetensors").removesuffix(".json") + ".json")
+    predictions, failures = predict(run, arguments.images)
     if arguments.json:
         print(json.dumps(predictions, indent=2, ensure_ascii=False))
     else:
@@ -42,19 +39,16 @@ def predict(run: Path, paths: list[Path]) -> tuple[list[dict], list[str]]:
     for path in paths:
         try:
             content = path.read_bytes()
-            which = range(card.evaluation_views)
-            pixels = images.views(
-                images.decode(content), images.sha256(content), which, card.preprocessing, card.augmentation
-            )
+            image, name = images.decode(content), images.sha256(content)
         except (OSError, ValueError) as error:
             failures.append(f"{path}: {error}")
             continue
-        logits = torch.from_numpy(next(engine.run(network, [pixels], "torch", "fp32", device)))
-        probability = np.exp(heads.mean_log_probability(logits[None])[0].numpy())
+        pixels = images.views(image, name, range(card.evaluation_views), card.preprocessing, card.augmentation)
+        (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device)
+        probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()
         best = int(probability.argmax())
-        predictions.append(
-            {"class": card.class_names[best], "probability": round(float(probability[best]), 6), "path": str(path)}
-        )
+        predicted = {"class": card.class_names[best], "probability": round(float(probability[best]), 6)}
+        predictions.append(predicted | {"path": str(path)})
     return predictions, failures
 
 

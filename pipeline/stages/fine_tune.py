@@ -6,18 +6,16 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
         reports/runs/<strategy>/seed_<s>/     logits of validation and test, learning curve
 """
 
-import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from pipeline import artifacts, backbones, cuts, engine, feature_store, heads, images, logs, manifest, training
-from pipeline.artifacts import Cost, Run
+from pipeline.artifacts import Card, Cost, Run
 from pipeline.backbones import Backbone
-from pipeline.feature_store import Row, Store
 from pipeline.images import Sample
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
 from pipeline.training import Batch, Load, Task
@@ -27,137 +25,115 @@ def main() -> None:
     """`python -m pipeline.stages.fine_tune STRATEGY SEED`."""
     name, seed = sys.argv[1], int(sys.argv[2])
     params = load_params()
-    strategy = params.fine_tune.strategies[name]
+    strategy, views = params.fine_tune.strategies[name], params.evaluation.views
     device = engine.choose_device(params.runtime.device)
-    where = f"fine_tune.strategies.{name}"
-    engine.check_precision(f"{where}.precision", strategy.precision, device)
+    engine.check_precision(f"fine_tune.strategies.{name}.precision", strategy.precision, device)
     files, labels = manifest.read_images(), manifest.read_labels()
-    split = manifest.read_split(manifest.SPLITS / f"seed_{seed}.csv", labels.image_id)
+    split = manifest.read_split(seed, labels.image_id)
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
-    paths = [Path(params.dataset.path, image_id) for image_id in files.image_id]
-
-    cached = artifacts.MODELS / HEAD_ONLY / f"seed_{seed}.json"
-    card = artifacts.read_card(cached)
-    if card.class_names != labels.class_names:
-        raise ValueError(f"{cached}: other classes than in {manifest.LABELS}; run: dvc repro train_head")
-    choice = params.backbone
-    if strategy.init == "random":
-        choice = choice.model_copy(update={"weights": "random", "seed": seed})
-    backbone = backbones.load(choice, params.features.image_size)
-    if strategy.init == "cached_head" and backbone.weights_sha256 != card.weights_sha256:
-        raise ValueError(f"{cached}: fitted on features of other weights; run: dvc repro train_head")
+    card, backbone, head = start(params, strategy, seed, labels.class_names)
     try:
         prefix, body = cuts.split(backbone.module, backbone.name, strategy.freeze_until)
+        frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix)
+        is_cached = strategy.boundary_cache == "on" and strategy.freeze_until != "none"
+        train_views = range(1, min(strategy.views, strategy.epochs) + 1) or [0]
+        if is_cached:
+            pairs = [(int(row), view) for row in train for view in train_views]
+            pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
+            load = _load_activations(files, pairs, frozen, backbone, strategy, params, device)
+        else:
+            load = _load_images(files, backbone, params)
     except ValueError as error:
-        raise ValueError(f"params.yaml: {where}.{error}") from None
-    if strategy.init == "cached_head":
-        head = artifacts.load_head(cached.with_suffix(".safetensors"), card)
-    else:
-        torch.manual_seed(seed)
-        head = heads.build(backbone.feature_dim, len(labels.class_names), card.head)
-
-    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix)
-    is_cached = strategy.boundary_cache == "on" and strategy.freeze_until != "none"
-    views = min(strategy.views, strategy.epochs)
-    if is_cached:
-        wanted = [(int(row), view) for row in train for view in range(1, views + 1) or [0]]
-        wanted += [(int(row), v) for row in [*val, *test] for v in range(params.evaluation.views)]
-        rows = [(files.sha256[row], view) for row, view in wanted]
-        located = dict(zip(files.sha256, paths, strict=True))
-        store = _boundary_store(frozen, backbone, strategy, where, params, device, located, rows)
-        load = _load_activations(store, files.sha256)
-        network = nn.Sequential(nn.Identity(), body, head)
-    else:
-        load = _load_images(paths, files.sha256, backbone, params)
-        network = nn.Sequential(frozen, body, head)
-
-    example = next(load([[(int(train[0]), 0)] * engine.BATCH]))
+        raise ValueError(f"params.yaml: fine_tune.strategies.{name}: {error}") from None
+    network = nn.Sequential(nn.Identity() if is_cached else frozen, body, head)
+    example = next(load([[(int(val[0]), 0)] * engine.BATCH]))
     chosen = engine.choose_engine(params.features.engine, network, example.numpy(), device)
-    task = Task(load, labels.label, labels.weight, train, val, params.evaluation.views, chosen)
-    history = training.fit(network, task, strategy, seed, device, f"{name}-{seed}")
-    logits = {
-        part: training.predict(network, task, rows, strategy.precision, device)
+    task = Task(load, labels.label, labels.weight, train, val, views, chosen)
+    best_epoch, curve = training.fit(network, task, strategy, seed, device, f"{name}-{seed}")
+    said = {
+        f"{part}_logits": training.predict(network, task, rows, strategy.precision, device)
         for part, rows in (("val", val), ("test", test))
     }
 
-    epochs = len(history.epochs) - 1
-    passes = len(train) * (min(epochs, max(1, views)) if is_cached else epochs)
-    cost = _cost(frozen, body, head, backbone, passes, epochs * len(train))
+    network.cpu()
+    n_epochs = len(curve) - 1
+    passes = len(train) * (min(n_epochs, len(train_views)) if is_cached else n_epochs)
+    cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train))
     if strategy.init == "cached_head":
-        cost = dataclasses.replace(
-            cost,
-            train_flops=cost.train_flops + card.cost.train_flops,
-            base_passes=cost.base_passes + card.cost.base_passes,
+        cost = cost.model_copy(
+            update={key: getattr(cost, key) + getattr(card.cost, key) for key in ("train_flops", "base_passes")}
         )
-    tuned = dataclasses.replace(
-        card,
-        strategy=name,
-        backbone=params.backbone,
-        freeze_until=strategy.freeze_until,
-        weights_sha256=backbones.state_sha256(backbone.module),
-        cost=cost,
-    )
-    artifacts.save_model(artifacts.MODELS / name, tuned, head, backbone.module)
-    curve = [dataclasses.asdict(epoch) for epoch in history.epochs]
-    chosen = {"epoch": history.best_epoch}
-    run = Run(name, seed, val, logits["val"], test, logits["test"], cost, chosen, curve)
-    artifacts.save_run(artifacts.RUNS, run)
+    tuned = {
+        "strategy": name,
+        "freeze_until": strategy.freeze_until,
+        "weights_sha256": backbones.state_sha256(backbone.module),
+        "cost": cost,
+    }
+    artifacts.save_model(card.model_copy(update=tuned), head, backbone.module)
+    chosen = {"epoch": best_epoch}
+    artifacts.save_run(Run(name, seed, cost, chosen, curve, val_rows=val, test_rows=test, **said))
 
 
-def _boundary_store(
+def start(params: Params, strategy: Strategy, seed: int, class_names: list[str]) -> tuple[Card, Backbone, nn.Module]:
+    """The cached head's card, and the backbone and head to start from; ValueError if they do not fit together."""
+    path = artifacts.MODELS / HEAD_ONLY / f"seed_{seed}.json"
+    card = artifacts.read_card(path)
+    if list(card.class_names) != class_names:
+        raise ValueError(f"{path}: other classes than in {manifest.LABELS}; run: dvc repro train_head")
+    if strategy.init == "random":
+        random = params.backbone.model_copy(update={"weights": "random", "seed": seed})
+        backbone = backbones.load(random, params.features.image_size)
+        torch.manual_seed(seed)
+        return card, backbone, heads.build(backbone.feature_dim, len(class_names), card.head)
+    backbone = backbones.load(params.backbone, params.features.image_size)
+    if backbone.weights_sha256 != card.weights_sha256:
+        raise ValueError(f"{path}: fitted on features of other weights; run: dvc repro train_head")
+    return card, backbone, artifacts.load_head(path, card)
+
+
+def _load_activations(
+    files: manifest.Images,
+    pairs: Sequence[tuple[int, int]],
     frozen: nn.Module,
     backbone: Backbone,
     strategy: Strategy,
-    where: str,
     params: Params,
     device: torch.device,
-    paths: dict[str, Path],
-    rows: Sequence[Row],
-) -> Store:
-    """The activations at the freeze boundary, computed where they are missing."""
+) -> Load:
+    """Batches from the activations at the freeze boundary, which are computed where they are missing."""
     computation = feature_store.computation(
-        frozen,
-        backbone,
-        strategy.freeze_until,
-        params.augmentation,
-        params.features.engine,
-        params.features.precision,
-        device,
+        frozen, backbone, strategy.freeze_until, params.augmentation, params.features, device
     )
+    paths = {sha256: Path(params.dataset.path, name) for name, sha256 in zip(files.image_id, files.sha256, strict=True)}
+    rows = [(files.sha256[row], view) for row, view in pairs]
     limit = params.runtime.store_max_gb * 1e9
-    try:
-        return feature_store.fill(computation, paths, rows, params.runtime.workers, limit)
-    except feature_store.OverBudgetError as error:
-        raise ValueError(f"params.yaml: {where}: {error}") from None
+    store = feature_store.fill(computation, paths, rows, params.runtime.workers, limit)
+    return lambda batches: (
+        torch.from_numpy(store.read([(files.sha256[row], view) for row, view in batch])) for batch in batches
+    )
 
 
-def _load_activations(store: Store, sha256: Sequence[str]) -> Load:
-    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        for batch in batches:
-            yield torch.from_numpy(store.read([(sha256[row], view) for row, view in batch]))
+def _load_images(files: manifest.Images, backbone: Backbone, params: Params) -> Load:
+    """Batches from the image files."""
+    paths = [Path(params.dataset.path, name) for name in files.image_id]
 
-    return load
+    def samples(batch: Batch) -> list[Sample]:
+        return [Sample(paths[row], files.sha256[row], view) for row, view in batch]
 
-
-def _load_images(paths: Sequence[Path], sha256: Sequence[str], backbone: Backbone, params: Params) -> Load:
-    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        samples = [[Sample(paths[row], sha256[row], view) for row, view in batch] for batch in batches]
-        return images.load_batches(samples, backbone.preprocessing, params.augmentation, params.runtime.workers)
-
-    return load
+    how = backbone.preprocessing, params.augmentation, params.runtime.workers
+    return lambda batches: images.load_batches([samples(batch) for batch in batches], *how)
 
 
 def _cost(frozen: nn.Module, body: nn.Module, head: nn.Module, backbone: Backbone, passes: int, steps: int) -> Cost:
     """Cost of `passes` images through the frozen part and `steps` through the rest and back."""
-    size = backbone.preprocessing.crop
-    pixels = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        boundary = frozen.eval()(pixels)
-    rest = nn.Sequential(body, head)
+    pixels = torch.zeros(1, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
     before = backbones.flops_per_image(frozen, pixels)
+    with torch.no_grad():
+        boundary = frozen(pixels)
+    rest = nn.Sequential(body, head)
     behind = backbones.flops_per_image(rest, boundary, is_training=True)
-    n_parameters = sum(p.numel() for p in rest.parameters())
-    return Cost(n_parameters, passes * before + steps * behind, passes)
+    n_params = sum(parameter.numel() for parameter in rest.parameters())
+    return Cost(trainable_params=n_params, train_flops=passes * before + steps * behind, base_passes=passes)
 
 
 if __name__ == "__main__":

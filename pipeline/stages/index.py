@@ -5,7 +5,6 @@ Writes  data/images.csv, data/labels.csv
         reports/data/summary.json, rejected.csv
 """
 
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,40 +25,32 @@ def main() -> None:
     params = load_params()
     directory = Path(params.dataset.path)
     listed = manifest.find_images(directory)
-    found = read_all([directory / path for path in listed["path"]], params.runtime.workers)
-    is_good = [isinstance(result, tuple) for result in found]
-    rejected = pd.DataFrame(
-        [(path, reason) for path, reason in zip(listed["path"], found, strict=True) if isinstance(reason, str)],
-        columns=["path", "reason"],
-    )
-    write_text(REPORTS / "rejected.csv", rejected.to_csv(index=False, lineterminator="\n"))
-    if rejected.shape[0] > params.dataset.max_rejected_fraction * len(listed):
-        path, reason = rejected.iloc[0]
+    results = read_all([directory / path for path in listed["path"]], params.runtime.workers)
+    listed["rejected"] = [result if isinstance(result, str) else "" for result in results]
+    rejected, kept = listed[listed["rejected"] != ""], listed[listed["rejected"] == ""]
+    table = rejected[["path", "rejected"]].rename(columns={"rejected": "reason"})
+    write_text(REPORTS / "rejected.csv", table.to_csv(index=False, lineterminator="\n"))
+    if len(rejected) > params.dataset.max_rejected_fraction * len(listed):
+        path, reason = table.iloc[0]
         raise ValueError(
-            f"{len(rejected)} of {len(listed)} images cannot be read, first {directory / path} "
-            f"({reason}); all are in {REPORTS / 'rejected.csv'}; mend or remove them, or raise "
-            "dataset.max_rejected_fraction"
+            f"{len(rejected)} of {len(listed)} images cannot be read, first {directory / path} ({reason}); all are in "
+            f"{REPORTS / 'rejected.csv'}; mend or remove them, or raise dataset.max_rejected_fraction"
         )
-    kept = listed[is_good].reset_index(drop=True)
-    lost = sorted(set(listed["label"]) - set(kept["label"]))
-    if lost:
-        raise ValueError(f"{directory}: no image of class {lost[0]!r} can be read")
+    if lost := set(listed["label"]) - set(kept["label"]):
+        raise ValueError(f"{directory}: no image of class {min(lost)!r} can be read")
     if kept["label"].nunique() < 2:
-        raise ValueError(f"{directory}: one class only ({kept['label'][0]}); expected two or more")
-    sizes = [result for result in found if isinstance(result, tuple)]
-    write(kept, sizes, len(rejected))
+        raise ValueError(f"{directory}: one class only ({kept['label'].iloc[0]}); expected two or more")
+    write(kept, [result for result in results if isinstance(result, tuple)], len(rejected))
 
 
-def write(kept: pd.DataFrame, read: list[tuple[str, int, int]], n_rejected: int) -> None:
+def write(kept: pd.DataFrame, found: list[tuple[str, int, int]], n_rejected: int) -> None:
     """Write images.csv, labels.csv and the summary."""
-    sha256, width, height = (list(column) for column in zip(*read, strict=True))
-    image_id = list(kept["path"])
-    class_names = sorted(set(kept["label"]))
-    manifest.write_images(manifest.IMAGES, Images(image_id, sha256, width, height))
+    sha256, width, height = (list(column) for column in zip(*found, strict=True))
+    image_id, class_names = list(kept["path"]), sorted(set(kept["label"]))
+    manifest.write_images(Images(image_id, sha256, width, height))
     labels = Labels(
         image_id=image_id,
         sha256=sha256,
-        class_names=class_names,
         label=kept["label"].map(class_names.index).to_numpy(),
         weight=kept["weight"].astype(float).to_numpy(),
         group=list(kept["group"]),
@@ -67,8 +58,9 @@ def write(kept: pd.DataFrame, read: list[tuple[str, int, int]], n_rejected: int)
         stratum=list(kept["stratum"]),
         subset=list(kept["subset"]),
         given_split=list(kept["split"]),
+        class_names=class_names,
     )
-    manifest.write_labels(manifest.LABELS, labels)
+    manifest.write_labels(labels)
     counts = Counter(kept["label"])
     summary = {
         "n_images": len(kept),
@@ -86,9 +78,8 @@ def read_all(paths: list[Path], workers: int) -> list[tuple[str, int, int] | str
     """For each file (SHA-256, width, height), upright, or the reason why it cannot be read."""
     if not workers:
         return list(logs.progress(map(read, paths), len(paths), "images", "index"))
-    with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
-        results = pool.map(read, paths, chunksize=32)
-        return list(logs.progress(results, len(paths), "images", "index"))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(logs.progress(pool.map(read, paths, chunksize=32), len(paths), "images", "index"))
 
 
 def read(path: Path) -> tuple[str, int, int] | str:

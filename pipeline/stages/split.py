@@ -3,12 +3,12 @@
 Reads   data/images.csv, data/labels.csv
 Writes  data/splits/seed_<s>.csv
 
-Byte-identical images and images of one group stay together, and the result does not depend on the
-order of the files.
+Byte-identical images and images of one group stay together; the order of the files does not matter.
 """
 
 from collections import Counter, defaultdict
 
+import networkx
 import numpy as np
 
 from pipeline import logs, manifest
@@ -25,67 +25,52 @@ def main() -> None:
     for seed in params.split.seeds:
         split = draw(labels, units, params.split, seed)
         check_classes(split, labels)
-        manifest.write_split(manifest.SPLITS, split)
-        logs.log.info("split %d: %s", seed, dict(Counter(split.split.tolist())))
+        manifest.write_split(split)
+        logs.log.info("split %d: %s", seed, ", ".join(f"{n} {part}" for part, n in Counter(split.split).items()))
 
 
 def make_units(images: Images, labels: Labels) -> list[list[int]]:
     """Rows that must stay together: connected by equal bytes, by group or by near-duplicate group."""
-    parent = list(range(len(images.image_id)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    for column in (images.sha256, labels.group, labels.near_duplicate_group):
+    ties = networkx.Graph()
+    ties.add_nodes_from(range(len(images.image_id)))
+    for kind in (images.sha256, labels.group, labels.near_duplicate_group):
         first: dict[str, int] = {}
-        for row, value in enumerate(column):
-            if value:
-                parent[root(row)] = root(first.setdefault(value, row))
-    units = defaultdict(list)
-    for row in range(len(parent)):
-        units[root(row)].append(row)
-    return list(units.values())
+        ties.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(kind) if value)
+    return [sorted(unit) for unit in networkx.connected_components(ties)]
 
 
 def draw(labels: Labels, units: list[list[int]], sizes: Splitting, seed: int) -> Split:
-    """Deal the units of each stratum out to test, val and train, in a random order.
+    """Deal the units of each stratum out to test, val and train, in random order.
 
-    A unit belongs to the stratum (class and `stratum` column) of most of its images. What a
-    stratum's share lacks of a whole image is carried to the next stratum, so that each part has its
-    size to within one unit.
+    A unit belongs to the stratum (class and `stratum` column) of most of its images. What a stratum's share lacks of
+    a whole image is carried on to the next stratum, so that each part has its size to within one unit.
     """
     strata = defaultdict(list)
     for unit in units:
         kinds = Counter((labels.class_names[labels.label[row]], labels.stratum[row]) for row in unit)
-        strata[max(sorted(kinds), key=lambda kind: kinds[kind])].append(unit)
+        name = min(labels.image_id[row] for row in unit)
+        strata[max(sorted(kinds), key=lambda kind: kinds[kind])].append((digest([seed, name]), unit))
     split = np.full(len(labels.image_id), "train", dtype="<U6")
     seen, taken = 0, {"test": 0, "val": 0}
-    shares = {"test": sizes.test_fraction, "val": sizes.val_fraction}
     for stratum in sorted(strata):
-        names = {id(unit): min(labels.image_id[row] for row in unit) for unit in strata[stratum]}
-        pool = sorted(strata[stratum], key=lambda unit: digest([seed, names[id(unit)]]))
-        seen += sum(len(unit) for unit in pool)
-        for name, share in shares.items():
-            while pool and taken[name] + len(pool[0]) / 2 <= share * seen:
-                unit = pool.pop(0)
-                split[unit] = name
-                taken[name] += len(unit)
+        pool = [unit for _, unit in sorted(strata[stratum])]
+        seen += sum(map(len, pool))
+        for part, share in (("test", sizes.test_fraction), ("val", sizes.val_fraction)):
+            while pool and taken[part] + len(pool[0]) / 2 <= share * seen:
+                taken[part] += len(pool[0])
+                split[pool.pop(0)] = part
     return Split(seed, labels.image_id, split)
 
 
 def check_classes(split: Split, labels: Labels) -> None:
     """ValueError if a class has no image in train, val or test."""
     for index, name in enumerate(labels.class_names):
-        counts = Counter(split.split[labels.label == index].tolist())
+        counts = Counter(split.split[labels.label == index])
         for part in ("train", "val", "test"):
             if not counts[part]:
                 raise ValueError(
-                    f"split, seed {split.seed}: class {name!r} has {sum(counts.values())} images, "
-                    f"none of them in {part}; add images, merge the class with another, raise "
-                    "split.test_fraction and split.val_fraction, or take other split.seeds"
+                    f"split, seed {split.seed}: class {name!r} has {counts.total()} images, none of them in {part}; "
+                    "add images, merge the class with another, or raise split.test_fraction and split.val_fraction"
                 )
 
 
