@@ -181,6 +181,7 @@ def fill(
     for start in range(0, len(missing), per_shard):
         part = missing[start : start + per_shard]
         store.write(part, list(islice(computed, len(part))))
+    next(computed, None)  # ends the bar
     return store
 
 

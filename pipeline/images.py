@@ -83,7 +83,7 @@ def views(
 
     View k depends on augmentation.seed, name and k alone; view 0 is the evaluation transform.
     """
-    evaluation_crop, augment = _transforms(preprocessing, augmentation)
+    evaluation_crop, augment = _transforms(preprocessing, augmentation)  # pyright: ignore[reportArgumentType] (both are hashable)
     plain = evaluation_crop(image) if augment is None or 0 in which else image
     pixels = []
     for k in which:

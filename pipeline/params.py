@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -38,8 +38,10 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
 
 
-class Record(BaseModel, strict=True, frozen=True, extra="forbid", allow_inf_nan=False):
+class Record(BaseModel):
     """A frozen record that JSON can say; strict, and nothing unknown, NaN or infinite in it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Dataset(Record):
