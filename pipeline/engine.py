@@ -79,32 +79,33 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision: str) -> Iterator[np.ndarray]:
-    done: dict[int, np.ndarray] = {}
-    under_way: deque[tuple[int, int]] = deque()  # number and rows of the batches
-    queue, full = None, 0
+    """Several requests under way at once, collected in order (callbacks of OpenVINO's own queue can deadlock)."""
+    idle: list[openvino.InferRequest] = []
+    under_way: deque[tuple[openvino.InferRequest, int]] = deque()
+    full = 0
 
-    def collect(request: openvino.InferRequest, number: int) -> None:
-        done[number] = request.get_output_tensor(0).data.copy()
+    def collect() -> np.ndarray:
+        request, rows = under_way.popleft()
+        request.wait()
+        idle.append(request)
+        return request.get_output_tensor(0).data[:rows].copy()
 
-    for number, batch in enumerate(batches):
-        if queue is None:
+    for batch in batches:
+        if not full:
             full = len(batch)
-            options = {
-                "PERFORMANCE_HINT": "THROUGHPUT",
-                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-            }
+            hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+            options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
             compiled = openvino.Core().compile_model(_convert(module, batch.numpy()), "CPU", options)
-            queue = openvino.AsyncInferQueue(compiled)
-            queue.set_callback(collect)
-        under_way.append((number, len(batch)))
-        queue.start_async({0: _padded(batch, full).numpy()}, number)
-        while under_way and under_way[0][0] in done:
-            first, rows = under_way.popleft()
-            yield done.pop(first)[:rows]
-    if queue is not None:
-        queue.wait_all()
-    for first, rows in under_way:
-        yield done.pop(first)[:rows]
+            n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
+            idle = [compiled.create_infer_request() for _ in range(n_requests)]
+        output = None if idle else collect()
+        request = idle.pop()
+        request.start_async({0: _padded(batch, full).numpy()})
+        under_way.append((request, len(batch)))
+        if output is not None:
+            yield output
+    while under_way:
+        yield collect()
 
 
 def _convert(module: nn.Module, example: np.ndarray) -> openvino.Model:

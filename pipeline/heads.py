@@ -162,9 +162,9 @@ def _linear_path(head: nn.Sequential, x: torch.Tensor, y: torch.Tensor, w: torch
     def objective(point: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(matrix(point)).to(device=x.device)
         bias = torch.from_numpy(point[-n_classes:]).to(x.device)
-        log_probability = F.log_softmax((x @ weights.to(x.dtype).T).double() + bias, dim=1)
+        log_probability = F.log_softmax(_product(x, weights.to(x.dtype).T).double() + bias, dim=1)
         residual = w[:, None] * (log_probability.exp() - F.one_hot(y, n_classes))
-        slope = (residual.to(x.dtype).T @ x).double() + strength * (1 - ratio) * weights
+        slope = _product(x.T, residual.to(x.dtype)).T.double() + strength * (1 - ratio) * weights
         smooth = strength * (1 - ratio) / 2 * weights.square().sum() - w @ log_probability[range(len(y)), y]
         l1 = strength * ratio * np.abs(point[:-n_classes]).sum()
         gradient = np.outer(signs, slope.cpu().numpy()).ravel() + strength * ratio
@@ -179,6 +179,13 @@ def _linear_path(head: nn.Sequential, x: torch.Tensor, y: torch.Tensor, w: torch
             linear.weight.copy_(torch.from_numpy(matrix(point)))
             linear.bias.copy_(torch.from_numpy(point[-n_classes:]))
         yield strength, head, found.nfev
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right; column by column if there are few, which is several times faster on a CPU."""
+    if right.shape[1] > 8:
+        return left @ right
+    return torch.stack([left @ column for column in right.T.contiguous()], dim=1)
 
 
 def _mlp_path(

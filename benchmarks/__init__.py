@@ -1,0 +1,1 @@
+"""Speeds, as ratios of two things measured in one run; tests measure none."""

@@ -1,0 +1,255 @@
+"""Dense heads: standardisation, views, choosing on validation, and the MLP."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline import heads
+from pipeline.heads import Examples, Fitted, Standardize
+from pipeline.params import HeadOptions
+
+LINEAR = HeadOptions(
+    kind="linear",
+    hidden=(),
+    dropout=0.0,
+    standardize=True,
+    penalty="l2",
+    l1_ratio=0.5,
+    strengths=(0.1,),
+    max_iterations=500,
+    learning_rate=1e-2,
+    epochs=20,
+    batch_size=32,
+    threads=1,
+)
+MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "strengths": (1e-4,)})
+CPU = torch.device("cpu")
+
+
+def options(base: HeadOptions = LINEAR, **changes: Any) -> HeadOptions:
+    return base.model_copy(update=changes)
+
+
+def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> Examples:
+    """Three classes in eight dimensions, `gap` deviations apart."""
+    random = np.random.default_rng(seed)
+    label = random.integers(0, 3, n)
+    features = random.normal(size=(n, n_views, 8)) + gap * np.eye(3, 8)[label][:, None]
+    return Examples(features.astype(np.float32), label, random.uniform(0.3, 2, n))
+
+
+def fit(train: Examples, how: HeadOptions = LINEAR, seed: int = 0, val: Examples | None = None) -> Fitted:
+    return heads.fit(train, val or examples(seed=1), 3, 1, how, seed, CPU)
+
+
+def weight_of(fitted: Fitted) -> np.ndarray:
+    return cast(nn.Linear, fitted.head[-1]).weight.detach().numpy()
+
+
+def accuracy(fitted: Fitted, on: Examples) -> float:
+    return float(np.mean(heads.predict(fitted.head, on.features, 1).argmax(axis=1) == on.label))
+
+
+# views
+
+
+def test_the_mean_over_one_view_is_the_log_softmax():
+    logits = torch.randn(5, 1, 4)
+    assert torch.allclose(heads.mean_log_probability(logits), F.log_softmax(logits[:, 0], dim=-1))
+
+
+def test_the_mean_over_views_is_of_probabilities():
+    logits = torch.randn(5, 3, 4)
+    found = heads.mean_log_probability(logits)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.exp(), logits.softmax(-1).mean(1))
+
+
+def test_the_mean_over_views_stays_finite_for_logits_of_any_size():
+    found = heads.mean_log_probability(torch.tensor([[[1e4, -1e4], [1e4, 0.0]]]))
+    assert torch.isfinite(found).all()
+
+
+def test_predictions_are_over_the_first_views_and_of_any_number_of_rows():
+    head = heads.build(8, 3, LINEAR)
+    features = examples(n=2500, n_views=3).features
+    found = heads.predict(head, features, 2)
+    with torch.no_grad():
+        logits = torch.stack([head(torch.from_numpy(features[:, view])) for view in (0, 1)], dim=1)
+    assert found.dtype == np.float32
+    assert np.allclose(found, heads.mean_log_probability(logits).numpy(), atol=1e-6)
+    assert len(heads.predict(head, features[:7], 2)) == 7
+
+
+def test_predictions_leave_dropout_out():
+    head = heads.build(8, 3, options(MLP, dropout=0.9)).train()
+    features = examples().features
+    assert np.array_equal(heads.predict(head, features, 1), heads.predict(head, features, 1))
+
+
+def test_every_view_of_a_training_image_is_a_row_of_its_weight():
+    train = examples(n=40, n_views=3)
+    rows = Examples(train.features.reshape(120, 1, 8), np.repeat(train.label, 3), np.repeat(train.weight, 3))
+    assert np.allclose(weight_of(fit(train)), weight_of(fit(rows)), atol=1e-6)
+
+
+# standardisation
+
+
+def test_standardisation_is_carried_as_buffers_of_the_weighted_training_rows():
+    train = examples(n_views=2)
+    fitted = fit(train)
+    state, rows, weight = fitted.head.state_dict(), train.features.reshape(-1, 8), np.repeat(train.weight, 2)
+    mean = np.average(rows, axis=0, weights=weight)
+    deviation = np.sqrt(np.average((rows - mean) ** 2, axis=0, weights=weight))
+    assert np.allclose(state["0.mean"], mean, atol=1e-5)
+    assert np.allclose(state["0.deviation"], deviation, atol=1e-5)
+    assert not {name for name, _ in fitted.head.named_parameters()} & {"0.mean", "0.deviation"}
+
+
+def test_a_head_built_anew_says_the_same_with_the_saved_tensors():
+    train = examples()
+    fitted = fit(train)
+    head = heads.build(8, 3, LINEAR)
+    head.load_state_dict(fitted.head.state_dict())
+    assert np.array_equal(heads.predict(head, train.features, 1), heads.predict(fitted.head, train.features, 1))
+
+
+def test_without_standardisation_features_go_in_as_they_are():
+    head = fit(examples(), options(standardize=False)).head
+    x = torch.randn(4, 8)
+    assert torch.equal(head[0](x), x)
+
+
+def test_shifting_and_scaling_all_features_changes_no_prediction():
+    train, val = examples(), examples(seed=1)
+    moved = [Examples(100 * part.features - 7, part.label, part.weight) for part in (train, val)]
+    expected = heads.predict(fit(train).head, val.features, 1)
+    assert np.allclose(heads.predict(fit(moved[0], val=moved[1]).head, moved[1].features, 1), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", [LINEAR, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e4])
+def test_a_feature_that_is_constant_in_training_does_not_blow_up_elsewhere(value: float, how: HeadOptions):
+    train = examples()
+    train.features[..., 5] = value
+    train.features[..., 6] = 1e-7 * np.random.default_rng(2).normal(size=(90, 1))
+    fitted = fit(train, how)
+    standardize = cast(Standardize, fitted.head[0])
+    assert standardize.deviation.min() >= 0.99e-2 * standardize.deviation.square().mean().sqrt()
+    jumped = train.features.copy()
+    jumped[..., 5:7] += 0.01
+    before, after = (heads.predict(fitted.head, features, 1) for features in (train.features, jumped))
+    assert np.isfinite(before).all()
+    assert np.abs(after - before).max() < 1
+
+
+def test_features_that_are_all_constant_give_the_frequencies_of_the_classes():
+    train = examples()
+    constant = Examples(np.full_like(train.features, 2.5), train.label, train.weight)
+    found = np.exp(heads.predict(fit(constant, options(max_iterations=2000)).head, constant.features[:1], 1)[0])
+    assert np.allclose(found, np.bincount(train.label, train.weight) / train.weight.sum(), atol=1e-3)
+
+
+# fitting
+
+
+def test_only_ratios_of_weights_matter():
+    train = examples()
+    heavier = Examples(train.features, train.label, 50 * train.weight)
+    assert np.allclose(weight_of(fit(heavier)), weight_of(fit(train)), atol=1e-4)
+
+
+def test_a_weight_of_k_is_an_image_that_occurs_k_times():
+    train = examples()
+    times = 1 + np.arange(90) % 3
+    weighted = Examples(train.features, train.label, times.astype(float))
+    features, label = (np.repeat(column, times, axis=0) for column in (train.features, train.label))
+    repeated = Examples(features, label, np.ones(180))
+    assert np.allclose(weight_of(fit(weighted)), weight_of(fit(repeated)), atol=1e-4)
+
+
+def test_a_stronger_penalty_gives_smaller_weights():
+    norms = [np.linalg.norm(weight_of(fit(examples(), options(strengths=(s,))))) for s in (10.0, 1.0, 0.1)]
+    assert norms == sorted(norms)
+
+
+@pytest.mark.parametrize("how", [LINEAR, MLP, options(penalty="l1")], ids=["linear", "mlp", "l1"])
+def test_the_strength_chosen_has_the_lowest_weighted_validation_nll(how: HeadOptions):
+    how, val = options(how, strengths=(0.001, 0.03, 0.3)), examples(seed=1, gap=0.5)
+    fitted = fit(examples(n=40, gap=0.5), how, val=val)
+    assert set(fitted.val_nll) == {0.001, 0.03, 0.3}
+    assert fitted.strength == min(fitted.val_nll, key=lambda strength: fitted.val_nll[strength])
+    log_probability = heads.predict(fitted.head, val.features, 1)
+    nll = np.average(-log_probability[np.arange(90), val.label], weights=val.weight)
+    assert nll == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-6)
+
+
+def test_the_order_of_strengths_changes_nothing():
+    one, other = (fit(examples(), options(strengths=order)) for order in ((0.01, 1.0, 0.1), (1.0, 0.1, 0.01)))
+    assert one.val_nll == other.val_nll
+    assert np.array_equal(weight_of(one), weight_of(other))
+
+
+def test_a_validation_loss_that_is_not_finite_is_one_line():
+    val = examples(seed=1)
+    val.features[0] = np.inf
+    with pytest.raises(ValueError, match=r"params\.yaml: head: the validation NLL is not finite"):
+        fit(examples(), val=val)
+
+
+def test_a_linear_head_does_not_depend_on_the_seed():
+    assert np.array_equal(weight_of(fit(examples(), seed=0)), weight_of(fit(examples(), seed=5)))
+
+
+def test_l1_gives_exact_zeros_and_more_of_them_where_it_is_stronger():
+    zeros = [np.sum(weight_of(fit(examples(), options(penalty="l1", strengths=(s,)))) == 0) for s in (0.01, 0.1, 1.0)]
+    assert 0 < zeros[1] < zeros[2] == 24
+    assert zeros == sorted(zeros)
+
+
+@pytest.mark.parametrize("how", [LINEAR, MLP], ids=["linear", "mlp"])
+def test_a_head_learns_classes_that_can_be_told_apart(how: HeadOptions):
+    val = examples(seed=1, gap=5)
+    assert accuracy(fit(examples(gap=5), how, val=val), val) > 0.9
+
+
+def test_an_mlp_learns_what_no_linear_head_can():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(400, 1, 2)).astype(np.float32)
+    label = (features[:, 0, 0] * features[:, 0, 1] > 0).astype(int)
+    train, val = (Examples(features[rows], label[rows], np.ones(200)) for rows in (slice(200), slice(200, None)))
+    assert accuracy(fit(train, LINEAR, val=val), val) < 0.7
+    assert accuracy(fit(train, options(MLP, epochs=60), val=val), val) > 0.9
+
+
+def test_an_mlp_is_the_same_for_one_seed_and_another_for_another():
+    first, again, other = (fit(examples(), MLP, seed).head.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["2.weight"], other["2.weight"])
+
+
+def test_an_mlp_has_the_widths_that_were_asked_for():
+    head = heads.build(8, 3, options(MLP, hidden=(5, 4)))
+    assert [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)] == [(8, 5), (5, 4), (4, 3)]
+    assert sum(isinstance(m, nn.Dropout) for m in head) == 3
+
+
+def test_l1_gives_exact_zeros_in_an_mlp():
+    how = options(MLP, penalty="l1", strengths=(0.01,), dropout=0.0, epochs=60)
+    weight = cast(nn.Linear, fit(examples(gap=2), how, val=examples(seed=1, gap=2)).head[2]).weight
+    assert (weight == 0).float().mean() > 0.25
+
+
+def test_an_mlp_keeps_its_best_epoch():
+    train, val = examples(n=30, gap=0.3), examples(seed=1, gap=0.3)
+    short, long = (fit(train, options(MLP, learning_rate=0.05, epochs=epochs), val=val) for epochs in (2, 60))
+    assert long.val_nll[1e-4] <= short.val_nll[1e-4]
+
+
+def test_the_rows_an_mlp_has_seen_are_counted():
+    assert fit(examples(n=90, n_views=2), options(MLP, epochs=3, strengths=(0.1, 0.2))).rows_seen == 90 * 2 * 3 * 2

@@ -1,0 +1,200 @@
+"""params.yaml is validated as a whole, and a mistake says which key, what was found and what is allowed."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.params import PARAMS, Params, load_params
+
+REPOSITORY = Path(__file__).parents[2]
+SCRATCH = "fine_tune.strategies.from_scratch"
+
+
+def document_with(changes: dict[str, Any]) -> dict[str, Any]:
+    document = YAML(typ="safe", pure=True).load((REPOSITORY / PARAMS).read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        section = document
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return document
+
+
+def load(document: Any, tmp_path: Path) -> Params:
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(document, stream)
+    return load_text(stream.getvalue(), tmp_path)
+
+
+def load_text(text: str, tmp_path: Path) -> Params:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_params(path)
+
+
+def test_the_params_of_the_repository_are_valid():
+    params = load_params(REPOSITORY / PARAMS)
+    assert params.split.seeds
+    assert set(params.fine_tune.run) <= params.fine_tune.strategies.keys()
+
+
+def test_params_are_frozen(tmp_path: Path):
+    params = load(document_with({}), tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        params.evaluation.views = 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"head.widht": 3}, "head.widht: unknown key"),
+        ({"extra": {}}, "extra: unknown key"),
+        ({"evaluation.views": "2"}, 'evaluation.views: found "2"; expected it to be a valid integer'),
+        ({"evaluation.views": 2.5}, "evaluation.views: found 2.5; expected it to be a valid integer"),
+        ({"evaluation.views": True}, "evaluation.views: found true; expected it to be a valid integer"),
+        ({"evaluation.views": 0}, "evaluation.views: found 0; expected it to be greater than or equal to 1"),
+        ({"head.standardize": 1}, "head.standardize: found 1; expected it to be a valid boolean"),
+        ({"dataset.path": None}, "dataset.path: found null; expected it to be a valid string"),
+        ({"head": ["linear"]}, 'head: found ["linear"]; expected it to be an object'),
+        ({"split.seeds": 3}, "split.seeds: found 3; expected it to be a valid"),
+        ({"augmentation.noise_std": float("nan")}, "augmentation.noise_std: found NaN; expected it to be a finite"),
+        ({"augmentation.noise_std": float("inf")}, "augmentation.noise_std: found Infinity; expected it to be a fin"),
+        ({"head.strengths": [1.0, float("nan")]}, "head.strengths.1: found NaN; expected it to be a finite number"),
+        ({"augmentation.hue": 0.7}, "augmentation.hue: found 0.7; expected it to be less than or equal to 0.5"),
+        ({"augmentation.scale": [1.2, 0.8]}, "augmentation.scale: found [1.2, 0.8]; expected [low, high]"),
+        ({"augmentation.crop_area": [0.0, 1.0]}, "augmentation.crop_area: found [0.0, 1.0]; expected [low, high]"),
+        ({"features.engine": "onnx"}, "features.engine: found \"onnx\"; expected it to be 'auto', 'openvino' or 'tor"),
+        ({"backbone.name": "resnet50"}, 'backbone.name: found "resnet50"; '),
+        ({"dataset.fetch": ["elpv", "elpv"]}, 'dataset.fetch: found ["elpv", "elpv"]; expected each entry once'),
+        ({"split.seeds": [0, 0]}, "split.seeds: found [0, 0]; expected each entry once"),
+        ({"split.seeds": [-1]}, "split.seeds.0: found -1; expected it to be greater than or equal to 0"),
+        ({"split.seeds": [2**32]}, f"split.seeds.0: found {2**32}; expected it to be less than {2**32}"),
+        ({"head.strengths": []}, "head.strengths: found []; "),
+        ({"fine_tune.run": ["../up"]}, 'fine_tune.run.0: found "../up"; '),
+    ],
+)
+def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"params\.yaml") as error:
+        load(document_with(changes), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: {expected}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head.kind": "mlp", "head.hidden": []}, ["head: ", "mlp", "at least one width"]),
+        ({"head.kind": "linear", "head.hidden": [8]}, ["head: ", "linear", "`hidden: []`"]),
+        ({"head.kind": "linear", "head.dropout": 0.5}, ["head: ", "linear", "`dropout: 0.0`"]),
+        (
+            {f"{SCRATCH}.init": "random", f"{SCRATCH}.freeze_until": "all"},
+            [f"{SCRATCH}: ", "`init: random` needs", "`freeze_until: none`"],
+        ),
+        (
+            {f"{SCRATCH}.init": "random", f"{SCRATCH}.batchnorm": "frozen"},
+            [f"{SCRATCH}: ", "`init: random` needs", "`batchnorm: train`"],
+        ),
+        (
+            {f"{SCRATCH}.epochs": 3, f"{SCRATCH}.warmup_epochs": 4},
+            [f"{SCRATCH}: ", "warmup_epochs: found 4", "at most epochs (3)"],
+        ),
+        (
+            {"split.test_fraction": 0.5, "split.val_fraction": 0.5},
+            ["split: ", "test_fraction + val_fraction", "found 1", "less than 1"],
+        ),
+        ({"features.views": 2, "evaluation.views": 3}, ["evaluation.views: found 3", "at most 2 (features.views)"]),
+        ({"fine_tune.run": ["nothing"]}, ["fine_tune.run: found ['nothing']", "full_retrain"]),
+        ({"split.seeds": [0], "fine_tune.seeds": [7]}, ["fine_tune.seeds: found [7]", "some of split.seeds"]),
+        ({"fine_tune.seeds": []}, ["fine_tune.seeds: found []", "a seed, or `run: []`"]),
+        (
+            {"fine_tune.run": ["full_retrain"], "compare.baseline": "partial_freeze"},
+            ["compare.baseline: found partial_freeze", "feature_extraction or an entry of fine_tune.run"],
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_one_error_that_says_what_would(
+    changes: dict[str, Any], words: list[str], tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"params\.yaml") as error:
+        load(document_with(changes), tmp_path)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_fine_tuned_strategy_may_be_called_as_the_head_alone(tmp_path: Path):
+    document = document_with({})
+    strategies = document["fine_tune"]["strategies"]
+    strategies["feature_extraction"] = strategies["full_retrain"]
+    with pytest.raises(ValueError, match="strategies: the name feature_extraction is taken"):
+        load(document, tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path: Path):
+    document = document_with({})
+    del document["runtime"]["workers"]
+    with pytest.raises(ValueError, match=r"params\.yaml: runtime\.workers: is missing$"):
+        load(document, tmp_path)
+
+
+def test_every_mistake_has_its_line(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"params\.yaml") as error:
+        load(document_with({"evaluation.views": 0, "runtime.device": "tpu"}), tmp_path)
+    first, second = str(error.value).splitlines()
+    assert "evaluation.views: found 0" in first
+    assert 'runtime.device: found "tpu"' in second
+
+
+def test_no_strategy_needs_no_seed_to_fine_tune(tmp_path: Path):
+    changes = {"fine_tune.run": [], "fine_tune.seeds": [], "compare.baseline": "feature_extraction"}
+    assert load(document_with(changes), tmp_path).fine_tune.run == ()
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), ("1", 1.0), ("2.5e+1", 25.0)])
+def test_a_number_is_a_number_however_it_is_written(text: str, value: float, tmp_path: Path):
+    document = json.dumps(document_with({"head.learning_rate": "HERE"}))
+    params = load_text(document.replace('"HERE"', text), tmp_path)
+    assert params.head.learning_rate == value
+
+
+def test_on_and_off_are_words(tmp_path: Path):
+    document = json.dumps(document_with({f"{SCRATCH}.boundary_cache": "HERE"}))
+    params = load_text(document.replace('"HERE"', "off"), tmp_path)
+    assert params.fine_tune.strategies["from_scratch"].boundary_cache == "off"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("head: {}\nsplit: {}\nhead: {}\n", 'found duplicate key "head"'),
+        ("- head\n- split\n", 'found ["head", "split"]; expected it to be an object'),
+        ("", "found null; expected it to be an object"),
+        ("head\n", 'found "head"; expected it to be an object'),
+        ("head: [1", "not a YAML mapping: while parsing"),
+        ("head: 2020-01-01\n", "not a YAML mapping: Object of type date"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_one_error(text: str, expected: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"params\.yaml") as error:
+        load_text(text, tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: ")
+    assert expected in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_in_another_encoding_is_one_error(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes("größe: 1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"params\.yaml: not a YAML mapping: 'utf-8' codec"):
+        load_params(path)
+
+
+def test_where_there_is_no_file_the_error_says_where_to_run(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="not found; run from the top of the repository"):
+        load_params(tmp_path / "params.yaml")
