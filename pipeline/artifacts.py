@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save as arrays_as_bytes
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_as_bytes
 from torch import nn
 
 from pipeline import backbones, heads
@@ -79,8 +80,9 @@ def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
     if base is not None:
         tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
     path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
+        temporary.write_bytes(tensors_as_bytes(tensors))
     write_json(path.with_suffix(".json"), card.model_copy(update={"sha256": _sha256(path)}).model_dump(mode="json"))
 
 
@@ -126,7 +128,7 @@ def save_run(run: Run) -> None:
     folder = RUNS / run.strategy / f"seed_{run.seed}"
     arrays = {name: value for name, value in vars(run).items() if isinstance(value, np.ndarray)}
     with replacing(folder / "logits.safetensors") as temporary:
-        save_arrays(arrays, temporary)
+        temporary.write_bytes(arrays_as_bytes(arrays))
     rest = {name: value for name, value in vars(run).items() if name not in arrays}
     write_json(folder / "run.json", rest | {"cost": run.cost.model_dump()})
 

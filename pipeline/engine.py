@@ -4,14 +4,19 @@ A row of the output depends on its own input alone: batches are padded to one sh
 """
 
 import logging
+import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import openvino
 import torch
 from torch import nn
+
+# Without this package OpenVINO takes its own stub: nothing is sent from a user's machine
+sys.modules["openvino_telemetry"] = None  # pyright: ignore[reportArgumentType]
+import openvino  # noqa: E402
 
 BATCH = 8
 log = logging.getLogger("pipeline")
@@ -22,7 +27,12 @@ def choose_device(requested: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ValueError("params.yaml: runtime.device: cuda, but torch finds no GPU; expected auto or cpu")
-    return torch.device("cuda" if requested != "cpu" and has_cuda else "cpu")
+    if requested == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    return torch.device("cuda")
 
 
 def check_precision(key: str, precision: str, device: torch.device) -> None:
