@@ -97,10 +97,11 @@ def fit(
     best, val_nll, rows_seen = head, {}, 0
     path = _linear_path(head, x, y, w, options) if options.kind == "linear" else None
     for strength, candidate, passes in path or _mlp_path(head, x, y, w, val, evaluation_views, options):
-        val_nll[strength] = _nll(candidate, val, evaluation_views)
+        nll = _nll(candidate, val, evaluation_views)
         rows_seen += passes * len(x)
-        if val_nll[strength] == min(val_nll.values()):
+        if nll < min(val_nll.values(), default=math.inf):
             best = copy.deepcopy(candidate)
+        val_nll[strength] = nll
     if not all(map(math.isfinite, val_nll.values())):
         raise ValueError(f"params.yaml: head: the validation NLL is not finite: {val_nll}; raise head.strengths")
     return Fitted(best.eval(), min(val_nll, key=val_nll.__getitem__), val_nll, rows_seen)
@@ -213,8 +214,11 @@ def _mlp_path(
                 loss.backward()
                 optimizer.step()
                 if ratio:
-                    for matrix in matrices:
-                        matrix.data = F.softshrink(matrix.data, options.learning_rate * strength * ratio)
+                    for matrix in matrices:  # the threshold in the metric of Adam's step, or it counts for nothing
+                        state = optimizer.state[matrix]
+                        step_size = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8
+                        threshold = options.learning_rate * strength * ratio / step_size
+                        matrix.data = matrix.data.sign() * (matrix.data.abs() - threshold).clamp_min(0)
             nll = _nll(candidate, val, evaluation_views)
             if nll < best_nll:
                 best, best_nll = copy.deepcopy(candidate), nll

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
@@ -66,6 +66,8 @@ def decode(content: bytes) -> Image.Image:
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:  # whose text holds an address in memory
+        raise ValueError("not an image of a known format") from None
     # Pillow's decoders raise almost anything on broken input; whatever it is, the file is at fault
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

@@ -20,14 +20,15 @@ def score(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str
     positive = probability[:, 1] if len(classes) == 2 else probability
     predicted = logits.argmax(axis=1)
     occurring = np.unique(label)
-    macro: dict[str, Any] = {"average": "macro", "sample_weight": weight, "zero_division": 0.0}
+    macro: dict[str, Any] = {"average": "macro", "sample_weight": weight}
+    no_warning: dict[str, Any] = {"zero_division": 0.0}
     auroc = None
     if len(occurring) == len(classes):
         auroc = float(roc_auc_score(label, positive, multi_class="ovr", **macro))
     return {
         "accuracy": float(np.average(predicted == label, weights=weight)),
-        "balanced_accuracy": float(recall_score(label, predicted, labels=occurring, **macro)),
-        "macro_f1": float(f1_score(label, predicted, labels=classes, **macro)),
+        "balanced_accuracy": float(recall_score(label, predicted, labels=occurring, **macro, **no_warning)),
+        "macro_f1": float(f1_score(label, predicted, labels=classes, **macro, **no_warning)),
         "auroc": auroc,
         "nll": float(np.average(-log_probability[np.arange(len(label)), label], weights=weight)),
         "brier": float(brier_score_loss(label, positive, sample_weight=weight, labels=classes)),

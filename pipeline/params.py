@@ -120,7 +120,10 @@ class HeadOptions(Record):
     @model_validator(mode="after")
     def _kind_fits(self) -> Self:
         if (self.kind == "mlp") != bool(self.hidden) or (self.kind == "linear" and self.dropout):
-            raise ValueError("`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width")
+            raise ValueError(
+                f"found kind {self.kind}, hidden {list(self.hidden)}, dropout {self.dropout}; "
+                "`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width"
+            )
         return self
 
 
@@ -148,7 +151,10 @@ class Strategy(Record):
     @model_validator(mode="after")
     def _combination_makes_sense(self) -> Self:
         if self.init == "random" and (self.freeze_until != "none" or self.batchnorm != "train"):
-            raise ValueError("`init: random` needs `freeze_until: none` and `batchnorm: train`")
+            raise ValueError(
+                f"found `freeze_until: {self.freeze_until}` and `batchnorm: {self.batchnorm}`; "
+                "`init: random` needs `freeze_until: none` and `batchnorm: train`"
+            )
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs: found {self.warmup_epochs}, expected at most epochs ({self.epochs})")
         return self
@@ -230,7 +236,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise FileNotFoundError(f"{path}: not found; run from the top of the repository") from None
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {_mistake(dict(mistake))}" for mistake in error.errors())) from None
-    except (YAMLError, TypeError, UnicodeDecodeError) as error:
+    except (YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
 
 

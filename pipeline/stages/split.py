@@ -21,6 +21,8 @@ def main() -> None:
     """Write one split per seed; fail if a class misses one of the parts."""
     params = load_params()
     images, labels = manifest.read_images(), manifest.read_labels()
+    if any(labels.given_split):
+        logs.log.warning("the `split` column of the data set is not used yet: splits are drawn by split.seeds")
     units = make_units(images, labels)
     for seed in params.split.seeds:
         split = draw(labels, units, params.split, seed)

@@ -33,13 +33,10 @@ def images(name: str, n: int = 2) -> torch.Tensor:
 
 
 @cache
-def cut_names(name: str) -> list[str]:
-    return list(cuts.find(network(name), name))
-
-
-def early_middle_late(name: str) -> list[str]:
-    names = cut_names(name)
-    return [names[0], names[len(names) // 2], names[-2]]
+def early_middle_late(name: str) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Three cuts, each with its prefix and suffix."""
+    names = list(cuts.find(network(name), name))
+    return {cut: cuts.split(network(name), name, cut) for cut in (names[0], names[len(names) // 2], names[-2])}
 
 
 def tensors(*modules: nn.Module) -> list[int]:
@@ -51,15 +48,13 @@ def test_suffix_of_prefix_is_the_network_bit_for_bit(name: str) -> None:
     x = images(name)
     with torch.inference_mode():
         whole = network(name)(x)
-        for cut in early_middle_late(name):
-            prefix, suffix = cuts.split(network(name), name, cut)
+        for cut, (prefix, suffix) in early_middle_late(name).items():
             assert torch.equal(suffix.eval()(prefix.eval()(x)), whole), cut
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_tensor_is_on_one_side_of_a_cut_under_the_name_that_it_has(name: str) -> None:
-    for cut in early_middle_late(name):
-        prefix, suffix = cuts.split(network(name), name, cut)
+    for cut, (prefix, suffix) in early_middle_late(name).items():
         assert sorted(tensors(prefix, suffix)) == sorted(tensors(network(name))), cut
         assert prefix.state_dict().keys() | suffix.state_dict().keys() == network(name).state_dict().keys(), cut
         assert not prefix.state_dict().keys() & suffix.state_dict().keys(), cut
@@ -67,10 +62,8 @@ def test_every_tensor_is_on_one_side_of_a_cut_under_the_name_that_it_has(name: s
 
 @pytest.mark.parametrize("name", SIZES)
 def test_cuts_come_in_order_of_depth(name: str) -> None:
-    before = [
-        sum(parameter.numel() for parameter in cuts.split(network(name), name, cut)[0].parameters())
-        for cut in early_middle_late(name)
-    ]
+    prefixes = [prefix for prefix, _ in early_middle_late(name).values()]
+    before = [sum(parameter.numel() for parameter in prefix.parameters()) for prefix in prefixes]
     assert before == sorted(before)
     assert before[0] < before[-1]
 
@@ -167,7 +160,10 @@ def test_suffix_still_switches_its_randomness_with_the_mode(name: str, cut: str)
     if name == "dropouts":
         module, x = Dropouts().eval(), torch.randn(2, 4)
     elif name == "timm drop path":
-        module, x = timm.create_model("test_resnet", drop_path_rate=0.5, zero_init_last=False).eval(), torch.randn(8, 3, 32, 32)
+        module, x = (
+            timm.create_model("test_resnet", drop_path_rate=0.5, zero_init_last=False).eval(),
+            torch.randn(8, 3, 32, 32),
+        )
     else:
         module, x = network(name), images(name)
     prefix, suffix = cuts.split(module, name, cut)
