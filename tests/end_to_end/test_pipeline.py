@@ -159,6 +159,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     environment = inherited | {f"GIT_{who}_{key}": person[key] for who in ("AUTHOR", "COMMITTER") for key in person}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",  # several wait for each other on a busy machine
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(folder / "site"),
         "GIT_CONFIG_GLOBAL": os.devnull,
@@ -260,7 +261,8 @@ def test_editing_a_comment_runs_no_stage(repository: Repository) -> None:
 
 def test_clone_computes_the_same_bytes_and_leaves_git_status_empty(base: Repository, tmp_path: Path) -> None:
     cloned = clone(base, tmp_path / "clone", is_cache_shared=False)
-    assert cloned.repro() == EVERY_STAGE
+    ran = cloned.repro()
+    assert ran == EVERY_STAGE - {"compare"}, "its inputs turned out the same, and its reports came with git"
     assert cloned.git("status", "--porcelain") == ""
     assert (cloned.root / "dvc.lock").read_bytes() == (base.root / "dvc.lock").read_bytes()
     patterns = ("models/**/*", "reports/runs/**/*", "data/*.*", "data/splits/*")

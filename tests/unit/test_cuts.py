@@ -1,5 +1,6 @@
 """cuts: a network cut in two is the network."""
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -21,6 +22,14 @@ SIZES = {
     "torchvision/googlenet": 64,
     "timm/vit_tiny_patch16_224": 64,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache
