@@ -6,6 +6,7 @@ Names are torchvision/<name> or timm/<name>. The weights decide the preprocessin
 import difflib
 import hashlib
 import pickle
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,8 +230,9 @@ def read_state(name: str, expected: State) -> State:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
     try:
-        is_safe = path.suffix == ".safetensors"
-        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickles, which it refuses anyway
+            is_safe = path.suffix == ".safetensors"
+            state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason})") from None

@@ -68,7 +68,7 @@ def run(
 ) -> Iterator[np.ndarray]:
     """Outputs (float32) of `module` in evaluation mode, one for each batch, in order.
 
-    Every batch but the last has the same number of rows.
+    Every batch but the last has the same number of rows; all are padded to it, and to BATCH at least.
     """
     module.eval()
     if engine == "openvino":
@@ -77,7 +77,7 @@ def run(
     module.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     full = 0
     for batch in batches:
-        full = max(full, len(batch))
+        full = full or max(BATCH, len(batch))
         with torch.inference_mode(), autocast(precision, device):
             output = module(_padded(batch, full).to(device, non_blocking=True))
         yield output[: len(batch)].float().cpu().numpy()
@@ -102,10 +102,10 @@ def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision:
 
     for batch in batches:
         if not full:
-            full = len(batch)
+            full = max(BATCH, len(batch))
             hint = {"fp32": "f32", "bf16": "bf16"}[precision]
             options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
-            compiled = openvino.Core().compile_model(_convert(module, batch.numpy()), "CPU", options)
+            compiled = openvino.Core().compile_model(_convert(module, _padded(batch, full).numpy()), "CPU", options)
             n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
             idle = [compiled.create_infer_request() for _ in range(n_requests)]
         output = None if idle else collect()

@@ -72,13 +72,10 @@ def fit(
         for batch, tensor in zip(batches, inputs, strict=True):
             total += _step(network, tensor, batch, task, strategy, optimizer, device)
             schedule.step()
-            if not math.isfinite(total[0]):
-                raise ValueError(
-                    f"{name}: the training loss is {total[0]} in epoch {epoch}; lower learning_rate_base and "
-                    "learning_rate_head, or raise warmup_epochs"
-                )
+            _check_finite(name, epoch, "training", total[0])
         loss, accuracy = (total / task.weight[task.train].sum()).tolist()
         validated = _validate(network, task, strategy, device)
+        _check_finite(name, epoch, "validation", validated["val_loss"])
         curve.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy, **validated})
         _report(name, curve[-1])
         if curve[-1]["val_loss"] < curve[best_epoch]["val_loss"]:
@@ -168,6 +165,14 @@ def _step(
     (losses.mean() / task.weight[task.train].mean()).backward()
     optimizer.step()
     return losses.sum().item(), (weight * (logits.argmax(1) == label)).sum().item()
+
+
+def _check_finite(name: str, epoch: int, part: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{name}: the {part} loss is {loss} in epoch {epoch}; lower learning_rate_base and learning_rate_head, or "
+            "raise warmup_epochs"
+        )
 
 
 def _report(name: str, line: dict[str, Any]) -> None:
