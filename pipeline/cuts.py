@@ -6,6 +6,7 @@ transformation for deep learning in Python") behind which one value is alive, so
 
 import difflib
 import inspect
+import re
 
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
@@ -46,7 +47,9 @@ def split(network: nn.Module, name: str, freeze_until: str) -> tuple[nn.Module, 
     if freeze_until == "all":
         return network, nn.Identity()
     found = find(network, name)
-    inside = [cut for cut in found if cut == freeze_until or cut.startswith((f"{freeze_until}.", f"{freeze_until}_"))]
+    # A module called again is layer1_1; layer10 is another one
+    within = re.compile(rf"{re.escape(freeze_until)}(\.|(_\d+)?$)")
+    inside = [cut for cut in found if within.match(cut)]
     if not inside:
         paths = {cut.rsplit(".", depth)[0]: None for cut in found for depth in (0, 1, 2)}
         near = ", ".join(difflib.get_close_matches(freeze_until, paths, n=3, cutoff=0.3)) or "none"

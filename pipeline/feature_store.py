@@ -171,8 +171,8 @@ def fill(
     row_bytes = 4 * int(np.prod(computation.row_shape))
     if n_rows * row_bytes > max_bytes:
         raise ValueError(
-            f"the cache at {cut} needs {n_rows * row_bytes / 1e9:.3g} GB, over runtime.store_max_gb "
-            f"({max_bytes / 1e9:g}); take fewer views, a later cut or `boundary_cache: off`, or raise the limit"
+            f"params.yaml: runtime.store_max_gb: {max_bytes / 1e9:g}, but the cache at {cut} needs "
+            f"{n_rows * row_bytes / 1e9:.3g} GB; take fewer views, a later cut or `boundary_cache: off`, or raise it"
         )
     how = f"{computation.description['engine']}, {computation.description['precision']}"
     log.info("features at %s: %d rows reused, %d to compute (%s)", cut, n_rows - len(missing), len(missing), how)

@@ -34,17 +34,17 @@ def main() -> None:
     card, backbone, head = start(params, strategy, seed, labels.class_names)
     try:
         prefix, body = cuts.split(backbone.module, backbone.name, strategy.freeze_until)
-        frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix)
-        is_cached = strategy.boundary_cache == "on" and strategy.freeze_until != "none"
-        train_views = range(1, min(strategy.views, strategy.epochs) + 1) or [0]
-        if is_cached:
-            pairs = [(int(row), view) for row in train for view in train_views]
-            pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
-            load = _load_activations(files, pairs, frozen, backbone, strategy, params, device)
-        else:
-            load = _load_images(files, backbone, params)
     except ValueError as error:
-        raise ValueError(f"params.yaml: fine_tune.strategies.{name}: {error}") from None
+        raise ValueError(f"params.yaml: fine_tune.strategies.{name}.freeze_until: {error}") from None
+    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix)
+    train_views = range(1, min(strategy.views, strategy.epochs) + 1) or [0]
+    is_cached = strategy.boundary_cache == "on" and strategy.freeze_until != "none"
+    if is_cached:
+        pairs = [(int(row), view) for row in train for view in train_views]
+        pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
+        load = _load_activations(files, pairs, frozen, backbone, strategy, params, device)
+    else:
+        load = _load_images(files, backbone, params)
     network = nn.Sequential(nn.Identity() if is_cached else frozen, body, head)
     example = next(load([[(int(val[0]), 0)] * engine.BATCH]))
     chosen = engine.choose_engine(params.features.engine, network, example.numpy(), device)
@@ -58,11 +58,8 @@ def main() -> None:
     network.cpu()
     n_epochs = len(curve) - 1
     passes = len(train) * (min(n_epochs, len(train_views)) if is_cached else n_epochs)
-    cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train))
-    if strategy.init == "cached_head":
-        cost = cost.model_copy(
-            update={key: getattr(cost, key) + getattr(card.cost, key) for key in ("train_flops", "base_passes")}
-        )
+    before = card.cost if strategy.init == "cached_head" else None
+    cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train), before)
     tuned = {
         "strategy": name,
         "freeze_until": strategy.freeze_until,
@@ -124,16 +121,27 @@ def _load_images(files: manifest.Images, backbone: Backbone, params: Params) -> 
     return lambda batches: images.load_batches([samples(batch) for batch in batches], *how)
 
 
-def _cost(frozen: nn.Module, body: nn.Module, head: nn.Module, backbone: Backbone, passes: int, steps: int) -> Cost:
-    """Cost of `passes` images through the frozen part and `steps` through the rest and back."""
+def _cost(
+    frozen: nn.Module,
+    body: nn.Module,
+    head: nn.Module,
+    backbone: Backbone,
+    passes: int,
+    steps: int,
+    before: Cost | None,
+) -> Cost:
+    """Cost of `passes` images through the frozen part, `steps` through the rest and back, and what was spent before."""
     pixels = torch.zeros(1, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
-    before = backbones.flops_per_image(frozen, pixels)
     with torch.no_grad():
         boundary = frozen(pixels)
     rest = nn.Sequential(body, head)
-    behind = backbones.flops_per_image(rest, boundary, is_training=True)
-    n_params = sum(parameter.numel() for parameter in rest.parameters())
-    return Cost(trainable_params=n_params, train_flops=passes * before + steps * behind, base_passes=passes)
+    flops = passes * backbones.flops_per_image(frozen, pixels)
+    flops += steps * backbones.flops_per_image(rest, boundary, is_training=True)
+    return Cost(
+        trainable_params=sum(parameter.numel() for parameter in rest.parameters()),
+        train_flops=flops + (before.train_flops if before else 0),
+        base_passes=passes + (before.base_passes if before else 0),
+    )
 
 
 if __name__ == "__main__":

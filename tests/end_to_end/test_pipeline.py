@@ -442,7 +442,7 @@ def test_wrong_freeze_until_names_what_would_do(repository: Repository, call: Ca
     with repository.params() as params:
         params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = "layer9"
     line = mistake(call, fine_tune.main, "partial_freeze", "0")
-    assert "params.yaml: fine_tune.strategies.partial_freeze: 'layer9'" in line
+    assert "params.yaml: fine_tune.strategies.partial_freeze.freeze_until: 'layer9'" in line
     assert "timm/test_resnet" in line
     assert "layer4" in line
 

@@ -113,6 +113,12 @@ def test_wrong_path_is_answered_with_the_nearest(wrong: str, right: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_the_beginning_of_a_name_is_not_a_module_path() -> None:
+    name = "timm/test_resnet"
+    with pytest.raises(ValueError, match="'layer' holds no cut point of"):
+        cuts.split(timm.create_model("test_resnet"), name, "layer")
+
+
 def test_network_that_cannot_be_traced_is_named() -> None:
     class Untraceable(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

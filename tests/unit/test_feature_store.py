@@ -192,7 +192,7 @@ def test_cache_over_the_limit_is_refused_before_anything_is_computed(
 ) -> None:
     rows = all_rows(paths)
     n_bytes = len(rows) * 5 * 4
-    with pytest.raises(ValueError, match=r"needs 4\.8e-07 GB, over runtime\.store_max_gb .*boundary_cache: off"):
+    with pytest.raises(ValueError, match=r"runtime\.store_max_gb: .* needs 4\.8e-07 GB.*boundary_cache: off"):
         feature_store.fill(make_computation(), paths, rows, workers=0, max_bytes=n_bytes - 1)
     assert computed == []
     assert shards() == []
