@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test check venv lock bench-extract
+.PHONY: repro test check venv lock bench-extract bench-cache
 repro: venv
 	dvc repro
 
@@ -31,3 +31,6 @@ lock: venv
 
 bench-extract: venv
 	python -m benchmarks.extract
+
+bench-cache: venv
+	python -m benchmarks.boundary

@@ -5,6 +5,7 @@ image files of dataset.path to an HDF5 file, one view each, and both are timed a
 Needs an indexed data set (`dvc repro index`).
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import backbones, engine, feature_store, images, manifest
+from pipeline import backbones, cuts, engine, feature_store, images, manifest
 from pipeline.params import load_params
 
 
@@ -43,8 +44,10 @@ def pipelined(network: nn.Module, paths: dict[str, Path], backbone: backbones.Ba
     params = load_params()
     device = engine.choose_device("cpu")
     start = time.perf_counter()
-    computation = feature_store.computation(network, backbone, "output", params.augmentation, params.features, device)
-    store = feature_store.fill(computation, paths, [(name, 0) for name in paths], params.runtime.workers)
+    computation = feature_store.computation(
+        network, backbone, cuts.ALL, "none", params.augmentation, params.features, device
+    )
+    store = feature_store.fill(computation, paths, [(name, 0) for name in paths], params.runtime.workers, math.inf)
     feature_store.assemble(store, list(paths), 1, computation.description, out)
     return time.perf_counter() - start
 

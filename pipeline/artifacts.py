@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_as_bytes
 from torch import nn
 
-from pipeline import backbones, heads
+from pipeline import backbones, cuts, heads
 from pipeline.files import replacing, write_json
 from pipeline.images import Preprocessing
 from pipeline.params import Augmentation, BackboneChoice, HeadOptions, Record
@@ -51,9 +51,11 @@ class Card(Record):
     preprocessing: Preprocessing
     augmentation: Augmentation
     evaluation_views: int
+    cut: str
+    pool: str
     freeze_until: str
     head: HeadOptions
-    feature_dim: int
+    feature_shape: tuple[int, ...]
     weights_sha256: str
     cost: Cost
     sha256: str = ""
@@ -61,12 +63,17 @@ class Card(Record):
 
 @dataclass(frozen=True)
 class Run:
-    """What one strategy said with one seed: log-probabilities (n, n_classes) float32 of rows of labels.csv."""
+    """What one strategy said with one seed: log-probabilities (n, n_classes) float32 of rows of labels.csv.
+
+    `chosen`: on validation. `network`: its parameters in all, the freeze boundary, and the largest error of storing
+    features, relative to the largest value of an image.
+    """
 
     strategy: str
     seed: int
     cost: Cost
     chosen: dict[str, Any]
+    network: dict[str, Any]
     curve: list[dict[str, Any]]
     val_rows: np.ndarray
     val_logits: np.ndarray
@@ -74,11 +81,11 @@ class Run:
     test_logits: np.ndarray
 
 
-def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
-    """Write the tensors and, last, the card, which holds their digest."""
+def save_model(card: Card, head: nn.Module, *base: nn.Module) -> None:
+    """Write the tensors of the head and of the pieces of the base and, last, the card, which holds their digest."""
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    if base is not None:
-        tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
+    for piece in base:
+        tensors |= {f"base.{name}": value for name, value in piece.state_dict().items()}
     path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
@@ -99,9 +106,9 @@ def read_card(path: Path) -> Card:
     return card
 
 
-def load_head(path: Path, card: Card) -> nn.Sequential:
-    """The head of the run `path` (.json), in evaluation mode."""
-    head = heads.build(card.feature_dim, len(card.class_names), card.head)
+def load_head(path: Path, card: Card, dense: nn.Module) -> nn.Sequential:
+    """The head of the run `path` (.json), in evaluation mode; `dense` as in heads.build."""
+    head = heads.build(card.feature_shape, len(card.class_names), card.head, dense)
     head.load_state_dict(_part(path, "head"))
     return head.eval()
 
@@ -115,12 +122,13 @@ def load_network(path: Path) -> tuple[nn.Sequential, Card]:
     state = _part(path, "base")
     choice = card.backbone.model_copy(update={"weights": "random"}) if state else card.backbone
     backbone = backbones.load(choice, card.image_size)
+    base, dense = cuts.split(backbone, card.cut)
     if state:
-        backbone.module.load_state_dict(state)
+        base.load_state_dict(state)
     elif backbone.weights_sha256 != card.weights_sha256:
         raise ValueError(f"{path}: made with other weights of {choice.name} than `weights: {choice.weights}` gives now")
-    normalize = backbones.Normalize(card.preprocessing)
-    return nn.Sequential(normalize, backbone.module, load_head(path, card)).eval(), card
+    pixels_to_features = nn.Sequential(backbones.Normalize(card.preprocessing), base, cuts.Pool(card.pool))
+    return nn.Sequential(pixels_to_features, load_head(path, card, dense)).eval(), card
 
 
 def save_run(run: Run) -> None:

@@ -1,12 +1,12 @@
-"""Dense heads: standardise, then linear or an MLP; fitted on cached features in seconds.
+"""Dense heads: linear, an MLP, or the network's own dense layers; fitted on cached features in seconds.
 
 A head minimises, with image weights w_i that sum to 1 and W the weights of its linear layers without the biases,
 
     sum_i w_i NLL_i + strength * (l1_ratio |W|_1 + (1 - l1_ratio) / 2 |W|^2)
 
 A linear head does so over all rows at once (L-BFGS-B), from the strongest penalty to the weakest, each started from
-the one before; an MLP by minibatches (Adam, and soft-thresholding after each step for the l1 part). Validation NLL
-chooses the strength, and the epoch of an MLP.
+the one before; the others by minibatches (Adam, and soft-thresholding after each step for the l1 part). Validation NLL
+chooses the strength, and the epoch where there are epochs.
 """
 
 import copy
@@ -20,6 +20,8 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from pipeline.params import HeadOptions
 
@@ -48,7 +50,7 @@ class Standardize(nn.Module):
 
 @dataclass(frozen=True)
 class Examples:
-    """Features (n, n_views, d) float32 with label (n,) int64 and weight (n,) float64."""
+    """Features (n, n_views, *shape) float32 with label (n,) int64 and weight (n,) float64."""
 
     features: np.ndarray
     label: np.ndarray
@@ -68,13 +70,50 @@ class Fitted:
     rows_seen: int
 
 
-def build(width: int, n_classes: int, options: HeadOptions) -> nn.Sequential:
-    """A new head (n, width) -> logits (n, n_classes), which standardises nothing yet."""
+def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
+    """A new head (n, *shape) -> logits (n, n_classes), which standardises nothing yet.
+
+    `dense`: what the pretrained network does behind its base, without its last layer; a copy of it becomes part of a
+    pretrained head. Raises ValueError if features of this shape, or this network, do not go with such a head.
+    """
+    if options.kind == "pretrained":
+        return _build_pretrained(shape, n_classes, options, dense)
+    if len(shape) != 1:
+        raise ValueError(
+            f"params.yaml: features.pool: the features at features.cut have the shape {shape}, and "
+            f"`head.kind: {options.kind}` needs vectors; expected avg or flatten"
+        )
+    width = shape[0]
     layers: list[nn.Module] = [Standardize(width)]
     for hidden in options.hidden:
         layers += [nn.Dropout(options.dropout), nn.Linear(width, hidden), nn.ReLU()]
         width = hidden
     return nn.Sequential(*layers, nn.Dropout(options.dropout), nn.Linear(width, n_classes))
+
+
+def _build_pretrained(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
+    dense = copy.deepcopy(dense).eval().requires_grad_(True)
+    pixels, handles = [1], []  # that a convolution gives; one where it is a dense layer in other words
+    for layer in dense.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = options.dropout
+        if isinstance(layer, _ConvNd):
+            handles.append(layer.register_forward_hook(lambda *call: pixels.append(call[-1].shape[2:].numel())))
+    with torch.no_grad():
+        width = dense(torch.zeros(1, *shape)).shape[1]
+    for handle in handles:
+        handle.remove()
+    if max(pixels) > 1 or any(isinstance(layer, _BatchNorm) for layer in dense.modules()):
+        raise ValueError(
+            "params.yaml: head.kind: pretrained: behind features.cut there is more than dense layers; cut where they "
+            "begin, or train the blocks by fine_tune"
+        )
+    if next(dense.parameters(), None) is None:
+        raise ValueError(
+            "params.yaml: head.kind: pretrained: the network has no dense layers of its own behind features.cut but "
+            "the last; expected linear or mlp, or an earlier features.cut"
+        )
+    return nn.Sequential(dense, nn.Linear(width, n_classes))
 
 
 def fit(
@@ -83,6 +122,7 @@ def fit(
     n_classes: int,
     evaluation_views: int,
     options: HeadOptions,
+    dense: nn.Module,
     seed: int,
     device: torch.device,
 ) -> Fitted:
@@ -90,17 +130,17 @@ def fit(
     torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     n_views = train.features.shape[1]
-    x = torch.from_numpy(train.features).flatten(0, 1).to(device)
+    x = torch.from_numpy(train.features).float().flatten(0, 1).to(device)
     y = torch.from_numpy(train.label).repeat_interleave(n_views).to(device)
     w = torch.from_numpy(train.weight).repeat_interleave(n_views).to(device)
     w = w / w.sum()
-    head = build(x.shape[1], n_classes, options).to(device)
+    head = build(tuple(x.shape[1:]), n_classes, options, dense).to(device)
     if options.standardize:
         _standardize(head, x, w)
 
     best, val_nll, rows_seen = head, {}, 0
     path = _linear_path(head, x, y, w, options) if options.kind == "linear" else None
-    for strength, candidate, passes in path or _mlp_path(head, x, y, w, val, evaluation_views, options):
+    for strength, candidate, passes in path or _minibatch_path(head, x, y, w, val, evaluation_views, options):
         nll = _nll(candidate, val, evaluation_views)
         rows_seen += passes * len(x)
         if nll < min(val_nll.values(), default=math.inf):
@@ -112,13 +152,13 @@ def fit(
 
 
 def predict(head: nn.Module, features: np.ndarray, views: int) -> np.ndarray:
-    """Log of the mean probability over the first views of features (n, n_views, d): (n, n_classes) float32."""
+    """Log of the mean probability over the first views of features (n, n_views, …): (n, n_classes) float32."""
     device = next(head.parameters()).device
     head.eval()
     chunks = []
     with torch.inference_mode():
         for start in range(0, len(features), 1024):
-            chunk = torch.from_numpy(features[start : start + 1024, :views]).to(device)
+            chunk = torch.from_numpy(features[start : start + 1024, :views]).float().to(device)
             logits = head(chunk.flatten(0, 1)).unflatten(0, (len(chunk), views))
             chunks.append(mean_log_probability(logits).cpu().numpy())
     return np.concatenate(chunks)
@@ -193,7 +233,7 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.stack([left @ column for column in right.T.contiguous()], dim=1)
 
 
-def _mlp_path(
+def _minibatch_path(
     head: nn.Sequential,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -205,7 +245,7 @@ def _mlp_path(
     ratio, w = _l1_ratio(options), w.to(x.dtype)
     for strength in options.strengths:
         candidate = copy.deepcopy(head)
-        matrices = [layer.weight for layer in candidate.children() if isinstance(layer, nn.Linear)]
+        matrices = [layer.weight for layer in candidate.modules() if isinstance(layer, (nn.Linear, _ConvNd))]
         optimizer = torch.optim.Adam(candidate.parameters(), options.learning_rate)
         best, best_nll = copy.deepcopy(candidate), math.inf
         for _ in range(options.epochs):

@@ -157,6 +157,7 @@ def load_batches(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # or it would draw from the numbers that dropout is drawn from
     )
     for batch in loader:
         if isinstance(batch, ValueError):

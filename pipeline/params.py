@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -24,6 +24,13 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+def _boundary(where: object) -> object:
+    is_number = isinstance(where, int) and not isinstance(where, bool) and where > 0
+    if not is_number and not (where and isinstance(where, str)):
+        raise ValueError("expected none, all, a cut point, a module path, or a number (1 or more) of layers")
+    return where
+
+
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Count = Annotated[int, Field(ge=1)]
@@ -36,6 +43,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
+Boundary = Annotated[str | int, BeforeValidator(_boundary)]
+STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # as numpy calls them
 
 
 class Record(BaseModel):
@@ -73,8 +82,17 @@ class FeatureOptions(Record):
 
     views: Count
     image_size: Annotated[int, Field(ge=8, le=4096)] | None
+    cut: Boundary
+    pool: Literal["none", "avg", "flatten"]
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
+    store_dtype: Literal["fp32", "fp16"]
+
+    @model_validator(mode="after")
+    def _base_is_not_empty(self) -> Self:
+        if self.cut == "none":
+            raise ValueError("cut: found none, expected all, a cut point, a module path, or a number of layers")
+        return self
 
 
 class Augmentation(Record):
@@ -104,7 +122,7 @@ class Evaluation(Record):
 class HeadOptions(Record):
     """The dense head and how it is fitted."""
 
-    kind: Literal["linear", "mlp"]
+    kind: Literal["linear", "mlp", "pretrained"]
     hidden: tuple[Count, ...]
     dropout: BelowOne
     standardize: bool
@@ -122,7 +140,13 @@ class HeadOptions(Record):
         if (self.kind == "mlp") != bool(self.hidden) or (self.kind == "linear" and self.dropout):
             raise ValueError(
                 f"found kind {self.kind}, hidden {list(self.hidden)}, dropout {self.dropout}; "
-                "`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width"
+                "`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width, pretrained "
+                "with `hidden: []`"
+            )
+        if self.kind == "pretrained" and self.standardize:
+            raise ValueError(
+                "standardize: found true, expected false with `kind: pretrained`: pretrained layers want what they "
+                "were trained on"
             )
         return self
 
@@ -131,7 +155,7 @@ class Strategy(Record):
     """One way to train the network."""
 
     init: Literal["cached_head", "random"]
-    freeze_until: Text
+    freeze_until: Boundary
     boundary_cache: Literal["on", "off"]
     batchnorm: Literal["frozen", "train"]
     views: Natural
@@ -208,6 +232,11 @@ class Params(Record):
                 self.evaluation.views > self.features.views,
                 f"evaluation.views: found {self.evaluation.views}, expected at most {self.features.views} "
                 "(features.views)",
+            ),
+            (
+                self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none"),
+                f"features: found `cut: {self.features.cut}` and `pool: {self.features.pool}`; `head.kind: pretrained` "
+                "needs a cut before the network's own dense layers (python -m pipeline.cuts NAME) and `pool: none`",
             ),
             (HEAD_ONLY in strategies, f"fine_tune.strategies: the name {HEAD_ONLY} is taken by the head alone"),
             (unknown, f"fine_tune.run: found {unknown}, expected some of {', '.join(strategies)}"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import artifacts, logs, manifest, metrics
+from pipeline import artifacts, logs, manifest, metrics, statistics
 from pipeline.artifacts import Run
 from pipeline.files import write_json, write_text
 from pipeline.manifest import Labels, Split
@@ -34,11 +34,12 @@ def main() -> None:
     common = list(params.fine_tune.seeds if params.fine_tune.run else splits)
     delete_unlisted({name: set(common) for name in names} | {HEAD_ONLY: set(splits)})
     runs = {name: [read_run(name, splits[seed]) for seed in common] for name in names}
-    scored = {name: [score(run, labels) for run in runs[name]] for name in names}
-    scored[ALL_SEEDS] = [score(read_run(HEAD_ONLY, split), labels) for split in splits.values()]
+    runs[ALL_SEEDS] = [read_run(HEAD_ONLY, split) for split in splits.values()]
+    scored = {name: [score(run, labels) for run in runs[name]] for name in runs}
 
     write_json(REPORTS / "comparison.json", {name: summarise(results) for name, results in scored.items()})
-    write_json(REPORTS / "details.json", rounded(scored))
+    details = {name: {**intervals(runs[name], labels), "runs": scored[name]} for name in runs}
+    write_json(REPORTS / "details.json", rounded(details))
     table = as_markdown(scored, params.compare.baseline, common)
     write_text(REPORTS / "comparison.md", table)
     curves = [{"run": f"{name}-{run.seed}", **line} for name in names for run in runs[name] for line in run.curve]
@@ -73,7 +74,21 @@ def score(run: Run, labels: Labels) -> dict[str, Any]:
         part: {"n": len(rows), **metrics.score(logits, labels.label[rows], labels.weight[rows])}
         for part, rows, logits in (("val", run.val_rows, run.val_logits), ("test", run.test_rows, run.test_logits))
     }
-    return {"seed": run.seed, **scores, "cost": run.cost.model_dump(), "chosen": run.chosen}
+    return {"seed": run.seed, **scores, "cost": run.cost.model_dump(), "chosen": run.chosen, "network": run.network}
+
+
+def intervals(runs: Sequence[Run], labels: Labels) -> dict[str, Any]:
+    """Mean accuracy over the seeds with its 95 % interval, on validation and test."""
+    found = {}
+    for part in ("val", "test"):
+        rows = [getattr(run, f"{part}_rows") for run in runs]
+        logits = [getattr(run, f"{part}_logits") for run in runs]
+        hits = [said.argmax(1) == labels.label[row] for said, row in zip(logits, rows, strict=True)]
+        weights = [labels.weight[row] for row in rows]
+        accuracy = np.mean([np.average(hit, weights=weight) for hit, weight in zip(hits, weights, strict=True)])
+        low, high = statistics.accuracy_interval(hits, rows, labels.weight)
+        found[part] = {"accuracy": float(accuracy), "accuracy_low": low, "accuracy_high": high}
+    return found
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,18 +34,17 @@ def main() -> None:
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(params, strategy, seed, labels.class_names)
     try:
-        prefix, body = cuts.split(backbone.module, backbone.name, strategy.freeze_until)
+        boundary, frozen, body = divide(backbone, card, strategy.freeze_until)
     except ValueError as error:
         raise ValueError(f"params.yaml: fine_tune.strategies.{name}.freeze_until: {error}") from None
-    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix)
     train_views = range(1, min(strategy.views, strategy.epochs) + 1) or [0]
-    is_cached = strategy.boundary_cache == "on" and strategy.freeze_until != "none"
+    is_cached = strategy.boundary_cache == "on" and boundary != cuts.NONE
     if is_cached:
         pairs = [(int(row), view) for row in train for view in train_views]
         pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
-        load = _load_activations(files, pairs, frozen, backbone, strategy, params, device)
+        load, rounding = load_activations(files, pairs, frozen, backbone, boundary, params, device)
     else:
-        load = _load_images(files, backbone, params)
+        load, rounding = load_images(files, backbone, params), 0.0
     network = nn.Sequential(nn.Identity() if is_cached else frozen, body, head)
     example = next(load([[(int(val[0]), 0)] * engine.BATCH]))
     chosen = engine.choose_engine(params.features.engine, network, example.numpy(), device)
@@ -62,13 +62,16 @@ def main() -> None:
     cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train), before)
     tuned = {
         "strategy": name,
-        "freeze_until": strategy.freeze_until,
+        "freeze_until": boundary,
         "weights_sha256": backbones.state_sha256(backbone.module),
         "cost": cost,
     }
-    artifacts.save_model(card.model_copy(update=tuned), head, backbone.module)
-    chosen = {"epoch": best_epoch}
-    artifacts.save_run(Run(name, seed, cost, chosen, curve, val_rows=val, test_rows=test, **said))
+    artifacts.save_model(card.model_copy(update=tuned), head, frozen[1], body[0])
+    n_params = sum(parameter.numel() for part in (frozen, body, head) for parameter in part.parameters())
+    described = {"params": n_params, "boundary": boundary, "largest_rounding": rounding}
+    artifacts.save_run(
+        Run(name, seed, cost, {"epoch": best_epoch}, described, curve, val_rows=val, test_rows=test, **said)
+    )
 
 
 def start(params: Params, strategy: Strategy, seed: int, class_names: list[str]) -> tuple[Card, Backbone, nn.Module]:
@@ -80,37 +83,60 @@ def start(params: Params, strategy: Strategy, seed: int, class_names: list[str])
     if strategy.init == "random":
         random = params.backbone.model_copy(update={"weights": "random", "seed": seed})
         backbone = backbones.load(random, params.features.image_size)
+        _, dense = cuts.split(backbone, card.cut)
         torch.manual_seed(seed)
-        return card, backbone, heads.build(backbone.feature_dim, len(class_names), card.head)
+        return card, backbone, heads.build(card.feature_shape, len(class_names), card.head, dense)
     backbone = backbones.load(params.backbone, params.features.image_size)
     if backbone.weights_sha256 != card.weights_sha256:
         raise ValueError(f"{path}: fitted on features of other weights; run: dvc repro train_head")
-    return card, backbone, artifacts.load_head(path, card)
+    _, dense = cuts.split(backbone, card.cut)
+    return card, backbone, artifacts.load_head(path, card, dense)
 
 
-def _load_activations(
+def divide(backbone: Backbone, card: Card, freeze_until: str | int) -> tuple[str, nn.Sequential, nn.Sequential]:
+    """The freeze boundary, what is frozen (from pixels on), and the body, up to the end of the cached head's base.
+
+    The base's pooling belongs to whichever of the two ends it.
+    """
+    boundary = cuts.resolve(backbone, freeze_until)
+    if boundary == cuts.ALL:
+        boundary = card.cut
+    prefix, body, _ = cuts.split(backbone, boundary, card.cut)
+    pools = [cuts.Pool(card.pool), cuts.Pool("none")]
+    if boundary != card.cut:
+        pools.reverse()
+    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix, pools[0])
+    return boundary, frozen, nn.Sequential(body, pools[1])
+
+
+def load_activations(
     files: manifest.Images,
     pairs: Sequence[tuple[int, int]],
-    frozen: nn.Module,
+    frozen: nn.Sequential,
     backbone: Backbone,
-    strategy: Strategy,
+    boundary: str,
     params: Params,
     device: torch.device,
-) -> Load:
-    """Batches from the activations at the freeze boundary, which are computed where they are missing."""
-    computation = feature_store.computation(
-        frozen, backbone, strategy.freeze_until, params.augmentation, params.features, device
-    )
+) -> tuple[Load, float]:
+    """Batches from the activations at the freeze boundary, which are computed where they are missing.
+
+    Also the largest relative error of storing them.
+    """
+    pool = cast(cuts.Pool, frozen[2]).kind
+    how = params.augmentation, params.features, device
+    computation = feature_store.computation(frozen, backbone, boundary, pool, *how)
     paths = {sha256: Path(params.dataset.path, name) for name, sha256 in zip(files.image_id, files.sha256, strict=True)}
     rows = [(files.sha256[row], view) for row, view in pairs]
-    limit = params.runtime.store_max_gb * 1e9
-    store = feature_store.fill(computation, paths, rows, params.runtime.workers, limit)
-    return lambda batches: (
-        torch.from_numpy(store.read([(files.sha256[row], view) for row, view in batch])) for batch in batches
-    )
+    store = feature_store.fill(computation, paths, rows, params.runtime.workers, params.runtime.store_max_gb)
+
+    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            yield torch.from_numpy(store.read([(files.sha256[row], view) for row, view in batch])).float()
+
+    return load, store.largest_rounding(rows)
 
 
-def _load_images(files: manifest.Images, backbone: Backbone, params: Params) -> Load:
+def load_images(files: manifest.Images, backbone: Backbone, params: Params) -> Load:
     """Batches from the image files."""
     paths = [Path(params.dataset.path, name) for name in files.image_id]
 

@@ -40,7 +40,7 @@ def fitted_head(penalty: Any, strength: float, weight: np.ndarray) -> nn.Linear:
         threads=1,
     )
     rows = Examples(FEATURES[:, None], LABEL, weight)
-    return cast(nn.Linear, heads.fit(rows, rows, 3, 1, options, 0, torch.device("cpu")).head[-1])
+    return cast(nn.Linear, heads.fit(rows, rows, 3, 1, options, nn.Identity(), 0, torch.device("cpu")).head[-1])
 
 
 def scikit_learns(penalty: str, strength: float, weight: np.ndarray) -> LogisticRegression:

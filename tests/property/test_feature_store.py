@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -79,16 +80,18 @@ def computation() -> tuple[Network, Computation]:
     preprocessing = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
     network = Network()
     backbone = Backbone("torchvision/tiny", network, preprocessing, backbones.state_sha256(network), 5)
-    options = FeatureOptions(views=VIEWS, image_size=None, engine="torch", precision="fp32")
+    options = FeatureOptions(
+        views=VIEWS, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp16"
+    )
     whole = nn.Sequential(backbones.Normalize(preprocessing), network)
-    return network, feature_store.computation(whole, backbone, "output", AUGMENTATION, options, CPU)
+    return network, feature_store.computation(whole, backbone, "all", "none", AUGMENTATION, options, CPU)
 
 
 def fill(images: dict[str, Path], rows: list[Row], after: float = float("inf")) -> feature_store.Store:
     """Fill the store, or be killed after so many batches."""
     network, how = computation()
     network.left = after
-    return feature_store.fill(how, images, rows, workers=0)
+    return feature_store.fill(how, images, rows, workers=0, max_gb=math.inf)
 
 
 def assembled(images: dict[str, Path], store: feature_store.Store, folder: str) -> bytes:

@@ -9,7 +9,16 @@ import pytest
 from pipeline import artifacts
 from pipeline.artifacts import Cost, Run
 from pipeline.manifest import Labels, Split
-from pipeline.stages.compare import ALL_SEEDS, as_markdown, confusion, delete_unlisted, read_run, score, summarise
+from pipeline.stages.compare import (
+    ALL_SEEDS,
+    as_markdown,
+    confusion,
+    delete_unlisted,
+    intervals,
+    read_run,
+    score,
+    summarise,
+)
 
 LABELS = Labels(
     image_id=["a", "b", "c", "d"],
@@ -29,8 +38,8 @@ def run_of(test_logits: list[list[float]], seed: int = 0) -> Run:
     val = np.log(np.array([[0.9, 0.1]], np.float32))
     test = np.array(test_logits, np.float32)
     cost = Cost(trainable_params=10, train_flops=4, base_passes=2)
-    chosen = {"strength": 0.1}
-    return Run("feature_extraction", seed, cost, chosen, [], np.array([3]), val, np.array([0, 1, 2]), test)
+    chosen, network = {"strength": 0.1}, {"boundary": "all"}
+    return Run("feature_extraction", seed, cost, chosen, network, [], np.array([3]), val, np.array([0, 1, 2]), test)
 
 
 def result(accuracy: float, auroc: float | None = 0.5, n: int = 100, cost: int = 1) -> dict[str, Any]:
@@ -43,10 +52,18 @@ def test_a_run_is_scored_on_validation_and_test_with_weights():
     found = score(run_of([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), LABELS)
     assert found["seed"] == 0
     assert found["chosen"] == {"strength": 0.1}
+    assert found["network"] == {"boundary": "all"}
     assert found["cost"] == {"trainable_params": 10, "train_flops": 4, "base_passes": 2}
     assert (found["val"]["n"], found["test"]["n"]) == (1, 3)
     assert found["val"]["nll"] == pytest.approx(-np.log(0.9))
     assert found["test"]["accuracy"] == pytest.approx(4 / 5)
+
+
+def test_mean_accuracy_over_seeds_has_an_interval_around_it():
+    runs = [run_of([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), run_of([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], seed=1)]
+    found = intervals(runs, LABELS)["test"]
+    assert found["accuracy"] == pytest.approx((4 / 5 + 1) / 2)
+    assert 0 < found["accuracy_low"] < found["accuracy"] < found["accuracy_high"] <= 1
 
 
 def test_a_summary_is_the_mean_over_seeds():

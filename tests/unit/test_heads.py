@@ -1,10 +1,14 @@
-"""Dense heads: standardisation, views, choosing on validation, and the MLP."""
+"""Dense heads: standardisation, views, choosing on validation, the MLP, and the network's own dense layers."""
 
+import copy
+import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from timm.models.vgg import ConvMlp
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +31,11 @@ LINEAR = HeadOptions(
     threads=1,
 )
 MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "strengths": (1e-4,)})
+PRETRAINED = LINEAR.model_copy(
+    update={"kind": "pretrained", "standardize": False, "dropout": 0.3, "strengths": (1e-4,), "epochs": 3}
+)
 CPU = torch.device("cpu")
+NOTHING = nn.Identity()  # what the network does behind its end
 
 
 def options(base: HeadOptions = LINEAR, **changes: Any) -> HeadOptions:
@@ -43,7 +51,7 @@ def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> 
 
 
 def fit(train: Examples, how: HeadOptions = LINEAR, seed: int = 0, val: Examples | None = None) -> Fitted:
-    return heads.fit(train, val or examples(seed=1), 3, 1, how, seed, CPU)
+    return heads.fit(train, val or examples(seed=1), 3, 1, how, NOTHING, seed, CPU)
 
 
 def weight_of(fitted: Fitted) -> np.ndarray:
@@ -75,7 +83,7 @@ def test_the_mean_over_views_stays_finite_for_logits_of_any_size():
 
 
 def test_predictions_are_over_the_first_views_and_of_any_number_of_rows():
-    head = heads.build(8, 3, LINEAR)
+    head = heads.build((8,), 3, LINEAR, NOTHING)
     features = examples(n=2500, n_views=3).features
     found = heads.predict(head, features, 2)
     with torch.no_grad():
@@ -86,7 +94,7 @@ def test_predictions_are_over_the_first_views_and_of_any_number_of_rows():
 
 
 def test_predictions_leave_dropout_out():
-    head = heads.build(8, 3, options(MLP, dropout=0.9)).train()
+    head = heads.build((8,), 3, options(MLP, dropout=0.9), NOTHING).train()
     features = examples().features
     assert np.array_equal(heads.predict(head, features, 1), heads.predict(head, features, 1))
 
@@ -114,7 +122,7 @@ def test_standardisation_is_carried_as_buffers_of_the_weighted_training_rows():
 def test_a_head_built_anew_says_the_same_with_the_saved_tensors():
     train = examples()
     fitted = fit(train)
-    head = heads.build(8, 3, LINEAR)
+    head = heads.build((8,), 3, LINEAR, NOTHING)
     head.load_state_dict(fitted.head.state_dict())
     assert np.array_equal(heads.predict(head, train.features, 1), heads.predict(fitted.head, train.features, 1))
 
@@ -234,7 +242,7 @@ def test_an_mlp_is_the_same_for_one_seed_and_another_for_another():
 
 
 def test_an_mlp_has_the_widths_that_were_asked_for():
-    head = heads.build(8, 3, options(MLP, hidden=(5, 4)))
+    head = heads.build((8,), 3, options(MLP, hidden=(5, 4)), NOTHING)
     assert [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)] == [(8, 5), (5, 4), (4, 3)]
     assert sum(isinstance(m, nn.Dropout) for m in head) == 3
 
@@ -253,3 +261,121 @@ def test_an_mlp_keeps_its_best_epoch():
 
 def test_the_rows_an_mlp_has_seen_are_counted():
     assert fit(examples(n=90, n_views=2), options(MLP, epochs=3, strengths=(0.1, 0.2))).rows_seen == 90 * 2 * 3 * 2
+
+
+# pretrained
+
+
+def dense_layers() -> nn.Sequential:
+    """Dense layers as torchvision's VGG has them behind its maps (2, 2, 2), the last one taken away."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        layers = (nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(6, 5), nn.ReLU(), nn.Dropout())
+        dense = nn.Sequential(nn.Flatten(), *layers, nn.Identity())
+    return dense.requires_grad_(False)
+
+
+def convolutions() -> nn.Sequential:
+    """Dense layers as timm's VGG has them: a convolution over the whole map, and one over its one pixel."""
+    return nn.Sequential(ConvMlp(2, 5, kernel_size=2, drop_rate=0.9), nn.Flatten()).requires_grad_(False)
+
+
+def maps(n: int = 90, seed: int = 0) -> Examples:
+    rows = examples(n, seed=seed, gap=2)
+    return Examples(rows.features.reshape(n, 1, 2, 2, 2), rows.label, rows.weight)
+
+
+def fit_pretrained(dense: nn.Module, how: HeadOptions = PRETRAINED) -> Fitted:
+    return heads.fit(maps(), maps(seed=1), 3, 1, how, dense, 0, CPU)
+
+
+@pytest.mark.parametrize("make", [dense_layers, convolutions])
+def test_a_pretrained_head_starts_as_the_networks_own_dense_layers(make: Callable[[], nn.Sequential]):
+    dense = make()
+    head = heads.build((2, 2, 2), 3, PRETRAINED, dense)
+    ours, theirs = head[0].state_dict(), dense.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not {value.data_ptr() for value in ours.values()} & {value.data_ptr() for value in theirs.values()}
+    assert all(parameter.requires_grad for parameter in head.parameters())
+    last = cast(nn.Linear, head[-1])
+    assert (last.in_features, last.out_features) == (5, 3)
+    x = torch.randn(4, 2, 2, 2)
+    assert torch.equal(head.eval()(x.clone()), last(dense.eval()(x.clone())))
+
+
+@pytest.mark.parametrize("make", [dense_layers, convolutions])
+@pytest.mark.parametrize("dropout", [0.0, 0.7])
+def test_dropout_of_a_pretrained_head_is_the_one_asked_for(make: Callable[[], nn.Sequential], dropout: float):
+    dense = make()
+    before = [module.p for module in dense.modules() if isinstance(module, nn.Dropout)]
+    head = heads.build((2, 2, 2), 3, options(PRETRAINED, dropout=dropout), dense).train()
+    found = [module.p for module in head.modules() if isinstance(module, nn.Dropout)]
+    assert found
+    assert {*found} == {dropout}
+    assert [module.p for module in dense.modules() if isinstance(module, nn.Dropout)] == before
+    x = torch.randn(50, 2, 2, 2)
+    assert torch.equal(head(x.clone()), head(x.clone())) == (dropout == 0)
+
+
+@pytest.mark.parametrize("make", [dense_layers, convolutions])
+def test_training_moves_every_layer_of_a_pretrained_head_and_not_the_network(make: Callable[[], nn.Sequential]):
+    dense = make()
+    before = copy.deepcopy(dense.state_dict())
+    fitted = fit_pretrained(dense)
+    after = fitted.head[0].state_dict()
+    assert not [name for name in before if torch.equal(after[name], before[name])]
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert not fitted.head.training
+    found = heads.predict(fitted.head, maps(seed=1).features, 1)
+    assert found.shape == (90, 3)
+
+
+def test_a_pretrained_head_learns_and_is_the_same_for_one_seed():
+    how = options(PRETRAINED, epochs=60, dropout=0.0)
+    first, again = (fit_pretrained(dense_layers(), how) for _ in range(2))
+    state = again.head.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.head.state_dict().items())
+    assert accuracy(first, maps(seed=1)) > 0.75
+
+
+def test_the_penalty_is_on_the_matrices_and_filters_of_a_pretrained_head():
+    norms = []
+    for strength in (1e-4, 1.0):
+        head = fit_pretrained(convolutions(), options(PRETRAINED, strengths=(strength,), epochs=20)).head
+        matrices = [parameter for parameter in head.parameters() if parameter.ndim > 1]
+        assert len(matrices) == 3
+        norms.append([parameter.norm().item() for parameter in matrices])
+    assert all(strong < weak for weak, strong in zip(*norms, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dense", "reason"),
+    [
+        (nn.Identity(), "has no dense layers of its own behind features.cut but the last; expected linear or mlp"),
+        (nn.Sequential(nn.ReLU(), nn.Flatten()), "has no dense layers of its own behind features.cut but the last"),
+        (nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 4)), "there is more than dense layers"),
+        (nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 4)), "there is more than dense layers"),
+    ],
+    ids=["nothing", "no layer", "a convolution over pixels", "normalisation"],
+)
+def test_what_is_not_dense_is_no_pretrained_head(dense: nn.Module, reason: str):
+    shape = (8,) if isinstance(dense, nn.Identity) else (2, 2, 2)
+    with pytest.raises(ValueError, match=rf"^params\.yaml: head\.kind: pretrained: .*{re.escape(reason)}") as caught:
+        heads.build(shape, 3, PRETRAINED, dense)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [LINEAR, MLP], ids=["linear", "mlp"])
+def test_a_new_head_wants_vectors(how: HeadOptions):
+    with pytest.raises(ValueError, match=rf"features\.pool: .* \(2, 2, 2\), and `head.kind: {how.kind}` needs vectors"):
+        heads.build((2, 2, 2), 3, how, NOTHING)
+
+
+def test_features_of_half_precision_give_the_head_of_their_values():
+    train, val = examples(), examples(seed=1)
+    half = [Examples(part.features.astype(np.float16), part.label, part.weight) for part in (train, val)]
+    full = [Examples(part.features.astype(np.float32), part.label, part.weight) for part in half]
+    found, expected = (fit(parts[0], val=parts[1]) for parts in (half, full))
+    assert found.val_nll == expected.val_nll
+    assert np.array_equal(weight_of(found), weight_of(expected))

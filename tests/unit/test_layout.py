@@ -10,8 +10,20 @@ from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parents[2]
 ORDER: list[str] = [
-    *("params", "logs", "files", "manifest", "metrics", "images", "backbones", "engine", "cuts", "feature_store"),
-    *("heads", "training", "artifacts", "datasets", "predict"),
+    *(
+        "params",
+        "logs",
+        "files",
+        "manifest",
+        "metrics",
+        "statistics",
+        "images",
+        "backbones",
+        "engine",
+        "cuts",
+        "feature_store",
+    ),
+    *("heads", "training", "artifacts", "datasets", "sweep", "predict"),
 ]
 STAGES = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 

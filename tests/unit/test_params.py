@@ -12,6 +12,12 @@ from pipeline.params import PARAMS, Params, load_params
 
 REPOSITORY = Path(__file__).parents[2]
 SCRATCH = "fine_tune.strategies.from_scratch"
+BOUNDARY = "expected none, all, a cut point, a module path, or a number (1 or more) of layers"
+BOUNDARIES = ("features.cut", "fine_tune.strategies.partial_freeze.freeze_until")
+NO_BOUNDARIES = [(value, json.dumps(value)) for value in (0, -3, True, 1.5, "", None, ["layer3"])]
+
+
+PRETRAINED = {"head.kind": "pretrained", "head.standardize": False, "features.cut": "features"}
 
 
 def document_with(changes: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +82,9 @@ def test_params_are_frozen(tmp_path: Path):
         ({"split.seeds": [2**32]}, f"split.seeds.0: found {2**32}; expected it to be less than {2**32}"),
         ({"head.strengths": []}, "head.strengths: found []; "),
         ({"fine_tune.run": ["../up"]}, 'fine_tune.run.0: found "../up"; '),
+        ({"features.pool": "max"}, "features.pool: found \"max\"; expected it to be 'none', 'avg' or 'flatten'"),
+        ({"features.store_dtype": "bf16"}, "features.store_dtype: found \"bf16\"; expected it to be 'fp32' or 'fp16'"),
+        *(({key: value}, f"{key}: found {found}; {BOUNDARY}") for key in BOUNDARIES for value, found in NO_BOUNDARIES),
     ],
 )
 def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
@@ -93,6 +102,11 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
         ({"head.kind": "mlp", "head.hidden": []}, ["head: ", "mlp", "at least one width"]),
         ({"head.kind": "linear", "head.hidden": [8]}, ["head: ", "linear", "`hidden: []`"]),
         ({"head.kind": "linear", "head.dropout": 0.5}, ["head: ", "linear", "`dropout: 0.0`"]),
+        ({"features.cut": "none"}, ["features: ", "cut: found none", "expected all, a cut point"]),
+        (PRETRAINED | {"head.hidden": [8]}, ["head: ", "pretrained", "`hidden: []`"]),
+        (PRETRAINED | {"head.standardize": True}, ["head: ", "standardize: found true", "expected false"]),
+        (PRETRAINED | {"features.cut": "all"}, ["features: ", "`cut: all`", "a cut before", "pipeline.cuts NAME"]),
+        (PRETRAINED | {"features.pool": "avg"}, ["features: ", "`pool: avg`", "needs a cut", "`pool: none`"]),
         (
             {f"{SCRATCH}.init": "random", f"{SCRATCH}.freeze_until": "all"},
             [f"{SCRATCH}: ", "`init: random` needs", "`freeze_until: none`"],
@@ -126,6 +140,24 @@ def test_values_that_do_not_go_together_are_one_error_that_says_what_would(
         load(document_with(changes), tmp_path)
     assert [word for word in words if word not in str(error.value)] == []
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["none", "all", "layer3", "features.16", "layer3.0.add", 1, 8])
+def test_a_boundary_is_a_name_or_a_number_of_layers(where: str | int, tmp_path: Path):
+    params = load(document_with({BOUNDARIES[1]: where}), tmp_path)
+    assert params.fine_tune.strategies["partial_freeze"].freeze_until == where
+    if where != "none":
+        assert load(document_with({"features.cut": where}), tmp_path).features.cut == where
+
+
+def test_a_number_of_layers_in_quotes_is_a_name(tmp_path: Path):
+    assert load(document_with({"features.cut": "8"}), tmp_path).features.cut == "8"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_pretrained_head_may_have_dropout(dropout: float, tmp_path: Path):
+    params = load(document_with(PRETRAINED | {"head.dropout": dropout}), tmp_path)
+    assert (params.head.kind, params.head.dropout) == ("pretrained", dropout)
 
 
 def test_no_fine_tuned_strategy_may_be_called_as_the_head_alone(tmp_path: Path):

@@ -65,7 +65,7 @@ def save(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
     backbone = backbones.load(CHOICE, SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        head = heads.build(backbone.feature_dim, len(CLASSES), HEAD)
+        head = heads.build((backbone.feature_dim,), len(CLASSES), HEAD, nn.Identity())
         for value in head.state_dict().values():
             value.copy_(torch.rand_like(value) + 0.1)
         if strategy != "feature_extraction":
@@ -80,16 +80,19 @@ def save(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
         preprocessing=backbone.preprocessing,
         augmentation=AUGMENTATION,
         evaluation_views=VIEWS,
+        cut="all",
+        pool="none",
         freeze_until="all",
         head=HEAD,
-        feature_dim=backbone.feature_dim,
+        feature_shape=(backbone.feature_dim,),
         weights_sha256=backbones.state_sha256(backbone.module),
         cost=Cost(trainable_params=1, train_flops=1, base_passes=1),
     )
-    artifacts.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
+    artifacts.save_model(card, head, *([] if strategy == "feature_extraction" else [backbone.module]))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module, head).eval()
+    base = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    network = nn.Sequential(base, head).eval()
     return tmp_path / "repository" / "models" / strategy / "seed_0.json", network, card
 
 

@@ -2,28 +2,36 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from timm.models.vgg import VGG
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.vgg import make_layers
 
 from pipeline import backbones, cuts, engine, heads, training
+from pipeline.artifacts import Card
 from pipeline.backbones import Backbone
 from pipeline.heads import Examples
+from pipeline.images import Preprocessing
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
+from pipeline.stages import fine_tune
 from pipeline.training import Batch, Load, Task
 
 CPU = torch.device("cpu")
-SIZE, N_CLASSES, N_IMAGES = 32, 3, 36
+N_CLASSES, N_IMAGES = 3, 36
 TRAIN, VAL = np.arange(24), np.arange(24, N_IMAGES)
 LABEL = np.arange(N_IMAGES) % N_CLASSES
 WEIGHT = np.where(np.arange(N_IMAGES) % 5, 1.0, 0.5)
-RESNET = "timm/test_resnet"
-MIDDLE = {RESNET: "layer2", "torchvision/resnet18": "layer3", "torchvision/mobilenet_v3_small": "features.6"}
+RESNET, RESNET18, MOBILENET = "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"
+ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "vgg as in timm"
 
 HEAD = HeadOptions(
     kind="linear",
@@ -39,6 +47,8 @@ HEAD = HeadOptions(
     batch_size=8,
     threads=1,
 )
+MLP = HEAD.model_copy(update={"kind": "mlp", "hidden": (8,), "dropout": 0.5})
+PRETRAINED = HEAD.model_copy(update={"kind": "pretrained", "dropout": 0.5, "standardize": False})
 STRATEGY = Strategy(
     init="cached_head",
     freeze_until="none",
@@ -72,15 +82,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_images() -> torch.Tensor:
+@cache
+def make_images(size: int) -> torch.Tensor:
     """Noise (n, size, size, 3) uint8 around a grey level that tells the class, not perfectly."""
     random = np.random.default_rng(0)
     level = 100 + 12 * LABEL[:, None, None, None] + random.normal(0, 6, (N_IMAGES, 1, 1, 3))
-    pixels = random.normal(level, 30, (N_IMAGES, SIZE, SIZE, 3))
+    pixels = random.normal(level, 30, (N_IMAGES, size, size, 3))
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
 
 
-IMAGES = make_images()
+IMAGES = make_images(32)
 
 
 def from_memory(inputs: torch.Tensor) -> Load:
@@ -94,39 +105,70 @@ def task(inputs: torch.Tensor = IMAGES, load: Load | None = None) -> Task:
     return Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, 1, "torch")
 
 
-@pytest.fixture(scope="module")
-def prepared() -> dict[str, tuple[Backbone, np.ndarray, heads.Fitted]]:
-    """For each network: the backbone, its features (n, 1, d) and the head fitted on them."""
-    return {name: prepare(name) for name in MIDDLE}
+class Vgg(nn.Module):
+    """VGG of torchvision in small, without its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = make_layers([8, "M", 16, "M"])
+        self.classifier = nn.Sequential(nn.Linear(16 * 8 * 8, 12), nn.ReLU(inplace=True), nn.Dropout(), nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
 
 
-def prepare(name: str) -> tuple[Backbone, np.ndarray, heads.Fitted]:
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
-    give_statistics(backbone)
-    whole = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
-    features = np.concatenate(list(engine.run(whole, IMAGES.split(8), "torch", "fp32", CPU)))[:, None]
-    train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
-    return backbone, features, heads.fit(train, val, N_CLASSES, 1, HEAD, 0, CPU)
+def load(name: str) -> Backbone:
+    """A backbone with random weights, whose BatchNorm statistics are not those of a batch."""
+    if name in (VGG_LINEAR, VGG_CONVOLUTIONS):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
+        geometry = Preprocessing(resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+        return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0)
+    size = 64 if name == ALEXNET else 32
+    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
+    give_statistics(backbone.module)
+    return backbone
 
 
-def give_statistics(backbone: Backbone) -> None:
+def give_statistics(network: nn.Module) -> None:
     """Random BatchNorm statistics, which those of a batch are not, as with pretrained weights."""
     random = torch.Generator().manual_seed(3)
-    for module in backbone.module.modules():
+    for module in network.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_(0, 0.1, generator=random)
             module.running_var.uniform_(0.5, 2, generator=random)
 
 
-Prepared = dict[str, tuple[Backbone, np.ndarray, heads.Fitted]]
+@dataclass(frozen=True)
+class Prepared:
+    """A backbone, where it ends, its features (n, 1, *shape) and the head fitted on them."""
+
+    backbone: Backbone
+    card: Card
+    features: np.ndarray
+    fitted: heads.Fitted
+    images: torch.Tensor
 
 
-def build(prepared: Prepared, name: str, freeze_until: str) -> nn.Sequential:
-    """Sequential(frozen, body, head), all its own."""
-    backbone, _, fitted = prepared[name]
-    module, head = copy.deepcopy(backbone.module), copy.deepcopy(fitted.head)
-    prefix, body = cuts.split(module, name, freeze_until)
-    return nn.Sequential(nn.Sequential(backbones.Normalize(backbone.preprocessing), prefix), body, head)
+@cache
+def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions = HEAD) -> Prepared:
+    backbone = load(name)
+    images = make_images(backbone.preprocessing.crop)
+    end = cuts.resolve(backbone, cut)
+    base, dense = cuts.split(backbone, end)
+    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), base, cuts.Pool(pool))
+    features = np.concatenate(list(engine.run(frozen, images.split(8), "torch", "fp32", CPU)))[:, None]
+    train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
+    fitted = heads.fit(train, val, N_CLASSES, 1, head, dense, 0, CPU)
+    return Prepared(backbone, Card.model_construct(cut=end, pool=pool), features, fitted, images)
+
+
+def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
+    """Sequential(frozen, body, head) as fine_tune has it, all its own."""
+    backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
+    _, frozen, body = fine_tune.divide(backbone, prepared.card, freeze_until)
+    return nn.Sequential(frozen, body, copy.deepcopy(prepared.fitted.head))
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -142,23 +184,87 @@ def batchnorms(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state(module).items() if name.endswith(names)}
 
 
-@pytest.mark.parametrize("cut", ["none", "middle", "all"])
-@pytest.mark.parametrize("name", MIDDLE)
-def test_network_says_what_the_cached_head_says_before_the_first_step(prepared: Prepared, name: str, cut: str) -> None:
-    _, features, fitted = prepared[name]
-    network = build(prepared, name, MIDDLE[name] if cut == "middle" else cut)
-    expected = heads.predict(fitted.head, features, 1)
-    found = training.predict(network, task(), np.arange(N_IMAGES), "fp32", CPU)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.ptp(expected) > 0.1
+MIDDLES: dict[str, str | int] = {
+    RESNET: "layer2",
+    RESNET18: 8,
+    MOBILENET: "features.6",
+    ALEXNET: "features.5",
+    VGG_LINEAR: 1,
+    VGG_CONVOLUTIONS: "features.2",
+}
 
-    _, curve = training.fit(network, task(), strategy(epochs=1, learning_rate_base=1e-9), 0, CPU, "run")
+
+@pytest.mark.parametrize("freeze_until", ["none", "middle", "all"])
+@pytest.mark.parametrize(
+    ("name", "cut", "pool", "head"),
+    [
+        (RESNET, "all", "none", HEAD),
+        (RESNET, "layer3", "avg", HEAD),
+        (RESNET, "layer3", "flatten", HEAD),
+        (RESNET, "layer3", "avg", MLP),
+        (RESNET, "layer2", "avg", HEAD),  # the middle is where the base ends
+        (RESNET18, "all", "none", HEAD),
+        (MOBILENET, "all", "none", HEAD),
+        (MOBILENET, "features.10", "avg", MLP),
+        (MOBILENET, "flatten", "none", PRETRAINED),
+        (ALEXNET, "all", "none", HEAD),
+        (ALEXNET, "features", "avg", HEAD),
+        (VGG_LINEAR, "all", "none", MLP),
+        (VGG_LINEAR, "features", "flatten", HEAD),
+        (VGG_LINEAR, "features", "none", PRETRAINED),
+        (VGG_LINEAR, "classifier.0", "none", HEAD),
+        (VGG_CONVOLUTIONS, "features", "avg", HEAD),
+        (VGG_CONVOLUTIONS, "features", "none", PRETRAINED),
+    ],
+    ids=lambda value: value.kind if isinstance(value, HeadOptions) else value,
+)
+def test_network_says_what_the_cached_head_says_before_the_first_step(
+    name: str, cut: str, pool: str, head: HeadOptions, freeze_until: str
+) -> None:
+    prepared = prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
+    network = build(prepared, MIDDLES[name] if freeze_until == "middle" else freeze_until)
+    expected = heads.predict(prepared.fitted.head, prepared.features, 1)
+    found = training.predict(network, task(prepared.images), np.arange(N_IMAGES), "fp32", CPU)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+
+
+def test_first_validation_loss_is_that_of_the_cached_head() -> None:
+    fitted, network = prepare(RESNET).fitted, build(prepare(RESNET), "layer2")
+    _, curve = training.fit(network, task(), strategy(epochs=1), 0, CPU, "run")
     assert curve[0]["val_loss"] == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-4)
 
 
-def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm(prepared: Prepared) -> None:
-    _, features, fitted = prepared[RESNET]
-    network = build(prepared, RESNET, "none")
+@pytest.mark.parametrize(("cut", "behind"), [("layer2", "layer3"), ("layer2", 12), ("conv1", "layer1.0")])
+def test_nothing_can_be_frozen_behind_the_end_of_the_base(cut: str, behind: str | int) -> None:
+    with pytest.raises(ValueError, match=r"lies behind .*, where the backbone ends"):
+        build(prepare(RESNET, cut, "avg"), behind)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "pool", "head", "reason"),
+    [
+        (RESNET, "layer4", "none", PRETRAINED, "has no dense layers of its own behind features.cut but the last"),
+        (RESNET, "layer2", "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_LINEAR, 1, "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_CONVOLUTIONS, 1, "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_LINEAR, "features", "none", HEAD, "`head.kind: linear` needs vectors; expected avg or flatten"),
+        (VGG_LINEAR, "features", "none", MLP, "`head.kind: mlp` needs vectors; expected avg or flatten"),
+        (RESNET, "all", "avg", HEAD, "features.cut gives vectors; expected none"),
+    ],
+)
+def test_cuts_and_heads_that_do_not_go_together_are_refused(
+    name: str, cut: str, pool: str, head: HeadOptions, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
+    assert str(caught.value).startswith("params.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm() -> None:
+    features, fitted = prepare(RESNET).features, prepare(RESNET).fitted
+    network = build(prepare(RESNET), "none")
     rates = {"learning_rate_base": 1e-12, "learning_rate_head": 1e-12}
     _, curve = training.fit(network, task(), strategy(epochs=1, **rates), 0, CPU, "run")
     log_probability = heads.predict(fitted.head, features[TRAIN], 1)
@@ -167,10 +273,8 @@ def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm(pr
 
 
 @pytest.mark.parametrize("cut", ["none", "layer2", "all"])
-def test_frozen_batchnorm_keeps_every_statistic_and_the_frozen_part_keeps_everything(
-    prepared: Prepared, cut: str
-) -> None:
-    network = build(prepared, RESNET, cut)
+def test_frozen_batchnorm_keeps_every_statistic_and_the_frozen_part_keeps_everything(cut: str) -> None:
+    network = build(prepare(RESNET), cut)
     before, frozen, head = batchnorms(network), state(network[0]), state(network[2])
     final = finish(network, strategy())
     assert is_same(batchnorms(final), before)
@@ -178,8 +282,8 @@ def test_frozen_batchnorm_keeps_every_statistic_and_the_frozen_part_keeps_everyt
     assert not is_same(state(final[2]), head)
 
 
-def test_trained_batchnorm_moves_the_statistics_of_the_body_and_not_of_the_frozen_part(prepared: Prepared) -> None:
-    network = build(prepared, RESNET, "layer2")
+def test_trained_batchnorm_moves_the_statistics_of_the_body_and_not_of_the_frozen_part() -> None:
+    network = build(prepare(RESNET), "layer2")
     frozen, body = state(network[0]), batchnorms(network[1])
     final = finish(network, strategy(batchnorm="train"))
     assert is_same(state(final[0]), frozen)
@@ -201,8 +305,8 @@ def finish(network: nn.Sequential, options: Strategy, seed: int = 0) -> nn.Seque
     return seen[-1]
 
 
-def test_everything_behind_the_boundary_learns(prepared: Prepared) -> None:
-    network = build(prepared, RESNET, "layer2")
+def test_everything_behind_the_boundary_learns() -> None:
+    network = build(prepare(RESNET), "layer2")
     before = copy.deepcopy(network)
     final = finish(network, strategy())
     for part in (1, 2):
@@ -211,8 +315,8 @@ def test_everything_behind_the_boundary_learns(prepared: Prepared) -> None:
         assert not [name for name, value in final[part].named_parameters() if torch.equal(value, old[name])]
 
 
-def test_standardisation_of_the_head_is_no_parameter(prepared: Prepared) -> None:
-    network = build(prepared, RESNET, "all")
+def test_standardisation_of_the_head_is_no_parameter() -> None:
+    network = build(prepare(RESNET), "all")
     before = state(cast(nn.Sequential, network[2])[0])
     training.fit(network, task(), strategy(), 0, CPU, "run")
     assert is_same(state(cast(nn.Sequential, network[2])[0]), before)
@@ -220,9 +324,9 @@ def test_standardisation_of_the_head_is_no_parameter(prepared: Prepared) -> None
 
 
 @pytest.mark.parametrize("batchnorm", ["frozen", "train"])
-def test_cached_activations_give_the_losses_of_the_whole_network(prepared: Prepared, batchnorm: str) -> None:
+def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str) -> None:
     options = strategy(batchnorm=batchnorm, epochs=3, patience=3)
-    whole = build(prepared, RESNET, "layer2")
+    whole = build(prepare(RESNET), "layer2")
     cached = copy.deepcopy(whole)
     activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU)))
     cached[0] = nn.Identity()
@@ -239,8 +343,8 @@ def is_one_line_that_names_the_run(error: pytest.ExceptionInfo) -> bool:
 
 
 @pytest.mark.parametrize("batch_size", [8, len(TRAIN)])
-def test_exploding_learning_rate_is_one_line_that_names_the_run(prepared: Prepared, batch_size: int) -> None:
-    network = build(prepared, RESNET, "layer2")
+def test_exploding_learning_rate_is_one_line_that_names_the_run(batch_size: int) -> None:
+    network = build(prepare(RESNET), "layer2")
     rates = {"learning_rate_base": 1e30, "learning_rate_head": 1e30, "optimizer": "sgd"}
     options = strategy(**rates, epochs=1, batch_size=batch_size)
     with pytest.raises(ValueError, match="loss") as caught:
@@ -248,8 +352,8 @@ def test_exploding_learning_rate_is_one_line_that_names_the_run(prepared: Prepar
     assert is_one_line_that_names_the_run(caught)
 
 
-def test_loss_that_is_not_a_number_is_one_line_that_names_the_run(prepared: Prepared) -> None:
-    network = build(prepared, RESNET, "all")
+def test_loss_that_is_not_a_number_is_one_line_that_names_the_run() -> None:
+    network = build(prepare(RESNET), "all")
     with torch.no_grad():
         cast(nn.Linear, cast(nn.Sequential, network[2])[-1]).bias.fill_(math.nan)
     with pytest.raises(ValueError, match="the training loss is nan in epoch 1") as caught:
@@ -261,10 +365,8 @@ HARMFUL = {"learning_rate_base": 1e-6, "learning_rate_head": 3.0, "epochs": 9}
 
 
 @pytest.mark.parametrize("patience", [1, 3])
-def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(
-    prepared: Prepared, patience: int
-) -> None:
-    network = build(prepared, RESNET, "layer3")
+def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(patience: int) -> None:
+    network = build(prepare(RESNET), "layer3")
     before = state(network)
     best_epoch, curve = training.fit(network, task(), strategy(**HARMFUL, patience=patience), 0, CPU, "run")
     assert best_epoch == 0
@@ -274,8 +376,8 @@ def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(
     assert not any(module.training for module in network.modules())
 
 
-def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored(prepared: Prepared) -> None:
-    network = build(prepared, RESNET, "layer3")
+def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored() -> None:
+    network = build(prepare(RESNET), "layer3")
     best_epoch, curve = training.fit(network, task(), strategy(epochs=4, patience=4), 0, CPU, "run")
     losses = [line["val_loss"] for line in curve]
     assert best_epoch == int(np.argmin(losses))
@@ -284,19 +386,17 @@ def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored(pre
     assert np.average(nll, weights=WEIGHT[VAL]) == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(prepared: Prepared) -> None:
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
     states = []
     for seed in (4, 4, 5):
         torch.rand(3)  # what the process drew before does not matter
-        states.append(state(finish(build(prepared, RESNET, "layer3"), strategy(epochs=1), seed)))
+        states.append(state(finish(build(prepare(RESNET), "layer3"), strategy(epochs=1), seed)))
     assert is_same(states[0], states[1])
     assert not is_same(states[0], states[2])
 
 
 @pytest.mark.parametrize(("views", "expected"), [(0, [0, 0, 0]), (2, [1, 2, 1]), (8, [1, 2, 3])])
-def test_epochs_cycle_through_the_views_and_see_every_training_image_once(
-    prepared: Prepared, views: int, expected: list[int]
-) -> None:
+def test_epochs_cycle_through_the_views_and_see_every_training_image_once(views: int, expected: list[int]) -> None:
     seen: list[list[tuple[int, int]]] = []
     inputs = from_memory(IMAGES)
 
@@ -305,7 +405,7 @@ def test_epochs_cycle_through_the_views_and_see_every_training_image_once(
         return inputs(batches)
 
     options = strategy(views=views, epochs=3, patience=3)
-    training.fit(build(prepared, RESNET, "all"), task(load=load), options, 0, CPU, "run")
+    training.fit(build(prepare(RESNET), "all"), task(load=load), options, 0, CPU, "run")
     epochs = [pairs for pairs in seen if pairs[0][0] in TRAIN]
     assert [sorted(row for row, _ in pairs) for pairs in epochs] == [list(TRAIN)] * 3
     assert [{view for _, view in pairs} for pairs in epochs] == [{view} for view in expected]
@@ -313,11 +413,11 @@ def test_epochs_cycle_through_the_views_and_see_every_training_image_once(
     assert {view for pairs in seen if pairs[0][0] in VAL for _, view in pairs} == {0}
 
 
-def test_images_count_by_their_weight_in_the_losses(prepared: Prepared) -> None:
+def test_images_count_by_their_weight_in_the_losses() -> None:
     light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, 1, "torch")
     curves, states = [], []
     for each in (task(), light):
-        network = build(prepared, RESNET, "all")
+        network = build(prepare(RESNET), "all")
         _, curve = training.fit(network, each, STRATEGY, 0, CPU, "run")
         curves.append([line["val_loss"] for line in curve] + [line["train_loss"] for line in curve[1:]])
         states.append(network[2].state_dict())

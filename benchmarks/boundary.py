@@ -1,0 +1,183 @@
+"""What the boundary cache buys: `python -m benchmarks.boundary`.
+
+Trains on images of dataset.path (needs `dvc repro split`) with fp32 and frozen BatchNorm: from activations cached at
+the freeze boundary, and the same through the whole network, decoding included. Every line is a ratio of two things
+measured in this run. ResNet-18 has random weights, which changes no speed.
+
+    python -m benchmarks.boundary memory IMAGES     peak memory (MB) of one cached run over so many images
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ["TQDM_DISABLE"] = "1"
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline import backbones, cuts, engine, feature_store, manifest, training
+from pipeline.backbones import Backbone
+from pipeline.feature_store import Computation, Store
+from pipeline.params import BackboneChoice, Params, Strategy, load_params
+from pipeline.stages import fine_tune
+from pipeline.training import Load, Task
+
+LITE, RESNET = "timm/tf_efficientnet_lite0", "torchvision/resnet18"
+CPU = torch.device("cpu")
+N_TIMED = 192  # images a timing trains on
+
+
+class Study:
+    """Images, labels and parameters that all timings share, in a store of their own."""
+
+    def __init__(self, name: str, n_images: int | None) -> None:
+        params = load_params()
+        self.params: Params = params.model_copy(
+            update={"augmentation": params.augmentation.model_copy(update={"flips": "both"})}
+        )
+        weights = "bundled" if name == LITE else "random"
+        self.backbone: Backbone = backbones.load(BackboneChoice(name=name, weights=weights, seed=0), None)
+        self.files, self.labels = manifest.read_images(), manifest.read_labels()
+        split = manifest.read_split(params.split.seeds[0], self.labels.image_id)
+        self.train, self.val = split.rows("train")[:n_images], split.rows("val")
+        self.head = nn.Sequential(nn.Identity(), nn.Linear(self.backbone.feature_dim, len(self.labels.class_names)))
+
+    def strategy(self, **changes: object) -> Strategy:
+        """The partial freeze of params.yaml, in batches of 32."""
+        base = self.params.fine_tune.strategies["partial_freeze"].model_dump()
+        return Strategy.model_validate({**base, "batch_size": 32, "patience": 1000, "views": 2, **changes})
+
+    def parts(self, boundary: str) -> tuple[nn.Sequential, nn.Module]:
+        """Frozen part, from pixels on, and body."""
+        prefix, body = cuts.split(self.backbone, boundary)
+        return nn.Sequential(backbones.Normalize(self.backbone.preprocessing), prefix, cuts.Pool("none")), body
+
+    def cached(self, boundary: str, val: np.ndarray, views: int) -> Load:
+        """Compute the activations of views 1 to `views` (and 0 of `val`), and say how they are loaded."""
+        frozen, _ = self.parts(boundary)
+        pairs = [(int(row), view) for row in self.train for view in range(1, views + 1)] + [(int(r), 0) for r in val]
+        load, _ = fine_tune.load_activations(self.files, pairs, frozen, self.backbone, boundary, self.params, CPU)
+        return load
+
+    def fit(self, boundary: str, load: Load, val: np.ndarray, strategy: Strategy, *, is_cached: bool) -> float:
+        """Seconds."""
+        frozen, body = self.parts(boundary)
+        network = nn.Sequential(nn.Identity() if is_cached else frozen, body, self.head)
+        label, weight = self.labels.label, self.labels.weight
+        task = Task(load, label, weight, self.train, val, 1, "torch")
+        start = time.perf_counter()
+        training.fit(network, task, strategy, 0, CPU, "benchmark")
+        return time.perf_counter() - start
+
+    def whole(self) -> Load:
+        """Images, decoded as the stage does."""
+        return fine_tune.load_images(self.files, self.backbone, self.params)
+
+
+def boundaries(backbone: Backbone, depth: int) -> list[str]:
+    """The last cut point of each stage: of each module path of `depth` parts that ends in a number, or layer<n>."""
+    last = {}
+    for name in cuts.find(backbone):
+        path = ".".join(name.split(".")[:depth])
+        if path.startswith(("blocks.", "layer")):
+            last[path] = path
+    return list(last)
+
+
+def throughput() -> None:
+    """Images/s of training from the cache and through the whole network, at every stage boundary of two networks."""
+    print("training from the cache against the same partial freeze through the whole network, decoding included:")
+    print(f"{'network':<28}{'frozen until':<14}{'whole':>10}{'cached':>12}{'ratio':>8}   images/s")
+    for name, depth in ((RESNET, 1), (LITE, 2)):
+        study = Study(name, N_TIMED)
+        val = study.val[:8]
+        for boundary in boundaries(study.backbone, depth):
+            load, strategy = study.cached(boundary, val, 2), study.strategy
+            slow = study.fit(boundary, study.whole(), val, strategy(epochs=1, warmup_epochs=0), is_cached=False)
+            epochs = 4
+            fast = study.fit(boundary, load, val, strategy(epochs=epochs, warmup_epochs=0), is_cached=True) / epochs
+            rates = N_TIMED / slow, N_TIMED / fast
+            print(f"{name:<28}{boundary:<14}{rates[0]:>10.1f}{rates[1]:>12.1f}{slow / fast:>8.1f}", flush=True)
+
+
+def study_time() -> None:
+    """Seconds of a study of 3 rates and 2 seeds, caching included, against the same without a cache."""
+    study, epochs = Study(LITE, None), 20
+    boundary, val = "blocks.5", study.val
+    start = time.perf_counter()
+    for rate in (1e-5, 3e-5, 1e-4):
+        for _ in range(2):
+            load = study.cached(boundary, val, 2)
+            options = study.strategy(epochs=epochs, learning_rate_base=rate, learning_rate_head=rate)
+            study.fit(boundary, load, val, options, is_cached=True)
+    with_cache = time.perf_counter() - start
+    one = study.fit(boundary, study.whole(), val, study.strategy(epochs=1), is_cached=False)
+    without = 6 * epochs * one
+    print(
+        f"study of 3 rates x 2 seeds, {LITE} at {boundary}, 2 views, {epochs} epochs: {with_cache:.0f} s with the "
+        f"cache, caching included; {without:.0f} s without (one epoch: {one:.1f} s); ratio {without / with_cache:.1f}",
+        flush=True,
+    )
+
+
+def reading() -> None:
+    """Activations/s in random order against the rate at which the rest of the network consumes them."""
+    study = Study(RESNET, 512)
+    frozen, body = study.parts("layer3")
+    how = study.params.augmentation, study.params.features, CPU
+    computation: Computation = feature_store.computation(frozen, study.backbone, "layer3", "none", *how)
+    study.cached("layer3", study.val[:8], 2)
+    store = Store(computation)
+    rows = [(study.files.sha256[row], view) for row in study.train for view in (1, 2)]
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    batches = [shuffled[i : i + 32] for i in range(0, len(rows), 32)]
+    start = time.perf_counter()
+    read = [store.read(batch) for batch in batches]
+    reading = time.perf_counter() - start
+    tensors = [torch.from_numpy(batch) for batch in read]
+    consumer = nn.Sequential(body, study.head)
+    start = time.perf_counter()
+    for _ in engine.run(consumer, tensors, "torch", "fp32", CPU):
+        pass
+    consuming = time.perf_counter() - start
+    print(
+        f"random reads at layer3 of {RESNET}: {len(rows) / reading:,.0f} activations/s, consumed at "
+        f"{len(rows) / consuming:,.0f} (forward only): ratio {consuming / reading:.1f}",
+        flush=True,
+    )
+
+
+def memory() -> None:
+    """Peak memory of a cached run over many images against one over few."""
+    few, many = 256, 1536
+    command = [sys.executable, "-m", "benchmarks.boundary", "memory"]
+    peaks = [float(subprocess.check_output([*command, str(n)])) for n in (few, many)]
+    print(f"peak memory: {peaks[0]:.0f} MB over {few} images, {peaks[1]:.0f} MB over {many}: ratio", end=" ")
+    print(f"{peaks[1] / peaks[0]:.3f}", flush=True)
+
+
+def main() -> None:
+    """Run everything, or one run whose memory is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder  # an empty store
+        if sys.argv[1:2] == ["memory"]:
+            study = Study(RESNET, int(sys.argv[2]))
+            load = study.cached("layer3", study.val[:8], 1)
+            options = study.strategy(epochs=1, views=1, warmup_epochs=0)
+            study.fit("layer3", load, study.val[:8], options, is_cached=True)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores")
+        throughput()
+        study_time()
+        reading()
+        memory()
+
+
+if __name__ == "__main__":
+    main()

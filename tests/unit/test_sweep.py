@@ -1,0 +1,82 @@
+"""sweep: what the experiments of git say, the choice by validation."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import sweep
+
+
+def details(boundary: str, trained: int, val_nll: float, val: float, test: float) -> dict[str, Any]:
+    def figures(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "accuracy_low": accuracy - 0.03, "accuracy_high": accuracy + 0.03}
+
+    network = {"params": 1000, "boundary": boundary, "largest_rounding": 0.0}
+    run = {"cost": {"trainable_params": trained, "train_flops": 10**12 * trained}, "network": network}
+    return {"val": figures(val), "test": figures(test), "runs": [run | {"val": {"nll": val_nll}}]}
+
+
+def git(*arguments: str, text: str | None = None) -> str:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout.strip()
+
+
+def commit(partial: dict[str, Any], parent: str | None = None) -> str:
+    """A commit whose reports/details.json has the head alone and `partial`."""
+    content = {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), "partial_freeze": partial}
+    blob = git("hash-object", "-w", "--stdin", text=json.dumps(content))
+    reports = git("mktree", text=f"100644 blob {blob}\tdetails.json\n")
+    tree = git("mktree", text=f"040000 tree {reports}\treports\n")
+    return git("commit-tree", tree, "-m", "m", *(("-p", parent) if parent else ()))
+
+
+@pytest.fixture
+def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """HEAD at blocks.5, experiments at blocks.3 and blocks.4, and one of another commit."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "-b", "main")
+    head = commit(details("blocks.5.3.add", 300, 0.32, 0.85, 0.86))
+    git("update-ref", "refs/heads/main", head)
+    for name, boundary, trained, nll, test in (
+        ("one-exp", "blocks.3.2.add", 900, 0.33, 0.99),
+        ("two-exp", "blocks.4.2.add", 700, 0.30, 0.87),
+    ):
+        git(
+            "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", commit(details(boundary, trained, nll, 0.86, test))
+        )
+    other = commit(details("blocks.1.1.add", 990, 0.1, 0.99, 0.99))
+    git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/foreign", other)
+    return head
+
+
+def test_experiments_of_head_are_read_from_the_least_trained_to_the_most(experiments: str) -> None:
+    depths = sweep.read("partial_freeze")
+    assert [depth.boundary for depth in depths] == ["all", "blocks.5.3.add", "blocks.4.2.add", "blocks.3.2.add"]
+    assert [depth.experiment for depth in depths] == ["feature_extraction", "HEAD", "two-exp", "one-exp"]
+    assert [depth.trained for depth in depths] == [0.01, 0.3, 0.7, 0.9]
+
+
+def test_choice_is_by_validation_and_the_table_says_nothing_of_the_test_images(
+    experiments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sweep", "partial_freeze"])
+    sweep.main()
+    table, _, choice = capsys.readouterr().out.partition("lowest validation NLL")
+    assert "blocks.4.2.add (two-exp)" in choice
+    assert "87.0% (84.0% to 90.0%)" in choice
+    assert "99.0%" not in table + choice
+    assert table.count("\n") == 2 + 4 + 1
+    picture = Path("reports/sweep.svg").read_text()
+    assert picture.startswith("<svg")
+    assert all(
+        name in picture for name in ("blocks.3.2.add", "blocks.4.2.add", "validation accuracy", "training FLOPs")
+    )
+
+
+def test_strategy_that_no_experiment_has_is_one_line(experiments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sweep", "full_retrain"])
+    with pytest.raises(ValueError, match=r"no reports/details\.json of HEAD.* has the strategy full_retrain"):
+        sweep.main()
