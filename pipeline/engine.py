@@ -74,13 +74,21 @@ def run(
     if engine == "openvino":
         yield from _run_openvino(module, batches, precision)
         return
-    module.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    place(module, device)
     full = 0
     for batch in batches:
         full = full or max(BATCH, len(batch))
         with torch.inference_mode(), autocast(precision, device):
             output = module(_padded(batch, full).to(device, non_blocking=True))
         yield output[: len(batch)].float().cpu().numpy()
+
+
+def place(module: nn.Module, device: torch.device) -> None:
+    """Move to the device, with filters channels-last (Module.to would fail on constants of five dimensions)."""
+    module.to(device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -182,7 +182,8 @@ class Store:
             with h5py.File(path, "r") as file:
                 names, views, rounding = (np.array(_plain(file, name)) for name in ("sha256", "view", "rounding"))
                 values = _plain(file, "features")
-                if (values.shape, values.dtype) != ((len(names), *shape), dtype) or len(views) != len(names):
+                is_row_each = (values.shape, values.dtype) == ((len(names), *shape), dtype)
+                if not is_row_each or not views.shape == rounding.shape == (len(names),) or names.dtype != "S64":
                     raise ValueError(f"values of shape {values.shape} and type {values.dtype}")
                 shard = _Shard(path, values.id.get_offset(), rounding)
             if shard.offset + len(names) * math.prod(shape) * dtype.itemsize > path.stat().st_size:
@@ -223,7 +224,7 @@ def fill(computation: Computation, paths: dict[str, Path], rows: Sequence[Row], 
     how = f"{computation.description['engine']}, {computation.description['precision']}"
     n_reused = n_rows - len(missing)
     log.info("cache at %s (%.3g GB): %d rows reused, %d to compute (%s)", cut, size, n_reused, len(missing), how)
-    computed = iter(progress(_compute(computation, paths, missing, workers), len(missing), "images", cut))
+    computed = iter(progress(_compute(computation, paths, missing, workers), len(missing), "views", cut))
     per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
     for start in range(0, len(missing), per_shard):
         part = missing[start : start + per_shard]

@@ -260,10 +260,15 @@ def _minibatch_path(
                 if ratio:
                     for matrix in matrices:  # the threshold in the metric of Adam's step, or it counts for nothing
                         state = optimizer.state[matrix]
-                        step_size = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8
-                        threshold = options.learning_rate * strength * ratio / step_size
+                        unbiased = state["exp_avg_sq"] / (1 - optimizer.defaults["betas"][1] ** state["step"].item())
+                        threshold = options.learning_rate * strength * ratio / (unbiased.sqrt() + 1e-8)
                         matrix.data = matrix.data.sign() * (matrix.data.abs() - threshold).clamp_min(0)
             nll = _nll(candidate, val, evaluation_views)
+            if not math.isfinite(nll):
+                raise ValueError(
+                    f"params.yaml: head: the validation NLL is {nll} with strength {strength:g}; lower "
+                    "head.learning_rate"
+                )
             if nll < best_nll:
                 best, best_nll = copy.deepcopy(candidate), nll
         yield strength, best, options.epochs

@@ -22,6 +22,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.params import Augmentation, Record
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none of which runs a program
+MAX_ASPECT = 50  # of an image: resizing the shorter side makes the longer one so many times as long
 FLIPS = {"none": ("",), "horizontal": ("", "h"), "vertical": ("", "v"), "both": ("", "h", "v", "hv")}
 
 
@@ -63,7 +65,7 @@ def decode(content: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a broken EXIF block is no broken image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:  # whose text holds an address in memory
@@ -71,6 +73,8 @@ def decode(content: bytes) -> Image.Image:
     # Pillow's decoders raise almost anything on broken input; whatever it is, the file is at fault
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    if max(upright.size) > MAX_ASPECT * min(upright.size):
+        raise ValueError(f"{upright.width} x {upright.height} px; expected a side at most {MAX_ASPECT} times the other")
     if upright.mode.startswith("I"):
         return Image.fromarray(np.round(np.clip(np.asarray(upright), 0, 65535) / 257).astype(np.uint8))
     if upright.mode == "F":

@@ -83,7 +83,7 @@ def find_images(directory: Path) -> pd.DataFrame:
 
 def _from_csv(table: Path) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
     for column in ("path", "label"):

@@ -10,6 +10,7 @@ from ruamel.yaml.error import YAMLError
 
 PARAMS = Path("params.yaml")
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
+HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # what it gives over all its seeds, in reports
 
 
 def _distinct(values: tuple) -> tuple:
@@ -238,7 +239,10 @@ class Params(Record):
                 f"features: found `cut: {self.features.cut}` and `pool: {self.features.pool}`; `head.kind: pretrained` "
                 "needs a cut before the network's own dense layers (python -m pipeline.cuts NAME) and `pool: none`",
             ),
-            (HEAD_ONLY in strategies, f"fine_tune.strategies: the name {HEAD_ONLY} is taken by the head alone"),
+            (
+                {HEAD_ONLY, HEAD_ALL_SEEDS} & strategies.keys(),
+                f"fine_tune.strategies: the names {HEAD_ONLY} and {HEAD_ALL_SEEDS} are taken by the head alone",
+            ),
             (unknown, f"fine_tune.run: found {unknown}, expected some of {', '.join(strategies)}"),
             (unsplit, f"fine_tune.seeds: found {unsplit}, expected some of split.seeds"),
             (run and not self.fine_tune.seeds, "fine_tune.seeds: found [], expected a seed, or `run: []`"),

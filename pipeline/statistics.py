@@ -25,7 +25,9 @@ def accuracy_interval(
     n = int(seen.sum())
     effective = 1 / float((share**2).sum())  # where all are right or all wrong
     variance = float(((contribution - accuracy * share)[seen] ** 2).sum()) * n / max(n - 1, 1)
-    if variance > 0:
+    n_right, n_seen = sum(int(hit.sum()) for hit in hits), sum(map(len, hits))
+    accuracy = min(max(accuracy, 0.0), 1.0)  # up to rounding
+    if 0 < n_right < n_seen and variance > 0:
         effective = accuracy * (1 - accuracy) / variance
     low, high = np.asarray(proportion_confint(accuracy * effective, effective, method="wilson")).tolist()
     return low, high

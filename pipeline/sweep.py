@@ -60,24 +60,25 @@ def main() -> None:
 
 
 def read(strategy: str) -> list[Depth]:
-    """The runs of `strategy`, and the head alone, from the least trained to the most; equal boundaries once.
+    """The runs of `strategy`, and the head alone, from the least trained to the most; of equal boundaries the best.
 
     Raises ValueError if neither HEAD nor an experiment that started there has run it.
     """
     head = _git("rev-parse", "HEAD").strip()
     refs = _git("for-each-ref", "--format=%(refname)", f"refs/exps/{head[:2]}/{head[2:]}").split()
-    found, is_there = {}, False
+    found: dict[str, Depth] = {}
     for ref in [*refs, "HEAD"]:
         try:
             details = json.loads(_git("show", f"{ref}:{DETAILS}"))
         except ValueError:  # a commit from before the first repro
             continue
-        is_there |= strategy in details
+        if strategy not in details:  # another study
+            continue
         for name in (strategy, HEAD_ONLY):
-            if name in details:
-                depth = _depth(HEAD_ONLY if name == HEAD_ONLY else ref.rpartition("/")[2], details[name])
+            depth = _depth(HEAD_ONLY if name == HEAD_ONLY else ref.rpartition("/")[2], details[name])
+            if depth.boundary not in found or depth.val_nll < found[depth.boundary].val_nll:
                 found[depth.boundary] = depth
-    if not is_there:
+    if not found:
         raise ValueError(f"no {DETAILS} of HEAD, or of an experiment that started there, has the strategy {strategy}")
     return sorted(found.values(), key=lambda depth: depth.trained)
 

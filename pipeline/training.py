@@ -52,20 +52,21 @@ def fit(
     torch.set_num_threads(strategy.threads)
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    engine.place(network, device)
     network.requires_grad_(True)
     network[0].requires_grad_(False)
-    n_steps = math.ceil(len(task.train) / strategy.batch_size)
+    n_steps = len(_batches([(0, 0)] * len(task.train), strategy.batch_size))
     optimizer = _optimizer(network, strategy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
     curve = [{"epoch": 0, "train_loss": None, "train_accuracy": None, **_validate(network, task, strategy, device)}]
+    _check_finite(name, 0, "validation", curve[0]["val_loss"])
     best_epoch, best = 0, copy.deepcopy(network.state_dict())
     _report(name, curve[0])
     for epoch in range(1, strategy.epochs + 1):
         view = (epoch - 1) % strategy.views + 1 if strategy.views else 0
         pairs = [(int(row), view) for row in order.permutation(task.train)]
-        batches = [pairs[i : i + strategy.batch_size] for i in range(0, len(pairs), strategy.batch_size)]
+        batches = _batches(pairs, strategy.batch_size)
         set_training_mode(network, strategy)
         total = np.zeros(2)
         inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
@@ -85,6 +86,14 @@ def fit(
     network.load_state_dict(best)
     network.eval()
     return best_epoch, curve
+
+
+def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    """Batches of `size`; one image left over joins the batch before it, for it has no statistics of its own."""
+    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
 
 
 def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:

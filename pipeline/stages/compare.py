@@ -19,10 +19,9 @@ from pipeline import artifacts, logs, manifest, metrics, statistics
 from pipeline.artifacts import Run
 from pipeline.files import write_json, write_text
 from pipeline.manifest import Labels, Split
-from pipeline.params import HEAD_ONLY, load_params
+from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, load_params
 
 REPORTS = Path("reports")
-ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     common = list(params.fine_tune.seeds if params.fine_tune.run else splits)
     delete_unlisted({name: set(common) for name in names} | {HEAD_ONLY: set(splits)})
     runs = {name: [read_run(name, splits[seed]) for seed in common] for name in names}
-    runs[ALL_SEEDS] = [read_run(HEAD_ONLY, split) for split in splits.values()]
+    runs[HEAD_ALL_SEEDS] = [read_run(HEAD_ONLY, split) for split in splits.values()]
     scored = {name: [score(run, labels) for run in runs[name]] for name in runs}
 
     write_json(REPORTS / "comparison.json", {name: summarise(results) for name, results in scored.items()})
@@ -51,7 +50,7 @@ def main() -> None:
 
 def delete_unlisted(listed: dict[str, set[int]]) -> None:
     """Delete runs and models of other strategies and seeds than those listed."""
-    for path in [*artifacts.RUNS.glob("*/seed_*"), *artifacts.MODELS.glob("*/seed_*")]:
+    for path in [*artifacts.RUNS.glob("*/seed_[0-9]*"), *artifacts.MODELS.glob("*/seed_[0-9]*")]:
         if int(path.name.removeprefix("seed_").partition(".")[0]) not in listed.get(path.parent.name, ()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in [*artifacts.RUNS.glob("*"), *artifacts.MODELS.glob("*")]:
@@ -114,7 +113,7 @@ def rounded(value: Any) -> Any:  # noqa: ANN401
 
 def as_markdown(scored: dict[str, list[dict[str, Any]]], baseline: str, common: Sequence[int]) -> str:
     """The table for people: means over seeds, with the standard deviation where there are several."""
-    n_test = sorted({result["test"]["n"] for result in scored[ALL_SEEDS]})
+    n_test = sorted({result["test"]["n"] for result in scored[HEAD_ALL_SEEDS]})
     lines = [
         f"Test accuracy in %, weighted by the images' weights, on {' to '.join(map(str, n_test))} test images a seed; "
         f"mean ± standard deviation over n seeds. Compared on seed {', '.join(map(str, common))}.",
@@ -129,7 +128,7 @@ def as_markdown(scored: dict[str, list[dict[str, Any]]], baseline: str, common: 
         test, cost = summary["test"], summary["cost"]
         accuracies = [100 * result["test"]["accuracy"] for result in results]
         spread = f" ± {np.std(accuracies, ddof=1):.1f}" if len(results) > 1 else ""
-        gain = "" if name in (baseline, ALL_SEEDS) else f"{100 * (test['accuracy'] - reference):+.1f}"
+        gain = "" if name in (baseline, HEAD_ALL_SEEDS) else f"{100 * (test['accuracy'] - reference):+.1f}"
         cells = [
             name.replace("_all_seeds", ", all seeds"),
             f"{len(results)}",

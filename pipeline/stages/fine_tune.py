@@ -57,7 +57,7 @@ def main() -> None:
 
     network.cpu()
     n_epochs = len(curve) - 1
-    passes = len(train) * (min(n_epochs, len(train_views)) if is_cached else n_epochs)
+    passes = len(train) * (len(train_views) if is_cached else n_epochs)
     before = card.cost if strategy.init == "cached_head" else None
     cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train), before)
     tuned = {
@@ -66,7 +66,8 @@ def main() -> None:
         "weights_sha256": backbones.state_sha256(backbone.module),
         "cost": cost,
     }
-    artifacts.save_model(card.model_copy(update=tuned), head, frozen[1], body[0])
+    base, _ = cuts.split(backbone, card.cut)  # as load_network cuts it, around the same tensors
+    artifacts.save_model(card.model_copy(update=tuned), head, base)
     n_params = sum(parameter.numel() for part in (frozen, body, head) for parameter in part.parameters())
     described = {"params": n_params, "boundary": boundary, "largest_rounding": rounding}
     artifacts.save_run(

@@ -58,9 +58,14 @@ def draw(labels: Labels, units: list[list[int]], sizes: Splitting, seed: int) ->
         pool = [unit for _, unit in sorted(strata[stratum])]
         seen += sum(map(len, pool))
         for part, share in (("test", sizes.test_fraction), ("val", sizes.val_fraction)):
-            while pool and taken[part] + len(pool[0]) / 2 <= share * seen:
-                taken[part] += len(pool[0])
-                split[pool.pop(0)] = part
+            left = []
+            for unit in pool:  # one that is too large for a part leaves it to the smaller ones behind
+                if taken[part] + len(unit) / 2 <= share * seen:
+                    taken[part] += len(unit)
+                    split[unit] = part
+                else:
+                    left.append(unit)
+            pool = left
     return Split(seed, labels.image_id, split)
 
 

@@ -67,7 +67,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         "weights_sha256": made["computation"]["weights_sha256"],
         "cost": cost.model_dump(),
     }
-    artifacts.save_model(Card.model_validate(described, strict=False), fitted.head)
+    artifacts.save_model(Card.model_validate(described, strict=False), fitted.head, None)
     said = {
         f"{part}_{what}": value
         for part in ("val", "test")

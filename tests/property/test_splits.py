@@ -124,3 +124,12 @@ def test_a_class_that_misses_a_part_is_named(absent: str):
     complete.split[parts.index(absent)] = "unused"
     with pytest.raises(ValueError, match=f"seed 3: class 'rare' has 3 images, none of them in {absent}; add images"):
         check_classes(complete, labels)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1000))
+def test_one_large_group_does_not_keep_the_rest_of_its_class_out_of_test_and_validation(seed: int):
+    table = [(str(i), "video" if i < 30 else "", "", "x" if i < 50 else "y", "") for i in range(100)]
+    images, labels = records(table)
+    sizes = Splitting(seeds=(seed,), test_fraction=0.25, val_fraction=0.1125)
+    check_classes(draw(labels, make_units(images, labels), sizes, seed), labels)

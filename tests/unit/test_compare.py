@@ -9,16 +9,8 @@ import pytest
 from pipeline import artifacts
 from pipeline.artifacts import Cost, Run
 from pipeline.manifest import Labels, Split
-from pipeline.stages.compare import (
-    ALL_SEEDS,
-    as_markdown,
-    confusion,
-    delete_unlisted,
-    intervals,
-    read_run,
-    score,
-    summarise,
-)
+from pipeline.params import HEAD_ALL_SEEDS
+from pipeline.stages.compare import as_markdown, confusion, delete_unlisted, intervals, read_run, score, summarise
 
 LABELS = Labels(
     image_id=["a", "b", "c", "d"],
@@ -87,7 +79,7 @@ def test_the_table_says_mean_spread_and_gain_over_the_baseline():
     scored = {
         "feature_extraction": [result(0.80), result(0.84)],
         "full_retrain": [result(0.85, cost=3_000_000), result(0.90, cost=3_000_000)],
-        ALL_SEEDS: [result(0.80, n=90), result(0.84), result(0.79)],
+        HEAD_ALL_SEEDS: [result(0.80, n=90), result(0.84), result(0.79)],
     }
     text = as_markdown(scored, "feature_extraction", [0, 5])
     head, *table = text.splitlines()
@@ -102,14 +94,14 @@ def test_the_table_says_mean_spread_and_gain_over_the_baseline():
 
 
 def test_one_seed_has_no_spread_and_a_loss_has_its_sign():
-    scored = {"feature_extraction": [result(0.80)], "worse": [result(0.75)], ALL_SEEDS: [result(0.80)]}
+    scored = {"feature_extraction": [result(0.80)], "worse": [result(0.75)], HEAD_ALL_SEEDS: [result(0.80)]}
     lines = as_markdown(scored, "feature_extraction", [0]).splitlines()
     assert lines[-2].startswith("| worse | 1 | 75.0 | -5.0 |")
     assert "on 100 test images" in lines[0]
 
 
 def test_another_baseline_turns_the_gain_round():
-    scored = {"feature_extraction": [result(0.80)], "full": [result(0.85)], ALL_SEEDS: [result(0.80)]}
+    scored = {"feature_extraction": [result(0.80)], "full": [result(0.85)], HEAD_ALL_SEEDS: [result(0.80)]}
     lines = as_markdown(scored, "full", [0]).splitlines()
     assert lines[-3].startswith("| feature_extraction | 1 | 80.0 | -5.0 |")
     assert lines[-2].startswith("| full | 1 | 85.0 |  |")

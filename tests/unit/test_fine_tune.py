@@ -26,6 +26,7 @@ SIZE = 32
 COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
 N_IMAGES = 30
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
+SWIN = "timm/swin_tiny_patch4_window7_224"
 PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
 
 
@@ -236,6 +237,7 @@ def head_of_run() -> nn.Module:
         (TINY, {"cut": 8, "pool": "flatten", "store_dtype": "fp16"}, {}, {"freeze_until": "all"}),
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
+        (SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
     ],
 )

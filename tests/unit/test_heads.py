@@ -210,6 +210,11 @@ def test_a_validation_loss_that_is_not_finite_is_one_line():
         fit(examples(), val=val)
 
 
+def test_an_exploding_mlp_is_one_line_and_no_untrained_head():
+    with pytest.raises(ValueError, match=r"params\.yaml: head: the validation NLL is .*; lower head\.learning_rate"):
+        fit(examples(), options(MLP, learning_rate=1e30))
+
+
 def test_a_linear_head_does_not_depend_on_the_seed():
     assert np.array_equal(weight_of(fit(examples(), seed=0)), weight_of(fit(examples(), seed=5)))
 

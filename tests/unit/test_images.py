@@ -320,3 +320,16 @@ def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: 
     assert len(str(error.value).splitlines()) == 1
     if damage == "changed":
         assert str(error.value) == f"{bad}: other bytes than were indexed; run: dvc repro"
+
+
+@pytest.mark.parametrize("size", [(1, 60), (120, 2)])
+def test_image_that_resizing_would_blow_up_is_refused(size: tuple[int, int]):
+    content = io.BytesIO()
+    Image.new("L", size).save(content, "PNG")
+    with pytest.raises(ValueError, match=r"px; expected a side at most 50 times the other"):
+        decode(content.getvalue())
+
+
+def test_format_that_runs_a_program_is_refused():
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")

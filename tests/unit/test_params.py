@@ -160,11 +160,14 @@ def test_a_pretrained_head_may_have_dropout(dropout: float, tmp_path: Path):
     assert (params.head.kind, params.head.dropout) == ("pretrained", dropout)
 
 
-def test_no_fine_tuned_strategy_may_be_called_as_the_head_alone(tmp_path: Path):
+@pytest.mark.parametrize("name", ["feature_extraction", "feature_extraction_all_seeds"])
+def test_no_fine_tuned_strategy_may_be_called_as_the_head_alone(tmp_path: Path, name: str):
     document = document_with({})
     strategies = document["fine_tune"]["strategies"]
-    strategies["feature_extraction"] = strategies["full_retrain"]
-    with pytest.raises(ValueError, match="strategies: the name feature_extraction is taken"):
+    strategies[name] = strategies["full_retrain"]
+    with pytest.raises(
+        ValueError, match="strategies: the names feature_extraction and feature_extraction_all_seeds are taken"
+    ):
         load(document, tmp_path)
 
 

@@ -88,7 +88,7 @@ def save(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
         weights_sha256=backbones.state_sha256(backbone.module),
         cost=Cost(trainable_params=1, train_flops=1, base_passes=1),
     )
-    artifacts.save_model(card, head, *([] if strategy == "feature_extraction" else [backbone.module]))
+    artifacts.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     base = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)

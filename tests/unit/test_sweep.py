@@ -24,13 +24,13 @@ def git(*arguments: str, text: str | None = None) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, input=text).stdout.strip()
 
 
-def commit(partial: dict[str, Any], parent: str | None = None) -> str:
-    """A commit whose reports/details.json has the head alone and `partial`."""
-    content = {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), "partial_freeze": partial}
+def commit(run: dict[str, Any], strategy: str = "partial_freeze") -> str:
+    """A commit whose reports/details.json has the head alone and `run`."""
+    content = {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), strategy: run}
     blob = git("hash-object", "-w", "--stdin", text=json.dumps(content))
     reports = git("mktree", text=f"100644 blob {blob}\tdetails.json\n")
     tree = git("mktree", text=f"040000 tree {reports}\treports\n")
-    return git("commit-tree", tree, "-m", "m", *(("-p", parent) if parent else ()))
+    return git("commit-tree", tree, "-m", "m")
 
 
 @pytest.fixture
@@ -43,10 +43,13 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, boundary, trained, nll, test in (
         ("one-exp", "blocks.3.2.add", 900, 0.33, 0.99),
         ("two-exp", "blocks.4.2.add", 700, 0.30, 0.87),
+        ("worse-exp", "blocks.4.2.add", 700, 0.31, 0.99),
     ):
         git(
             "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", commit(details(boundary, trained, nll, 0.86, test))
         )
+    study = commit(details("features.12", 1, 0.1, 0.99, 0.99), strategy="another")
+    git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/study", study)
     other = commit(details("blocks.1.1.add", 990, 0.1, 0.99, 0.99))
     git("update-ref", f"refs/exps/{other[:2]}/{other[2:]}/foreign", other)
     return head

@@ -356,7 +356,7 @@ def test_loss_that_is_not_a_number_is_one_line_that_names_the_run() -> None:
     network = build(prepare(RESNET), "all")
     with torch.no_grad():
         cast(nn.Linear, cast(nn.Sequential, network[2])[-1]).bias.fill_(math.nan)
-    with pytest.raises(ValueError, match="the training loss is nan in epoch 1") as caught:
+    with pytest.raises(ValueError, match="the validation loss is nan in epoch 0") as caught:
         training.fit(network, task(), STRATEGY, 0, CPU, "full_retrain-7")
     assert is_one_line_that_names_the_run(caught)
 
