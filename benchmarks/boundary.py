@@ -7,6 +7,7 @@ measured in this run. ResNet-18 has random weights, which changes no speed.
     python -m benchmarks.boundary memory IMAGES     peak memory (MB) of one cached run over so many images
 """
 
+import copy
 import os
 import resource
 import subprocess
@@ -29,33 +30,34 @@ from pipeline.training import Load, Task
 
 LITE, RESNET = "timm/tf_efficientnet_lite0", "torchvision/resnet18"
 CPU = torch.device("cpu")
-N_TIMED = 192  # images a timing trains on
+N_TIMED = 128  # images a timing trains on
 
 
 class Study:
-    """Images, labels and parameters that all timings share, in a store of their own."""
+    """Images, labels and parameters that all timings of one split share."""
 
-    def __init__(self, name: str, n_images: int | None) -> None:
+    def __init__(self, name: str, n_images: int | None, seed: int = 0) -> None:
         params = load_params()
-        self.params: Params = params.model_copy(
-            update={"augmentation": params.augmentation.model_copy(update={"flips": "both"})}
-        )
+        augmentation = params.augmentation.model_copy(update={"flips": "both"})
+        self.params: Params = params.model_copy(update={"augmentation": augmentation})
         weights = "bundled" if name == LITE else "random"
         self.backbone: Backbone = backbones.load(BackboneChoice(name=name, weights=weights, seed=0), None)
         self.files, self.labels = manifest.read_images(), manifest.read_labels()
-        split = manifest.read_split(params.split.seeds[0], self.labels.image_id)
+        self.seed = seed
+        split = manifest.read_split(seed, self.labels.image_id)
         self.train, self.val = split.rows("train")[:n_images], split.rows("val")
-        self.head = nn.Sequential(nn.Identity(), nn.Linear(self.backbone.feature_dim, len(self.labels.class_names)))
 
     def strategy(self, **changes: object) -> Strategy:
         """The partial freeze of params.yaml, in batches of 32."""
         base = self.params.fine_tune.strategies["partial_freeze"].model_dump()
         return Strategy.model_validate({**base, "batch_size": 32, "patience": 1000, "views": 2, **changes})
 
-    def parts(self, boundary: str) -> tuple[nn.Sequential, nn.Module]:
-        """Frozen part, from pixels on, and body."""
-        prefix, body = cuts.split(self.backbone, boundary)
-        return nn.Sequential(backbones.Normalize(self.backbone.preprocessing), prefix, cuts.Pool("none")), body
+    def parts(self, boundary: str) -> tuple[nn.Sequential, nn.Sequential]:
+        """Frozen part, from pixels on, and the rest with a new head; copies."""
+        prefix, body = cuts.split(self.backbone, cuts.resolve(self.backbone, boundary))
+        head = nn.Linear(self.backbone.feature_dim, len(self.labels.class_names))
+        frozen = nn.Sequential(backbones.Normalize(self.backbone.preprocessing), prefix, cuts.Pool("none"))
+        return copy.deepcopy(frozen), copy.deepcopy(nn.Sequential(body, head))
 
     def cached(self, boundary: str, val: np.ndarray, views: int) -> Load:
         """Compute the activations of views 1 to `views` (and 0 of `val`), and say how they are loaded."""
@@ -66,61 +68,58 @@ class Study:
 
     def fit(self, boundary: str, load: Load, val: np.ndarray, strategy: Strategy, *, is_cached: bool) -> float:
         """Seconds."""
-        frozen, body = self.parts(boundary)
-        network = nn.Sequential(nn.Identity() if is_cached else frozen, body, self.head)
-        label, weight = self.labels.label, self.labels.weight
-        task = Task(load, label, weight, self.train, val, 1, "torch")
+        frozen, rest = self.parts(boundary)
+        network = nn.Sequential(nn.Identity() if is_cached else frozen, rest[0], rest[1])
+        task = Task(load, self.labels.label, self.labels.weight, self.train, val, 1, "torch")
         start = time.perf_counter()
-        training.fit(network, task, strategy, 0, CPU, "benchmark")
+        training.fit(network, task, strategy, self.seed, CPU, "benchmark")
         return time.perf_counter() - start
+
+    def epoch(self, boundary: str, load: Load, val: np.ndarray, n: int, *, is_cached: bool) -> float:
+        """Seconds of one epoch, with its validation: of n + 1 epochs, less those of the first, by n."""
+        times = [
+            self.fit(boundary, load, val, self.strategy(epochs=epochs, warmup_epochs=0), is_cached=is_cached)
+            for epochs in (1, n + 1)
+        ]
+        return (times[1] - times[0]) / n
 
     def whole(self) -> Load:
         """Images, decoded as the stage does."""
         return fine_tune.load_images(self.files, self.backbone, self.params)
 
 
-def boundaries(backbone: Backbone, depth: int) -> list[str]:
-    """The last cut point of each stage: of each module path of `depth` parts that ends in a number, or layer<n>."""
-    last = {}
-    for name in cuts.find(backbone):
-        path = ".".join(name.split(".")[:depth])
-        if path.startswith(("blocks.", "layer")):
-            last[path] = path
-    return list(last)
-
-
 def throughput() -> None:
-    """Images/s of training from the cache and through the whole network, at every stage boundary of two networks."""
+    """Images/s of training from the cache and through the whole network, at every block of two networks."""
     print("training from the cache against the same partial freeze through the whole network, decoding included:")
     print(f"{'network':<28}{'frozen until':<14}{'whole':>10}{'cached':>12}{'ratio':>8}   images/s")
-    for name, depth in ((RESNET, 1), (LITE, 2)):
+    for name in (RESNET, LITE):
         study = Study(name, N_TIMED)
         val = study.val[:8]
-        for boundary in boundaries(study.backbone, depth):
-            load, strategy = study.cached(boundary, val, 2), study.strategy
-            slow = study.fit(boundary, study.whole(), val, strategy(epochs=1, warmup_epochs=0), is_cached=False)
-            epochs = 4
-            fast = study.fit(boundary, load, val, strategy(epochs=epochs, warmup_epochs=0), is_cached=True) / epochs
+        blocks = dict.fromkeys(cuts.block(study.backbone.module, cut) for cut in cuts.find(study.backbone))
+        for boundary in [block for block in blocks if "." in block]:  # without the stem, and what follows the blocks
+            slow = study.epoch(boundary, study.whole(), val, 1, is_cached=False)
+            fast = study.epoch(boundary, study.cached(boundary, val, 2), val, 4, is_cached=True)
             rates = N_TIMED / slow, N_TIMED / fast
             print(f"{name:<28}{boundary:<14}{rates[0]:>10.1f}{rates[1]:>12.1f}{slow / fast:>8.1f}", flush=True)
 
 
 def study_time() -> None:
     """Seconds of a study of 3 rates and 2 seeds, caching included, against the same without a cache."""
-    study, epochs = Study(LITE, None), 20
-    boundary, val = "blocks.5", study.val
+    boundary, epochs, rates, seeds = "blocks.5", 20, (1e-5, 3e-5, 1e-4), load_params().split.seeds[:2]
+    studies = [Study(LITE, None, seed) for seed in seeds]
     start = time.perf_counter()
-    for rate in (1e-5, 3e-5, 1e-4):
-        for _ in range(2):
-            load = study.cached(boundary, val, 2)
+    for study in studies:
+        for rate in rates:
+            load = study.cached(boundary, study.val, 2)
             options = study.strategy(epochs=epochs, learning_rate_base=rate, learning_rate_head=rate)
-            study.fit(boundary, load, val, options, is_cached=True)
+            study.fit(boundary, load, study.val, options, is_cached=True)
     with_cache = time.perf_counter() - start
-    one = study.fit(boundary, study.whole(), val, study.strategy(epochs=1), is_cached=False)
-    without = 6 * epochs * one
+    one = studies[0].epoch(boundary, studies[0].whole(), studies[0].val, 1, is_cached=False)
+    without = len(rates) * len(seeds) * epochs * one
     print(
-        f"study of 3 rates x 2 seeds, {LITE} at {boundary}, 2 views, {epochs} epochs: {with_cache:.0f} s with the "
-        f"cache, caching included; {without:.0f} s without (one epoch: {one:.1f} s); ratio {without / with_cache:.1f}",
+        f"study of {len(rates)} rates x {len(seeds)} seeds, {LITE} at {boundary}, 2 views, {epochs} epochs: "
+        f"{with_cache:.0f} s with the cache, caching included; {without:.0f} s without (one epoch: {one:.1f} s); "
+        f"ratio {without / with_cache:.1f}",
         flush=True,
     )
 
@@ -128,7 +127,7 @@ def study_time() -> None:
 def reading() -> None:
     """Activations/s in random order against the rate at which the rest of the network consumes them."""
     study = Study(RESNET, 512)
-    frozen, body = study.parts("layer3")
+    frozen, rest = study.parts("layer3")
     how = study.params.augmentation, study.params.features, CPU
     computation: Computation = feature_store.computation(frozen, study.backbone, "layer3", "none", *how)
     study.cached("layer3", study.val[:8], 2)
@@ -140,9 +139,8 @@ def reading() -> None:
     read = [store.read(batch) for batch in batches]
     reading = time.perf_counter() - start
     tensors = [torch.from_numpy(batch) for batch in read]
-    consumer = nn.Sequential(body, study.head)
     start = time.perf_counter()
-    for _ in engine.run(consumer, tensors, "torch", "fp32", CPU):
+    for _ in engine.run(rest, tensors, "torch", "fp32", CPU):
         pass
     consuming = time.perf_counter() - start
     print(
