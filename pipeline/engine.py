@@ -88,7 +88,7 @@ def place(module: nn.Module, device: torch.device) -> None:
     module.to(device)
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
