@@ -143,3 +143,11 @@ def test_network_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
         ValueError, match=r"features\.engine: openvino cannot convert this network \(no such operation\)"
     ):
         engine.choose_engine("openvino", network, inputs(2).numpy(), CPU)
+
+
+def test_filters_are_channels_last_also_those_of_one_pixel() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3))
+    module.register_buffer("constant", torch.zeros(1, 2, 3, 4, 5))
+    engine.place(module, CPU)
+    strides = [parameter.stride() for parameter in module.parameters() if parameter.ndim == 4]
+    assert strides == [(4, 1, 4, 4), (72, 1, 24, 8)]  # what decides which kernels run, and so which bits come out
