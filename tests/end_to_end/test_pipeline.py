@@ -254,7 +254,7 @@ def test_second_repro_runs_no_stage(repository: Repository) -> None:
 
 def test_editing_a_comment_runs_no_stage(repository: Repository) -> None:
     path = repository.root / "params.yaml"
-    path.write_text(path.read_text().replace("# Every knob of the pipeline.", "# Other words."))
+    path.write_text(f"# Other words.\n{path.read_text()}")
     assert repository.git("status", "--porcelain") == " M params.yaml\n"
     assert repository.repro() == set()
 
