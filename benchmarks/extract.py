@@ -73,3 +73,7 @@ def main() -> None:
     print(f"plain loop  {len(paths) / slow:7.1f} images/s")
     print(f"extract     {len(paths) / fast:7.1f} images/s, {slow / fast:.1f} times the plain loop")
     print(f"largest difference, relative to the largest feature: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
