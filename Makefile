@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test check venv lock bench-extract bench-cache
+.PHONY: repro test check venv lock bench bench-quick
 repro: venv
 	dvc repro
 
@@ -29,8 +29,9 @@ lock: venv
 	uv pip compile --quiet --universal pyproject.toml --output-file requirements.lock
 	uv pip compile --quiet --universal --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
-bench-extract: venv
-	python -m benchmarks.extract
+# Needs what `make repro` makes.
+bench: venv
+	python -m benchmarks
 
-bench-cache: venv
-	python -m benchmarks.boundary
+bench-quick: venv
+	python -m benchmarks --quick

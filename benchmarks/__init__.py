@@ -1,1 +1,4 @@
-"""Speeds, as ratios of two things measured in one run; tests measure none."""
+"""What the pipeline promises, measured: `make bench`, or `make bench-quick` for fewer images.
+
+Speeds are ratios of two things measured in one run, since machines differ and are shared. Tests measure none.
+"""

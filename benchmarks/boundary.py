@@ -1,8 +1,8 @@
-"""What the boundary cache buys: `python -m benchmarks.boundary`.
+"""What the boundary cache buys: `python -m benchmarks.boundary [--quick]`.
 
 Trains on images of dataset.path (needs `dvc repro split`) with fp32 and frozen BatchNorm: from activations cached at
-the freeze boundary, and the same through the whole network, decoding included. Every line is a ratio of two things
-measured in this run. ResNet-18 has random weights, which changes no speed.
+the freeze boundary, and the same through the whole network, decoding included. ResNet-18 has random weights, which
+changes no speed.
 
     python -m benchmarks.boundary memory IMAGES     peak memory (MB) of one cached run over so many images
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -21,14 +22,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import backbones, cuts, engine, feature_store, manifest, training
+from benchmarks.common import LITE, Line, show
+from pipeline import backbones, cuts, engine, extraction, manifest, training
 from pipeline.backbones import Backbone
-from pipeline.feature_store import Computation, Store
+from pipeline.feature_store import Store
 from pipeline.params import BackboneChoice, Params, Strategy, load_params
 from pipeline.stages import fine_tune
 from pipeline.training import Load, Task
 
-LITE, RESNET = "timm/tf_efficientnet_lite0", "torchvision/resnet18"
+RESNET = "torchvision/resnet18"
 CPU = torch.device("cpu")
 N_TIMED = 128  # images a timing trains on
 
@@ -88,23 +90,22 @@ class Study:
         return fine_tune.load_images(self.files, self.backbone, self.params)
 
 
-def throughput() -> None:
-    """Images/s of training from the cache and through the whole network, at every block of two networks."""
-    print("training from the cache against the same partial freeze through the whole network, decoding included:")
-    print(f"{'network':<28}{'frozen until':<14}{'whole':>10}{'cached':>12}{'ratio':>8}   images/s")
-    for name in (RESNET, LITE):
+def throughput(is_quick: bool) -> Iterator[Line]:
+    """Images/s of training from the cache against the whole network, at each block (or one) of two networks."""
+    for name, least in ((RESNET, {"layer3": 2}), (LITE, {"blocks.5": 4})):
         study = Study(name, N_TIMED)
         val = study.val[:8]
         blocks = dict.fromkeys(cuts.block(study.backbone.module, cut) for cut in cuts.find(study.backbone))
-        for boundary in [block for block in blocks if "." in block]:  # without the stem, and what follows the blocks
+        for boundary in least if is_quick else [block for block in blocks if "." in block or "layer" in block]:
             slow = study.epoch(boundary, study.whole(), val, 1, is_cached=False)
             fast = study.epoch(boundary, study.cached(boundary, val, 2), val, 4, is_cached=True)
-            rates = N_TIMED / slow, N_TIMED / fast
-            print(f"{name:<28}{boundary:<14}{rates[0]:>10.1f}{rates[1]:>12.1f}{slow / fast:>8.1f}", flush=True)
+            print(f"  {N_TIMED / fast:.1f} against {N_TIMED / slow:.1f} images/s", flush=True)
+            title = f"boundary cache / none, {name.split('/')[1]} at {boundary}"
+            yield Line(title, slow / fast, "times", "at least", least.get(boundary, 1))
 
 
-def study_time() -> None:
-    """Seconds of a study of 3 rates and 2 seeds, caching included, against the same without a cache."""
+def study_time() -> Line:
+    """A study of 3 rates and 2 seeds, caching included, against the same without a cache."""
     boundary, epochs, rates, seeds = "blocks.5", 20, (1e-5, 3e-5, 1e-4), load_params().split.seeds[:2]
     studies = [Study(LITE, None, seed) for seed in seeds]
     start = time.perf_counter()
@@ -116,22 +117,19 @@ def study_time() -> None:
     with_cache = time.perf_counter() - start
     one = studies[0].epoch(boundary, studies[0].whole(), studies[0].val, 1, is_cached=False)
     without = len(rates) * len(seeds) * epochs * one
-    print(
-        f"study of {len(rates)} rates x {len(seeds)} seeds, {LITE} at {boundary}, 2 views, {epochs} epochs: "
-        f"{with_cache:.0f} s with the cache, caching included; {without:.0f} s without (one epoch: {one:.1f} s); "
-        f"ratio {without / with_cache:.1f}",
-        flush=True,
-    )
+    print(f"  {with_cache:.0f} s with the cache, {without:.0f} s without (one epoch: {one:.1f} s)", flush=True)
+    title = f"study of 3 rates x 2 seeds x {epochs} epochs without a cache / with"
+    return Line(title, without / with_cache, "times", "at least", 3)
 
 
-def reading() -> None:
+def reading() -> Line:
     """Activations/s in random order against the rate at which the rest of the network consumes them."""
     study = Study(RESNET, 512)
     frozen, rest = study.parts("layer3")
     how = study.params.augmentation, study.params.features, CPU
-    computation: Computation = feature_store.computation(frozen, study.backbone, "layer3", "none", *how)
+    computation = extraction.computation(frozen, study.backbone, "layer3", "none", *how)
     study.cached("layer3", study.val[:8], 2)
-    store = Store(computation)
+    store = Store(computation.key)
     rows = [(study.files.sha256[row], view) for row in study.train for view in (1, 2)]
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     batches = [shuffled[i : i + 32] for i in range(0, len(rows), 32)]
@@ -143,38 +141,39 @@ def reading() -> None:
     for _ in engine.run(rest, tensors, "torch", "fp32", CPU):
         pass
     consuming = time.perf_counter() - start
-    print(
-        f"random reads at layer3 of {RESNET}: {len(rows) / reading:,.0f} activations/s, consumed at "
-        f"{len(rows) / consuming:,.0f} (forward only): ratio {consuming / reading:.1f}",
-        flush=True,
-    )
+    return Line("random reads / forward passes, resnet18 at layer3", consuming / reading, "times", "at least", 1)
 
 
-def memory() -> None:
+def memory() -> Line:
     """Peak memory of a cached run over many images against one over few."""
     few, many = 256, 1536
     command = [sys.executable, "-m", "benchmarks.boundary", "memory"]
     peaks = [float(subprocess.check_output([*command, str(n)])) for n in (few, many)]
-    print(f"peak memory: {peaks[0]:.0f} MB over {few} images, {peaks[1]:.0f} MB over {many}: ratio", end=" ")
-    print(f"{peaks[1] / peaks[0]:.3f}", flush=True)
+    return Line(f"peak memory of training, {many} images / {few}", peaks[1] / peaks[0], "times", "at most", 1.15)
+
+
+def measure(*, is_quick: bool) -> Iterator[Line]:
+    """Throughput; and, if there is time, a whole study, reading and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, os.environ["DVC_ROOT"] = os.environ.get("DVC_ROOT", "."), folder  # an empty store
+        yield from throughput(is_quick)
+        if not is_quick:
+            yield from (reading(), memory(), study_time())
+        os.environ["DVC_ROOT"] = before
 
 
 def main() -> None:
-    """Run everything, or one run whose memory is measured."""
+    """Print the lines, or the peak memory of one run."""
+    if sys.argv[1:2] != ["memory"]:
+        show(measure(is_quick="--quick" in sys.argv))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["DVC_ROOT"] = folder  # an empty store
-        if sys.argv[1:2] == ["memory"]:
-            study = Study(RESNET, int(sys.argv[2]))
-            load = study.cached("layer3", study.val[:8], 1)
-            options = study.strategy(epochs=1, views=1, warmup_epochs=0)
-            study.fit("layer3", load, study.val[:8], options, is_cached=True)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-            return
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores")
-        throughput()
-        study_time()
-        reading()
-        memory()
+        os.environ["DVC_ROOT"] = folder
+        study = Study(RESNET, int(sys.argv[2]))
+        load = study.cached("layer3", study.val[:8], 1)
+        options = study.strategy(epochs=1, views=1, warmup_epochs=0)
+        study.fit("layer3", load, study.val[:8], options, is_cached=True)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

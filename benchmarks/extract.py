@@ -1,15 +1,18 @@
-"""Extraction against the plain loop: `python -m benchmarks.extract [IMAGES]`.
+"""Extraction against the plain loop and against the limit: `python -m benchmarks.extract [--quick]`.
 
-The plain loop is what one writes first: images in the main process, torch in fp32, batches of 32. Both go from the
-image files of dataset.path to an HDF5 file, one view each, and both are timed as a whole, from the loaded network on.
-Needs an indexed data set (`dvc repro index`).
+From PNG files of dataset.path to data/features.h5, one view, start-up of the process included on both sides. Needs an
+indexed data set (`dvc repro index`). The rate of the plain loop does not depend on the number of images, so it runs on
+every fifth (with --quick on every twentieth) and its loop is extended to all.
+
+The limit is cores / (core-seconds to decode an image + core-seconds of its forward pass): of the loader alone and of
+the forward pass alone, on all cores, in the same process.
 """
 
-import math
 import os
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 import h5py
@@ -17,62 +20,79 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline import backbones, cuts, engine, feature_store, images, manifest
-from pipeline.params import load_params
+from benchmarks.common import EXTRACT, LITE, RESNET50, Line, Workspace, show, workspace
+from pipeline import backbones, engine, images, manifest
+from pipeline.images import Sample
+from pipeline.params import BackboneChoice, load_params
+
+TARGETS = {(LITE, "fp32"): 7, (LITE, "bf16"): 9, (RESNET50, "fp32"): 3, (RESNET50, "bf16"): 6}
 
 
-def plain_loop(backbone: backbones.Backbone, paths: dict[str, Path], out: Path) -> float:
-    """Seconds."""
-    params = load_params()
-    start = time.perf_counter()
-    normalize, rows, names = backbones.Normalize(backbone.preprocessing), [], list(paths)
+def measure(*, is_quick: bool) -> Iterator[Line]:
+    """Lines of both networks and precisions."""
+    listed, directory = manifest.read_images(), Path(load_params().dataset.path)
+    step, n = 20 if is_quick else 5, len(listed.sha256)
+    for name in (LITE, RESNET50):
+        with workspace(listed, directory, name) as place:
+            place.list_images(listed, slice(None, None, step))
+            plain = place.run("benchmarks.plain_loop")
+            loop, theirs = float(plain.printed), read(place)
+        slow = plain.seconds + loop * (n / len(theirs) - 1)
+        for precision in ("fp32", "bf16"):
+            title = f"{name.split('/')[1]}, {precision}"
+            with workspace(listed, directory, name, precision) as place:
+                fast, ours = place.run(EXTRACT).seconds, read(place)
+                size = place.features.stat().st_size / ours.nbytes
+            print(f"  {n / fast:.0f} against {n / slow:.0f} images/s", flush=True)
+            yield Line(f"extraction / plain loop, {title}", slow / fast, "times", "at least", TARGETS[name, precision])
+            yield Line(f"in the loop / limit, {title}", in_loop(name, precision, is_quick), "times", "at least", 0.9)
+            if precision == "fp32":
+                apart = float(np.abs(ours[::step] - theirs).max() / np.abs(theirs).max())
+                yield Line(f"largest difference from the plain loop, {title}", apart, "of the largest", "at most", 1e-4)
+            if (name, precision) == (LITE, "fp32"):
+                yield Line("size of features.h5 / payload", size, "times", "at most", 1.02)
+
+
+def read(place: Workspace) -> np.ndarray:
+    """What a run wrote."""
+    with h5py.File(place.features) as file:
+        return np.array(file["features"])[:, 0]
+
+
+def in_loop(name: str, precision: str, is_quick: bool) -> float:
+    """Rate of decoding and forward passes together, divided by the limit."""
+    params, listed = load_params(), manifest.read_images()
+    choice = BackboneChoice(name=name, weights="bundled" if name == LITE else "random", seed=0)
+    backbone = backbones.load(choice, None)
+    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    samples = [
+        Sample(Path(params.dataset.path, path), sha256, 0)
+        for path, sha256 in zip(listed.image_id, listed.sha256, strict=True)
+    ]
+    n = len(samples) if name == LITE and not is_quick else 768 if name == LITE else 320
+    batches = [samples[i : i + engine.BATCH["cpu"]] for i in range(0, n - n % engine.BATCH["cpu"], engine.BATCH["cpu"])]
     how = backbone.preprocessing, params.augmentation
-    with torch.no_grad():
-        for i in range(0, len(names), 32):
-            pixels = [
-                images.views(images.decode(paths[name].read_bytes()), name, [0], *how) for name in names[i : i + 32]
-            ]
-            inputs = normalize(torch.from_numpy(np.concatenate(pixels))).contiguous()
-            rows.append(backbone.module(inputs).numpy())
-    with h5py.File(out, "w") as file:
-        file["features"] = np.concatenate(rows)
-    return time.perf_counter() - start
+    pixels = torch.cat(list(images.load_batches(batches[:8], *how, 0)))
+    runner = engine.prepare("auto", network, pixels[: engine.BATCH["cpu"]], precision, torch.device("cpu"))
+    cores, skipped = len(os.sched_getaffinity(0)), 8  # the first batches are slower
 
+    def core_seconds(results: Iterator) -> float:
+        for _ in islice(results, skipped):
+            pass
+        start, n_done = time.perf_counter(), sum(map(len, results))
+        return cores * (time.perf_counter() - start) / n_done
 
-def pipelined(network: nn.Module, paths: dict[str, Path], backbone: backbones.Backbone, out: Path) -> float:
-    """Seconds, conversion of the network and the store included."""
-    params = load_params()
-    device = engine.choose_device("cpu")
-    start = time.perf_counter()
-    computation = feature_store.computation(
-        network, backbone, cuts.ALL, "none", params.augmentation, params.features, device
-    )
-    store = feature_store.fill(computation, paths, [(name, 0) for name in paths], params.runtime.workers, math.inf)
-    feature_store.assemble(store, list(paths), 1, computation.description, out)
-    return time.perf_counter() - start
+    decoding = core_seconds(images.load_batches(batches, *how, params.runtime.workers))
+    forward = core_seconds(runner.run(islice(cycle(pixels.split(engine.BATCH["cpu"])), len(batches))))
+    both = core_seconds(runner.run(images.load_batches(batches, *how, params.runtime.workers)))
+    rates = f"{cores / both:.0f} images/s; limit {cores / (decoding + forward):.0f}"
+    print(f"  {rates}: {1e3 * decoding:.2f} + {1e3 * forward:.2f} core-ms an image", flush=True)
+    return (decoding + forward) / both
 
 
 def main() -> None:
-    """Print both rates and their ratio."""
-    params, files = load_params(), manifest.read_images()
-    paths = {sha256: Path(params.dataset.path, name) for name, sha256 in zip(files.image_id, files.sha256, strict=True)}
-    paths = dict(list(paths.items())[: int(sys.argv[1]) if len(sys.argv) > 1 else None])
-    backbone = backbones.load(params.backbone, params.features.image_size)
-    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "features.h5")
-        os.environ["DVC_ROOT"] = folder  # an empty store
-        fast = pipelined(network, paths, backbone, out)
-        with h5py.File(out) as file:
-            ours = np.array(file["features"])[:, 0]
-        slow = plain_loop(backbone, paths, out)
-        with h5py.File(out) as file:
-            theirs = np.array(file["features"])
-    difference = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    print(f"{backbone.name}, {len(paths)} images, {torch.get_num_threads()} threads")
-    print(f"plain loop  {len(paths) / slow:7.1f} images/s")
-    print(f"extract     {len(paths) / fast:7.1f} images/s, {slow / fast:.1f} times the plain loop")
-    print(f"largest difference, relative to the largest feature: {difference:.1e}")
+    """Print the lines."""
+    show(measure(is_quick="--quick" in sys.argv))
 
 
 if __name__ == "__main__":

@@ -258,17 +258,12 @@ def _images_per_second(backbone: Backbone) -> float:
     """Rate of the whole network in fp32 on this machine, measured on a few batches."""
     device = engine.choose_device("auto")
     network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
-    batch = torch.zeros(engine.BATCH, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
-    chosen = engine.choose_engine("auto", network, batch.numpy(), device)
-    starts: list[float] = []
-
-    def batches() -> Iterator[torch.Tensor]:
-        for _ in range(N_TIMED + 1):
-            starts.append(time.perf_counter())
-            yield batch
-
-    deque(engine.run(network, batches(), chosen, "fp32", device), maxlen=0)
-    return engine.BATCH * N_TIMED / (time.perf_counter() - starts[1])  # the first waits until the network is compiled
+    batch = torch.zeros(engine.BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
+    runner = engine.prepare("auto", network, batch, "fp32", device)
+    deque(runner.run([batch] * 2), maxlen=0)  # the first batches are slower
+    start = time.perf_counter()
+    deque(runner.run([batch] * N_TIMED), maxlen=0)
+    return len(batch) * N_TIMED / (time.perf_counter() - start)
 
 
 class _Meter(fx.Interpreter):

@@ -8,7 +8,10 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,13 +20,14 @@ from torch import nn
 # Without this package OpenVINO takes its own stub: nothing is sent from a user's machine
 sys.modules["openvino_telemetry"] = None  # pyright: ignore[reportArgumentType]
 import openvino  # noqa: E402
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: E402
 
-BATCH = 8
+BATCH = {"cpu": 8, "cuda": 64}  # rows that go through the network together
 log = logging.getLogger("pipeline")
 
 
 def choose_device(requested: str) -> torch.device:
-    """`runtime.device` -> the device; ValueError where it is not there."""
+    """`runtime.device` -> the device; ValueError where it is not there. LOCAL_RANK chooses among several GPUs."""
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ValueError("params.yaml: runtime.device: cuda, but torch finds no GPU; expected auto or cpu")
@@ -32,7 +36,10 @@ def choose_device(requested: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    return torch.device("cuda")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if not local_rank.isdecimal() or int(local_rank) >= torch.cuda.device_count():
+        raise ValueError(f"environment: LOCAL_RANK: found {local_rank}, expected less than {torch.cuda.device_count()}")
+    return torch.device("cuda", int(local_rank))
 
 
 def check_precision(key: str, precision: str, device: torch.device) -> None:
@@ -43,24 +50,43 @@ def check_precision(key: str, precision: str, device: torch.device) -> None:
             raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
 
 
-def choose_engine(requested: str, module: nn.Module, example: np.ndarray, device: torch.device) -> str:
-    """`features.engine` -> openvino or torch; auto takes OpenVINO on a CPU if it converts the network."""
-    if requested == "openvino" and device.type != "cpu":
+@dataclass(frozen=True)
+class Runner:
+    """A frozen network that is ready to run: `engine` is openvino or torch.
+
+    `run` takes batches of `size` rows, the last of which may be shorter, and gives outputs (float32) in order.
+    """
+
+    engine: str
+    size: int
+    run: Callable[[Iterable[torch.Tensor]], Iterator[np.ndarray]]
+
+
+def prepare(engine: str, module: nn.Module, example: torch.Tensor, precision: str, device: torch.device) -> Runner:
+    """Make `module` ready for batches like `example`; `engine` is `features.engine`.
+
+    auto takes OpenVINO on a CPU if it can convert the network, and says so if it cannot. Raises ValueError where
+    OpenVINO is asked for and cannot run it.
+    """
+    module.eval()
+    if engine == "openvino" and device.type != "cpu":
         raise ValueError("params.yaml: features.engine: openvino runs on a CPU; expected auto or torch")
-    if requested == "torch" or device.type != "cpu":
-        return "torch"
-    try:
-        _convert(module, example)
-    # The converter raises errors of many kinds, all of which mean that it cannot
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if requested == "openvino":
-            raise ValueError(
-                f"params.yaml: features.engine: openvino cannot convert this network ({reason}); expected auto or torch"
-            ) from None
-        log.warning("OpenVINO cannot convert this network, torch runs it (%s)", reason)
-        return "torch"
-    return "openvino"
+    if engine != "torch" and device.type == "cpu":
+        try:
+            compiled = _compile(module, example, precision)
+        # The converter raises errors of many kinds, all of which mean that it cannot
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            if engine == "openvino":
+                raise ValueError(
+                    f"params.yaml: features.engine: openvino cannot convert this network ({reason}); expected auto or "
+                    "torch"
+                ) from None
+            log.warning("OpenVINO cannot convert this network, torch runs it (%s)", reason)
+        else:
+            return Runner("openvino", len(example), partial(_run_openvino, compiled, len(example)))
+    place(module, device)
+    return Runner("torch", len(example), partial(_run_torch, module, len(example), precision, device))
 
 
 def run(
@@ -68,19 +94,13 @@ def run(
 ) -> Iterator[np.ndarray]:
     """Outputs (float32) of `module` in evaluation mode, one for each batch, in order.
 
-    Every batch but the last has the same number of rows; all are padded to it, and to BATCH at least.
+    Every batch but the last has the same number of rows; all are padded to it, and to BATCH of the device at least.
     """
-    module.eval()
-    if engine == "openvino":
-        yield from _run_openvino(module, batches, precision)
-        return
-    place(module, device)
-    full = 0
-    for batch in batches:
-        full = full or max(BATCH, len(batch))
-        with torch.inference_mode(), autocast(precision, device):
-            output = module(_padded(batch, full).to(device, non_blocking=True))
-        yield output[: len(batch)].float().cpu().numpy()
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is not None:
+        example = _padded(first, max(BATCH[device.type], len(first)))
+        yield from prepare(engine, module, example, precision, device).run(chain([first], remaining))
 
 
 def place(module: nn.Module, device: torch.device) -> None:
@@ -96,11 +116,20 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision: str) -> Iterator[np.ndarray]:
+def _run_torch(
+    module: nn.Module, size: int, precision: str, device: torch.device, batches: Iterable[torch.Tensor]
+) -> Iterator[np.ndarray]:
+    for batch in batches:
+        with torch.inference_mode(), autocast(precision, device):
+            output = module(_padded(batch, size).to(device, non_blocking=True))
+        yield output[: len(batch)].float().cpu().numpy()
+
+
+def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
     """Several requests under way at once, collected in order (callbacks of OpenVINO's own queue can deadlock)."""
-    idle: list[openvino.InferRequest] = []
+    n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
+    idle = [compiled.create_infer_request() for _ in range(n_requests)]
     under_way: deque[tuple[openvino.InferRequest, int]] = deque()
-    full = 0
 
     def collect() -> np.ndarray:
         request, rows = under_way.popleft()
@@ -109,16 +138,9 @@ def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision:
         return request.get_output_tensor(0).data[:rows].copy()
 
     for batch in batches:
-        if not full:
-            full = max(BATCH, len(batch))
-            hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-            options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
-            compiled = openvino.Core().compile_model(_convert(module, _padded(batch, full).numpy()), "CPU", options)
-            n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
-            idle = [compiled.create_infer_request() for _ in range(n_requests)]
         output = None if idle else collect()
         request = idle.pop()
-        request.start_async({0: _padded(batch, full).numpy()})
+        request.start_async({0: _padded(batch, size).numpy()})
         under_way.append((request, len(batch)))
         if output is not None:
             yield output
@@ -126,11 +148,16 @@ def _run_openvino(module: nn.Module, batches: Iterable[torch.Tensor], precision:
         yield collect()
 
 
-def _convert(module: nn.Module, example: np.ndarray) -> openvino.Model:
+def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvino.CompiledModel:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's remarks on shapes, which are constant here
-        shape = [openvino.PartialShape(example.shape)]
-        return openvino.convert_model(module.eval(), example_input=torch.from_numpy(example), input=shape)
+        # Traced once: torch's check of the trace would run it twice more, and tests compare outputs anyway
+        decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+        shape = [openvino.PartialShape(list(example.shape))]
+        converted = openvino.convert_model(decoder, example_input=example, input=shape)
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
+    return openvino.Core().compile_model(converted, "CPU", options)
 
 
 def _padded(batch: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,67 +1,51 @@
-"""What a frozen network says of each view of each image, computed once; the only module with HDF5.
+"""The feature store: what frozen networks said of views of images, a directory of shards per key.
 
-The store is a directory of shards per key, and the key digests everything that can change a value. A row is found by
-(SHA-256 of the image file, view). A shard is whole or absent. data/features.h5 is assembled from the store in the
-order of images.csv, so that its bytes do not depend on how the store was filled.
+A key digests everything that can change a value; a row is found by (SHA-256 of the image file, view). A shard is whole
+or absent, and only ever added: several processes fill one store without talking to each other.
+
+    python -m pipeline.feature_store status               the keys: what they are, rows, bytes, last use
+    python -m pipeline.feature_store verify               read everything again; fail if anything is damaged
+    python -m pipeline.feature_store gc --days N [--yes]  remove keys that no run used for N days, and left-overs
 """
 
+import argparse
 import json
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import openvino
-import PIL
-import timm
-import torch
-import torchvision
-from torch import nn
 
-from pipeline import engine
-from pipeline.backbones import Backbone
-from pipeline.files import digest, replacing, write_json
-from pipeline.images import Preprocessing, Sample, load_batches
-from pipeline.logs import progress
-from pipeline.params import STORE_DTYPES, Augmentation, FeatureOptions
+from pipeline import hdf5, logs
+from pipeline.files import digest, write_json
+from pipeline.hdf5 import Row, Shard
+from pipeline.params import STORE_DTYPES, Augmentation
 
-FEATURES = Path("data/features.h5")
-SCHEMA = 2
-SHARD_BYTES = 32 * 2**20
-SHARD_ROWS = 1024
+SCHEMA = 3
+HOUR, DAY = 3600, 86_400  # s; after an hour a temporary file has no writer any more
 log = logging.getLogger("pipeline")
 
-Row = tuple[str, int]  # SHA-256 of the image file, view
+
+def root() -> Path:
+    """Where the store lies: in the main checkout also inside `dvc exp run --temp`, which sets DVC_ROOT."""
+    return Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
 
 
 @dataclass(frozen=True)
-class Features:
-    """data/features.h5, mapped into memory: `values` (n_images, n_views, *shape), as `features.store_dtype` says.
+class Key:
+    """Everything that can change a row; `row_shape` follows from it."""
 
-    `sha256` (n_images) names the images; `provenance` says how the values were made.
-    """
-
-    values: np.ndarray
-    sha256: list[str]
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Computation:
-    """A frozen network from uint8 pixels to rows, and in `description` everything that can change one."""
-
-    module: nn.Module
-    preprocessing: Preprocessing
-    augmentation: Augmentation
-    device: torch.device
-    row_shape: tuple[int, ...]
     description: dict[str, Any]
+    augmentation: Augmentation
+    row_shape: tuple[int, ...]
 
     @property
     def dtype(self) -> np.dtype:
@@ -71,71 +55,52 @@ class Computation:
     def describe(self, view: int) -> dict[str, Any]:
         """What a row of this view depends on: on the augmentation only if it is not view 0."""
         augmentation = self.augmentation.model_dump(mode="json") if view else None
-        return {**self.description, "augmentation": augmentation}
+        return {"schema": SCHEMA, **self.description, "augmentation": augmentation}
 
-
-def computation(
-    module: nn.Module,
-    backbone: Backbone,
-    cut: str,
-    pool: str,
-    augmentation: Augmentation,
-    options: FeatureOptions,
-    device: torch.device,
-) -> Computation:
-    """Resolve the engine and describe `module`, which is `backbone` from pixels to `cut`, pooled."""
-    engine.check_precision("features.precision", options.precision, device)
-    example = torch.zeros(engine.BATCH, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        row_shape = tuple(module.eval()(example[:1]).shape[1:])
-    description = {
-        "schema": SCHEMA,
-        "backbone": backbone.name,
-        "weights_sha256": backbone.weights_sha256,
-        "cut": cut,
-        "pool": pool,
-        "preprocessing": backbone.preprocessing.model_dump(mode="json"),
-        "precision": options.precision,
-        "store_dtype": options.store_dtype,
-        "engine": engine.choose_engine(options.engine, module, example.numpy(), device),
-        "device": device.type,
-        "versions": {library.__name__: library.__version__ for library in (torch, torchvision, timm, PIL, openvino)},
-    }
-    return Computation(module, backbone.preprocessing, augmentation, device, row_shape, description)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    offset: int  # of the values in the file, which follow each other without gaps
-    rounding: np.ndarray  # (rows,) largest rounding error of each row, relative to its largest value
+    def name(self, view: int) -> str:
+        """The directory of rows of this view."""
+        return digest(self.describe(view))[:32]
 
 
 class Store:
-    """The rows of one computation that are on disk."""
+    """The rows under one key that are on disk: those that were there at the start, and those written since."""
 
-    def __init__(self, computation: Computation) -> None:
-        self._computation = computation
-        self._dtype = computation.dtype
-        self._root = Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
-        self._rows: dict[Row, tuple[_Shard, int]] = {}
-        for directory in (self._directory(0), self._directory(1)):
-            for path in sorted(directory.glob("*.h5")):
-                self._index(path)
+    def __init__(self, key: Key) -> None:
+        self._key = key
+        self._rows: dict[Row, tuple[Shard, int]] = {}
+        for view in (0, 1):
+            directory = root() / key.name(view)
+            if (directory / "key.json").exists():
+                os.utime(directory / "key.json")  # says when the key was last used
+            for path, found in _read_all(directory.glob("*.h5")):
+                problem = str(found) if isinstance(found, ValueError) else self._misfit(found, key.name(view))
+                if isinstance(found, ValueError) or problem:
+                    log.warning("%s is damaged (%s); set aside, its rows are computed again", path, problem)
+                    with suppress(FileNotFoundError):  # another process was faster
+                        path.replace(path.with_suffix(".damaged"))
+                else:
+                    self._add(found)
 
     def missing(self, rows: Sequence[Row]) -> list[Row]:
         """Those of `rows` that are not on disk, each once, in order."""
         return [row for row in dict.fromkeys(rows) if row not in self._rows]
 
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._rows)
+
     def read(self, rows: Sequence[Row]) -> np.ndarray:
         """Values (len(rows), *row_shape) as stored, in any order; KeyError for a missing row."""
-        values = np.empty((len(rows), *self._computation.row_shape), self._dtype)
-        for value, row in zip(values, rows, strict=True):
-            shard, position = self._rows[row]
-            with shard.path.open("rb", buffering=0) as file:  # not mapped: what is read does not stay in memory
-                file.seek(shard.offset + position * value.nbytes)
-                if file.readinto(value.reshape(-1).data.cast("B")) != value.nbytes:
-                    raise OSError(f"{shard.path} was cut short while it was read")
+        values = np.empty((len(rows), *self._key.row_shape), self._key.dtype)
+        found = [self._rows[row] for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (found[i][0].path, found[i][1]))
+        for path, group in groupby(order, lambda i: found[i][0].path):
+            with path.open("rb", buffering=0) as file:  # not mapped: what is read does not stay in memory
+                for i in group:
+                    shard, position = found[i]
+                    file.seek(shard.offset + position * values[i].nbytes)
+                    if file.readinto(values[i].reshape(-1).data.cast("B")) != values[i].nbytes:
+                        raise OSError(f"{path} was cut short while it was read")
         return values
 
     def largest_rounding(self, rows: Sequence[Row]) -> float:
@@ -148,126 +113,184 @@ class Store:
         for is_plain in (True, False):
             part = [i for i, (_, view) in enumerate(rows) if (view == 0) == is_plain]
             if part:
-                description = self._computation.describe(rows[part[0]][1])
-                directory = self._directory(rows[part[0]][1])
-                if not (directory / "key.json").exists():
-                    write_json(directory / "key.json", description)
-                path = directory / f"{digest([rows[i] for i in part])[:32]}.h5"
-                with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-                    file["features"] = stored[part]
-                    file["rounding"] = rounding[part]
-                    file["sha256"] = np.array([rows[i][0].encode() for i in part], "S64")
-                    file["view"] = np.array([rows[i][1] for i in part], np.int32)
-                self._index(path)
+                view = rows[part[0]][1]
+                name = self._key.name(view)
+                if not (root() / name / "key.json").exists():
+                    write_json(root() / name / "key.json", self._key.describe(view))
+                chosen = [rows[i] for i in part]
+                path = hdf5.write_shard(root() / name, name, chosen, stored[part], rounding[part])
+                self._add(hdf5.read_shard(path))
+
+    def _add(self, shard: Shard) -> None:
+        self._rows.update({row: (shard, position) for position, row in enumerate(shard.rows)})
+
+    def _misfit(self, shard: Shard, name: str) -> str:
+        """Why the shard cannot be one of the key's directory `name`; empty if it can."""
+        if shard.key != name:
+            return f"it belongs to the key {shard.key}"
+        if (shard.shape, shard.dtype) != (self._key.row_shape, self._key.dtype):
+            return f"it holds rows of {shard.dtype} {shard.shape}, not {self._key.dtype} {self._key.row_shape}"
+        return ""
 
     def _rounded(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values in the stored type, and of each row the largest error relative to its largest value."""
         with np.errstate(over="ignore"):
-            stored = values.astype(self._dtype)
+            stored = values.astype(self._key.dtype)
         largest = np.abs(values).reshape(len(values), -1).max(axis=1)
         if not np.isfinite(stored).all():
             raise ValueError(
-                f"params.yaml: features.store_dtype: {self._computation.description['store_dtype']} cannot hold "
-                f"{largest.max():.4g}, found at {self._computation.description['cut']}; expected fp32"
+                f"params.yaml: features.store_dtype: {self._key.description['store_dtype']} cannot hold "
+                f"{largest.max():.4g}, found at {self._key.description['cut']}; expected fp32"
             )
         error = np.abs(stored.astype(np.float32) - values).reshape(len(values), -1).max(axis=1)
         return stored, error / np.maximum(largest, np.finfo(np.float32).tiny)
 
-    def _directory(self, view: int) -> Path:
-        return self._root / digest(self._computation.describe(view))[:32]
 
-    def _index(self, path: Path) -> None:
-        shape, dtype = self._computation.row_shape, self._dtype
+def _read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Shard | ValueError]]:
+    """Each shard, or why it is none; without those that another process took away meanwhile."""
+
+    def read(path: Path) -> Shard | ValueError | None:
         try:
-            with h5py.File(path, "r") as file:
-                names, views, rounding = (np.array(_plain(file, name)) for name in ("sha256", "view", "rounding"))
-                values = _plain(file, "features")
-                is_row_each = (values.shape, values.dtype) == ((len(names), *shape), dtype)
-                if not is_row_each or not views.shape == rounding.shape == (len(names),) or names.dtype != "S64":
-                    raise ValueError(f"values of shape {values.shape} and type {values.dtype}")
-                shard = _Shard(path, values.id.get_offset(), rounding)
-            if shard.offset + len(names) * math.prod(shape) * dtype.itemsize > path.stat().st_size:
-                raise ValueError("cut short")
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("%s is damaged (%s); set aside, its rows are computed again", path, error)
-            path.replace(path.with_suffix(".damaged"))
-            return
-        for position, (name, view) in enumerate(zip(names.tolist(), views.tolist(), strict=True)):
-            self._rows[name.decode(), view] = (shard, position)
+            return hdf5.read_shard(path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            return error
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(4) as pool:  # digests are computed side by side
+        for path, found in zip(ordered, pool.map(read, ordered), strict=True):
+            if found is not None:
+                yield path, found
 
 
-def _plain(file: h5py.File, name: str) -> h5py.Dataset:
-    """A contiguous dataset of numbers or bytes; ValueError for links and for storage outside the file."""
-    dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
-        raise ValueError(f"{name} is no dataset of this file")
-    if dataset.dtype.kind not in "fiS" or dataset.id.get_offset() is None:
-        raise ValueError(f"{name} is not contiguous and plain")
-    return dataset
+def main() -> None:
+    """House-keeping, by hand."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.feature_store", description="House-keeping of the store.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="the keys: what they are, rows, bytes, last use")
+    commands.add_parser("verify", help="read everything again; fail if anything is damaged")
+    collect = commands.add_parser("gc", help="remove keys that no run used for N days, and left-overs")
+    collect.add_argument("--days", type=float, required=True, metavar="N")
+    collect.add_argument("--yes", action="store_true", help="do not ask")
+    arguments = parser.parse_args()
+    if arguments.command == "gc":
+        collect_garbage(arguments.days, is_asked=not arguments.yes)
+    else:
+        {"status": status, "verify": verify}[arguments.command]()
 
 
-def fill(computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, max_gb: float) -> Store:
-    """Compute the rows that are missing; `paths` says where the image of each SHA-256 lies.
+@dataclass(frozen=True)
+class _Directory:
+    """A key's directory, as house-keeping sees it; `last_use` in seconds since the epoch."""
 
-    Finished shards stay if this is interrupted. Raises ValueError before computing anything if the rows would take
-    more than `max_gb` (GB).
-    """
-    store, cut = Store(computation), computation.description["cut"]
-    missing, n_rows = store.missing(rows), len(set(rows))
-    row_bytes = computation.dtype.itemsize * math.prod(computation.row_shape)
-    size = n_rows * row_bytes / 1e9
-    if size > max_gb:
-        raise ValueError(
-            f"params.yaml: runtime.store_max_gb: {max_gb:g}, but the cache at {cut} needs {size:.3g} GB; take fewer "
-            "views, a later cut, `features.store_dtype: fp16` or `boundary_cache: off`, or raise it"
-        )
-    how = f"{computation.description['engine']}, {computation.description['precision']}"
-    n_reused = n_rows - len(missing)
-    log.info("cache at %s (%.3g GB): %d rows reused, %d to compute (%s)", cut, size, n_reused, len(missing), how)
-    computed = iter(progress(_compute(computation, paths, missing, workers), len(missing), "views", cut))
-    per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
-    for start in range(0, len(missing), per_shard):
-        part = missing[start : start + per_shard]
-        store.write(part, np.stack(list(islice(computed, len(part)))))
-    next(computed, None)  # ends the bar
-    return store
+    path: Path
+    what: str
+    is_current: bool
+    n_bytes: int
+    last_use: float
 
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(self.path.glob("*.h5"))
 
-def _compute(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int
-) -> Iterator[np.ndarray]:
-    batches = [rows[i : i + engine.BATCH] for i in range(0, len(rows), engine.BATCH)]
-    samples = [[Sample(paths[name], name, view) for name, view in batch] for batch in batches]
-    pixels = load_batches(samples, computation.preprocessing, computation.augmentation, workers)
-    how = computation.description["engine"], computation.description["precision"]
-    outputs = engine.run(computation.module, pixels, *how, computation.device)
-    for batch, output in zip(batches, outputs, strict=True):
-        if not np.isfinite(output).all():
-            raise ValueError(f"{paths[batch[0][0]]} or a neighbour gives features that are not finite")
-        yield from output
+    @property
+    def left_overs(self) -> list[Path]:
+        """Damaged shards, and what writers that were killed left behind."""
+        abandoned = [path for path in self.path.glob(".*.tmp") if time.time() - path.stat().st_mtime > HOUR]
+        return sorted([*self.path.glob("*.damaged"), *abandoned])
+
+    @property
+    def age(self) -> str:
+        days = (time.time() - self.last_use) / DAY
+        return f"used {days:.0f} days ago" if days >= 1 else "used today"
 
 
-def assemble(store: Store, sha256: Sequence[str], views: int, provenance: dict[str, Any], path: Path) -> None:
-    """Write `path`: all views of the images `sha256`, in this order, in bounded memory."""
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-        example = store.read([(sha256[0], 0)])
-        shape = (len(sha256), views, *example.shape[1:])
-        values = file.create_dataset("features", shape, example.dtype)
-        for start in range(0, len(sha256), SHARD_ROWS):
-            part = sha256[start : start + SHARD_ROWS]
-            rows = store.read([(name, view) for name in part for view in range(views)])
-            values[start : start + len(part)] = rows.reshape(len(part), *shape[1:])
-        file["sha256"] = np.array([name.encode() for name in sha256], "S64")
-        file.attrs["provenance"] = json.dumps(provenance, sort_keys=True)
+def _directories() -> list[_Directory]:
+    """Every key, the one used last first."""
+    found = []
+    for path in (path for path in root().glob("*/") if not path.is_symlink()):
+        key, what, is_current = path / "key.json", "unknown: no key.json that fits", False
+        sizes = [(entry.stat().st_size, entry.stat().st_mtime) for entry in path.iterdir() if entry.is_file()]
+        last_use = max((time for _, time in sizes), default=path.stat().st_mtime)
+        with suppress(OSError, ValueError):
+            description = json.loads(key.read_text(encoding="utf-8"))
+            if digest(description)[:32] == path.name:
+                is_current, last_use = description.get("schema") == SCHEMA, key.stat().st_mtime
+                what = _told(description) if is_current else "of another version of this pipeline"
+        found.append(_Directory(path, what, is_current, sum(size for size, _ in sizes), last_use))
+    return sorted(found, key=lambda directory: -directory.last_use)
 
 
-def read(path: Path = FEATURES) -> Features:
-    """Map data/features.h5 into memory; ValueError if it is not what `assemble` writes."""
+def _told(key: dict[str, Any]) -> str:
+    views = "augmented views" if key["augmentation"] else "view 0"
+    geometry = f"{key['preprocessing']['crop']} px"
+    made = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
+    weights = key["weights_sha256"][:8]
+    return f"{key['backbone']} (weights {weights}) at {key['cut']}, pool {key['pool']}, {geometry}, {views}, {made}"
+
+
+def status() -> None:
+    """Print every key: what it is, rows, bytes, last use, and what is damaged."""
+    directories = _directories()
+    for directory in directories:
+        n_rows, n_broken = 0, 0
+        for path in directory.shards:
+            try:
+                n_rows += len(hdf5.parse_shard(path).rows)
+            except ValueError:
+                n_broken += 1
+        rows = f"{n_rows:,} rows" if directory.is_current else f"{len(directory.shards):,} shards"
+        n_broken = (n_broken if directory.is_current else 0) + len(directory.left_overs)
+        broken = f", {n_broken} damaged or left over" if n_broken else ""
+        print(f"{directory.path.name}  {rows}, {_size(directory.n_bytes)}, {directory.age}{broken}: {directory.what}")
+    print(f"{root()}: {len(directories)} keys, {_size(sum(directory.n_bytes for directory in directories))}")
+
+
+def verify() -> None:
+    """Compare every shard with its digest and its key; ValueError that counts the damaged ones, which are printed."""
+    n_shards, damaged = 0, []
+    for directory in _directories():
+        for path, found in _read_all(directory.shards if directory.is_current else []):
+            n_shards += 1
+            if isinstance(found, ValueError):
+                damaged.append(f"{path}: {found}")
+            elif found.key != directory.path.name:
+                damaged.append(f"{path}: it belongs to the key {found.key}")
+    print("\n".join([*damaged, f"{root()}: {n_shards} shards, {len(damaged)} damaged"]))
+    if damaged:
+        raise ValueError(f"{len(damaged)} damaged shards; the next run that uses them computes their rows again")
+
+
+def collect_garbage(days: float, *, is_asked: bool) -> None:
+    """Remove keys that no run used for so many days, and left-overs of the others; asks first if `is_asked`."""
+    if not days >= 0:
+        raise ValueError(f"--days: found {days:g}, expected 0 or more")
+    directories = _directories()
+    unused = [directory for directory in directories if time.time() - directory.last_use >= days * DAY]
+    left_overs = [path for directory in directories if directory not in unused for path in directory.left_overs]
+    if not unused and not left_overs:
+        print(f"{root()}: nothing to remove")
+        return
+    for directory in unused:
+        print(f"{directory.path.name}  {_size(directory.n_bytes)}, {directory.age}: {directory.what}")
+    n_bytes = sum(directory.n_bytes for directory in unused) + sum(path.stat().st_size for path in left_overs)
+    print(f"{len(unused)} keys and {len(left_overs)} left-overs of others, {_size(n_bytes)}", flush=True)
     try:
-        with h5py.File(path, "r") as file:
-            values, names = _plain(file, "features"), np.array(_plain(file, "sha256"))
-            values = np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape)
-            provenance = json.loads(str(file.attrs["provenance"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not written by this pipeline ({error}); run: dvc repro extract") from None
-    return Features(values, [name.decode() for name in names.tolist()], provenance)
+        if is_asked and input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was removed")
+            return
+    except EOFError:
+        raise ValueError("gc asks before it removes anything, and nobody answered; expected --yes") from None
+    for directory in unused:
+        shutil.rmtree(directory.path)
+    for path in left_overs:
+        path.unlink(missing_ok=True)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    logs.run(main)

@@ -7,6 +7,8 @@ A head minimises, with image weights w_i that sum to 1 and W the weights of its 
 A linear head does so over all rows at once (L-BFGS-B), from the strongest penalty to the weakest, each started from
 the one before; the others by minibatches (Adam, and soft-thresholding after each step for the l1 part). Validation NLL
 chooses the strength, and the epoch where there are epochs.
+
+Features that would take more than RESIDENT_BYTES are read again in each pass; the same bytes come out.
 """
 
 import copy
@@ -18,6 +20,7 @@ from typing import cast
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +33,8 @@ from pipeline.params import HeadOptions
 # step of AdamW at 1e-4 moved the logits by 10 with 0.01. Chosen on validation, seeds 100 to 102: NLL 0.332 with 0.01,
 # 0.331 with 0.1, 0.330 with 0.3, 0.333 with 1.
 DEVIATION_FLOOR = 0.3
+RESIDENT_BYTES = 4 * 2**30  # the most that training rows take on the device, as float32
+CHUNK_BYTES = 256 * 2**20  # of rows that are multiplied at a time, resident or not: sums depend on it
 
 
 class Standardize(nn.Module):
@@ -49,10 +54,28 @@ class Standardize(nn.Module):
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Features (n, n_views, *shape) float32 with label (n,) int64 and weight (n,) float64."""
+class Selection:
+    """Images of an array (n_all, n_views, *shape), read when they are asked for; indexed as an array is."""
 
-    features: np.ndarray
+    values: np.ndarray
+    images: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the images together."""
+        return (len(self.images), *self.values.shape[1:])
+
+    def __getitem__(self, index: slice | tuple) -> np.ndarray:
+        """Read some."""
+        images, *rest = index if isinstance(index, tuple) else (index,)
+        return self.values[(self.images[images], *rest)]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Features (n, n_views, *shape) with label (n,) int64 and weight (n,) float64."""
+
+    features: np.ndarray | Selection
     label: np.ndarray
     weight: np.ndarray
 
@@ -129,20 +152,16 @@ def fit(
     """Fit on all views of `train`, choose on the first views of `val`; deterministic on one kind of device."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
-    n_views = train.features.shape[1]
-    x = torch.from_numpy(train.features).float().flatten(0, 1).to(device)
-    y = torch.from_numpy(train.label).repeat_interleave(n_views).to(device)
-    w = torch.from_numpy(train.weight).repeat_interleave(n_views).to(device)
-    w = w / w.sum()
-    head = build(tuple(x.shape[1:]), n_classes, options, dense).to(device)
+    x = _Rows(train, device)
+    head = build(x.shape, n_classes, options, dense).to(device)
     if options.standardize:
-        _standardize(head, x, w)
+        _standardize(head, x)
 
     best, val_nll, rows_seen = head, {}, 0
-    path = _linear_path(head, x, y, w, options) if options.kind == "linear" else None
-    for strength, candidate, passes in path or _minibatch_path(head, x, y, w, val, evaluation_views, options):
+    path = _linear_path(head, x, options) if options.kind == "linear" else None
+    for strength, candidate, passes in path or _minibatch_path(head, x, val, evaluation_views, options):
         nll = _nll(candidate, val, evaluation_views)
-        rows_seen += passes * len(x)
+        rows_seen += passes * len(x.label)
         if nll < min(val_nll.values(), default=math.inf):
             best = copy.deepcopy(candidate)
         val_nll[strength] = nll
@@ -151,13 +170,13 @@ def fit(
     return Fitted(best.eval(), min(val_nll, key=val_nll.__getitem__), val_nll, rows_seen)
 
 
-def predict(head: nn.Module, features: np.ndarray, views: int) -> np.ndarray:
+def predict(head: nn.Module, features: np.ndarray | Selection, views: int) -> np.ndarray:
     """Log of the mean probability over the first views of features (n, n_views, …): (n, n_classes) float32."""
     device = next(head.parameters()).device
     head.eval()
     chunks = []
     with torch.inference_mode():
-        for start in range(0, len(features), 1024):
+        for start in range(0, features.shape[0], 1024):
             chunk = torch.from_numpy(features[start : start + 1024, :views]).float().to(device)
             logits = head(chunk.flatten(0, 1)).unflatten(0, (len(chunk), views))
             chunks.append(mean_log_probability(logits).cpu().numpy())
@@ -176,9 +195,56 @@ def _nll(head: nn.Module, examples: Examples, views: int) -> float:
     return float(np.average(nll, weights=examples.weight))
 
 
-def _standardize(head: nn.Sequential, x: torch.Tensor, w: torch.Tensor) -> None:
-    mean = w.to(x.dtype) @ x
-    variance = w.to(x.dtype) @ (x - mean) ** 2
+class _Rows:
+    """Every view of the training images: rows (n, *shape) float32 with label (n,) and weight (n,), which sums to 1.
+
+    They are on the device if there is room, else read when they are asked for.
+    """
+
+    def __init__(self, examples: Examples, device: torch.device) -> None:
+        n_images, self._n_views, *shape = examples.features.shape
+        self._features, self._device = examples.features, device
+        self.shape = tuple(shape)
+        self.label = torch.from_numpy(examples.label).repeat_interleave(self._n_views).to(device)
+        weight = torch.from_numpy(examples.weight).repeat_interleave(self._n_views).to(device)
+        self.weight = weight / weight.sum()
+        image_bytes = 4 * self._n_views * math.prod(shape)
+        n = max(1, CHUNK_BYTES // image_bytes)
+        borders = [(start, min(start + n, n_images)) for start in range(0, n_images, n)]
+        self._chunks = [(slice(i, j), slice(i * self._n_views, j * self._n_views)) for i, j in borders]
+        self._transform: nn.Module = nn.Identity()
+        self._resident = None
+        if n_images * image_bytes <= RESIDENT_BYTES:
+            self._resident = torch.empty(len(self.label), *shape, device=device)
+            for images, rows in self._chunks:
+                self._resident[rows] = self._read(images)
+
+    def apply(self, transform: nn.Module) -> None:
+        """Have all rows go through `transform`, which keeps their shape."""
+        self._transform = transform
+        for _, chunk in self.chunks() if self._resident is not None else ():
+            chunk.copy_(transform(chunk))
+
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in order, in the same chunks each time: which they are, and they themselves."""
+        for images, rows in self._chunks:
+            yield rows, self._transform(self._read(images)) if self._resident is None else self._resident[rows]
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows, in any order."""
+        if self._resident is not None:
+            return self._resident[rows]
+        images, views = np.divmod(rows.cpu().numpy(), self._n_views)
+        return self._transform(torch.from_numpy(self._features[images, views]).float().to(self._device))
+
+    def _read(self, images: slice) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._features[images])).float().flatten(0, 1).to(self._device)
+
+
+def _standardize(head: nn.Sequential, x: _Rows) -> None:
+    weights = x.weight.float()
+    mean = torch.stack([weights[rows] @ chunk for rows, chunk in x.chunks()]).sum(0)
+    variance = torch.stack([weights[rows] @ (chunk - mean) ** 2 for rows, chunk in x.chunks()]).sum(0)
     floor = DEVIATION_FLOOR * variance.mean().sqrt().item()
     standardize = cast(Standardize, head[0])
     standardize.mean.copy_(mean)
@@ -192,8 +258,8 @@ def _l1_ratio(options: HeadOptions) -> float:
 Path = Iterator[tuple[float, nn.Sequential, int]]  # strength, the head it gives, passes over the rows
 
 
-def _linear_path(head: nn.Sequential, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, options: HeadOptions) -> Path:
-    x = head[0](x)
+def _linear_path(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Path:
+    x.apply(head[0])
     linear, ratio = cast(nn.Linear, head[-1]), _l1_ratio(options)
     n_classes, width = linear.weight.shape
     size = n_classes * width
@@ -205,20 +271,27 @@ def _linear_path(head: nn.Sequential, x: torch.Tensor, y: torch.Tensor, w: torch
         return (signs @ point[:-n_classes].reshape(len(signs), size)).reshape(n_classes, width)
 
     def objective(point: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(matrix(point)).to(device=x.device)
-        bias = torch.from_numpy(point[-n_classes:]).to(x.device)
-        log_probability = F.log_softmax(_product(x, weights.to(x.dtype).T).double() + bias, dim=1)
-        residual = w[:, None] * (log_probability.exp() - F.one_hot(y, n_classes))
-        slope = _product(x.T, residual.to(x.dtype)).T.double() + strength * (1 - ratio) * weights
-        smooth = strength * (1 - ratio) / 2 * weights.square().sum() - w @ log_probability[range(len(y)), y]
+        weights = torch.from_numpy(matrix(point)).to(x.label.device)
+        bias = torch.from_numpy(point[-n_classes:]).to(x.label.device)
+        smooth = strength * (1 - ratio) / 2 * weights.square().sum()
+        slope, bias_slope = strength * (1 - ratio) * weights, torch.zeros_like(bias)
+        for rows, chunk in x.chunks():
+            log_probability = F.log_softmax((chunk @ weights.float().T).double() + bias, dim=1)
+            w, own = x.weight[rows, None], x.label[rows, None]
+            smooth = smooth - (w * log_probability.gather(1, own)).sum()
+            residual = log_probability.exp()
+            residual = w * residual.scatter(1, own, residual.gather(1, own) - 1)
+            slope = slope + residual.T.float().contiguous() @ chunk  # several times faster than chunk.T @ residual
+            bias_slope = bias_slope + residual.sum(0)
         l1 = strength * ratio * np.abs(point[:-n_classes]).sum()
         gradient = np.outer(signs, slope.cpu().numpy()).ravel() + strength * ratio
-        return smooth.item() + l1, np.concatenate([gradient, residual.sum(0).cpu().numpy()])
+        return smooth.item() + l1, np.concatenate([gradient, bias_slope.cpu().numpy()])
 
     point = np.zeros(len(signs) * size + n_classes)
     settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 1e-6, "maxcor": 20}
     for strength in sorted(options.strengths, reverse=True):
-        found = minimize(objective, point, (strength,), "L-BFGS-B", jac=True, bounds=bounds, options=settings)
+        with threadpool_limits(1, "blas"):  # or scipy's threads and torch's wait for each other: 16 times as long
+            found = minimize(objective, point, (strength,), "L-BFGS-B", jac=True, bounds=bounds, options=settings)
         point = found.x
         with torch.no_grad():
             linear.weight.copy_(torch.from_numpy(matrix(point)))
@@ -226,23 +299,8 @@ def _linear_path(head: nn.Sequential, x: torch.Tensor, y: torch.Tensor, w: torch
         yield strength, head, found.nfev
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right; column by column if there are few, which is several times faster on a CPU."""
-    if right.shape[1] > 8:
-        return left @ right
-    return torch.stack([left @ column for column in right.T.contiguous()], dim=1)
-
-
-def _minibatch_path(
-    head: nn.Sequential,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    w: torch.Tensor,
-    val: Examples,
-    evaluation_views: int,
-    options: HeadOptions,
-) -> Path:
-    ratio, w = _l1_ratio(options), w.to(x.dtype)
+def _minibatch_path(head: nn.Sequential, x: _Rows, val: Examples, evaluation_views: int, options: HeadOptions) -> Path:
+    ratio, w, n_rows = _l1_ratio(options), x.weight.float(), len(x.label)
     for strength in options.strengths:
         candidate = copy.deepcopy(head)
         matrices = [layer.weight for layer in candidate.modules() if isinstance(layer, (nn.Linear, _ConvNd))]
@@ -250,10 +308,10 @@ def _minibatch_path(
         best, best_nll = copy.deepcopy(candidate), math.inf
         for _ in range(options.epochs):
             candidate.train()
-            for rows in torch.randperm(len(x)).to(x.device).split(options.batch_size):
-                losses = F.cross_entropy(candidate(x[rows]), y[rows], reduction="none")
+            for rows in torch.randperm(n_rows).to(w.device).split(options.batch_size):
+                losses = F.cross_entropy(candidate(x.take(rows)), x.label[rows], reduction="none")
                 squares = torch.stack([matrix.square().sum() for matrix in matrices]).sum()
-                loss = w[rows] @ losses * len(x) / len(rows) + strength * (1 - ratio) / 2 * squares
+                loss = w[rows] @ losses * n_rows / len(rows) + strength * (1 - ratio) / 2 * squares
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.params import Augmentation, Record
@@ -95,7 +95,8 @@ def views(
     for k in which:
         view = plain
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(sha256(f"{augmentation.seed} {name} {k}".encode())[:15], 16))
+            # torch.manual_seed would also note, for each GPU to come, from where it was called
+            torch.default_generator.manual_seed(int(sha256(f"{augmentation.seed} {name} {k}".encode())[:15], 16))
             if k and augment is not None:
                 view = augment(image.convert("RGB"))
             array = _symmetry(np.asarray(view.convert("RGB")), k, augmentation)
@@ -159,7 +160,7 @@ def load_batches(
         shuffle=False,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_signals,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # or it would draw from the numbers that dropout is drawn from
     )
@@ -169,8 +170,9 @@ def load_batches(
         yield batch
 
 
-def _ignore_interrupts(_worker: int) -> None:
+def _leave_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class _Batches(Dataset):
                 content = path.read_bytes()
                 if sha256(content) != name:
                     raise ValueError("other bytes than were indexed; run: dvc repro")
-                parts.append(views(decode(content), name, which, self.preprocessing, self.augmentation))
+                parts.extend(views(decode(content), name, which, self.preprocessing, self.augmentation))
             except (OSError, ValueError) as error:
                 return ValueError(f"{path}: {error}")
-        return torch.from_numpy(np.concatenate(parts))
+        return default_collate([torch.from_numpy(part) for part in parts])  # in a worker, right into shared memory

@@ -113,7 +113,8 @@ def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
 def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str, device: torch.device) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
     pairs = [(int(row), view) for row in rows for view in range(task.evaluation_views)]
-    batches = [pairs[i : i + engine.BATCH] for i in range(0, len(pairs), engine.BATCH)]
+    size = engine.BATCH[device.type]
+    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     outputs = engine.run(network, task.load(batches), task.evaluation_engine, precision, device)
     logits = torch.from_numpy(np.concatenate(list(outputs)))
     return mean_log_probability(logits.unflatten(0, (len(rows), task.evaluation_views))).numpy()

@@ -3,3 +3,34 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import extraction
+from pipeline.hdf5 import Row
+from pipeline.images import Sample
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)  # some of what is tested sets its own
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """Grows by every row that the store computes."""
+    rows: list[Row] = []
+    load_batches = extraction.load_batches
+
+    def counted(batches: Sequence[Sequence[Sample]], *how: Any) -> Iterator[torch.Tensor]:
+        rows.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
+        return load_batches(batches, *how)
+
+    monkeypatch.setattr(extraction, "load_batches", counted)
+    return rows

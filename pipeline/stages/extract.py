@@ -2,6 +2,9 @@
 
 Reads   data/images.csv and the images it names, data/weights/
 Writes  data/features.h5     (n_images, n_views, d), in the order of images.csv
+
+Several processes fill the store side by side: `torchrun --nproc-per-node N -m pipeline.stages.extract`, and then the
+ordinary stage, which has nothing left to compute.
 """
 
 from pathlib import Path
@@ -9,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline import backbones, cuts, engine, feature_store, logs, manifest
+from pipeline import backbones, cuts, engine, extraction, hdf5, logs, manifest
 from pipeline.params import load_params
 
 
 def main() -> None:
     """Compute what the store lacks, then assemble data/features.h5."""
-    params = load_params()
+    params, share = load_params(), extraction.share_of_environment()
     images = manifest.read_images()
     device = engine.choose_device(params.runtime.device)
     backbone = backbones.load(params.backbone, params.features.image_size)
@@ -35,15 +38,19 @@ def main() -> None:
         "params": sum(parameter.numel() for parameter in network.parameters()),
     }
     how = params.augmentation, params.features, device
-    computation = feature_store.computation(network, backbone, cut, pool, *how)
+    computation = extraction.computation(network, backbone, cut, pool, *how)
     paths = {
         sha256: Path(params.dataset.path, name) for name, sha256 in zip(images.image_id, images.sha256, strict=True)
     }
     rows = [(sha256, view) for sha256 in images.sha256 for view in range(params.features.views)]
-    store = feature_store.fill(computation, paths, rows, params.runtime.workers, params.runtime.store_max_gb)
-    provenance["computation"] = computation.description
+    runtime = params.runtime
+    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
+    if share.world_size > 1:
+        logs.log.info("rank %d of %d is done; when all are: dvc repro", share.rank, share.world_size)
+        return
+    provenance["computation"] = computation.key.description
     provenance["largest_rounding"] = store.largest_rounding(rows)
-    feature_store.assemble(store, images.sha256, params.features.views, provenance, feature_store.FEATURES)
+    extraction.assemble(store, images.sha256, params.features.views, provenance, hdf5.FEATURES)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from pipeline import artifacts, backbones, cuts, engine, feature_store, heads, images, logs, manifest, training
+from pipeline import artifacts, backbones, cuts, engine, extraction, heads, images, logs, manifest, training
 from pipeline.artifacts import Card, Cost, Run
 from pipeline.backbones import Backbone
+from pipeline.extraction import Share
 from pipeline.images import Sample
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
 from pipeline.training import Batch, Load, Task
@@ -46,8 +47,8 @@ def main() -> None:
     else:
         load, rounding = load_images(files, backbone, params), 0.0
     network = nn.Sequential(nn.Identity() if is_cached else frozen, body, head)
-    example = next(load([[(int(val[0]), 0)] * engine.BATCH]))
-    chosen = engine.choose_engine(params.features.engine, network, example.numpy(), device)
+    example = next(load([[(int(val[0]), 0)] * engine.BATCH[device.type]]))
+    chosen = engine.prepare(params.features.engine, network, example, strategy.precision, device).engine
     task = Task(load, labels.label, labels.weight, train, val, views, chosen)
     best_epoch, curve = training.fit(network, task, strategy, seed, device, f"{name}-{seed}")
     said = {
@@ -125,10 +126,11 @@ def load_activations(
     """
     pool = cast(cuts.Pool, frozen[2]).kind
     how = params.augmentation, params.features, device
-    computation = feature_store.computation(frozen, backbone, boundary, pool, *how)
+    computation = extraction.computation(frozen, backbone, boundary, pool, *how)
     paths = {sha256: Path(params.dataset.path, name) for name, sha256 in zip(files.image_id, files.sha256, strict=True)}
     rows = [(files.sha256[row], view) for row, view in pairs]
-    store = feature_store.fill(computation, paths, rows, params.runtime.workers, params.runtime.store_max_gb)
+    runtime, everything = params.runtime, Share(0, 1)
+    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, everything)
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for batch in batches:

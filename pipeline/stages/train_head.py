@@ -7,10 +7,10 @@ Writes  models/feature_extraction/seed_<s>.safetensors, .json
 
 from torch import nn
 
-from pipeline import artifacts, backbones, cuts, engine, feature_store, heads, logs, manifest
+from pipeline import artifacts, backbones, cuts, engine, hdf5, heads, logs, manifest
 from pipeline.artifacts import Card, Cost, Run
-from pipeline.feature_store import Features
-from pipeline.heads import Examples
+from pipeline.hdf5 import Features
+from pipeline.heads import Examples, Selection
 from pipeline.manifest import Labels, Split
 from pipeline.params import HEAD_ONLY, BackboneChoice, Params, load_params
 
@@ -18,10 +18,10 @@ from pipeline.params import HEAD_ONLY, BackboneChoice, Params, load_params
 def main() -> None:
     """Fit one head per split."""
     params = load_params()
-    features, labels = feature_store.read(), manifest.read_labels()
+    features, labels = hdf5.read_features(), manifest.read_labels()
     dense = dense_layers(features) if params.head.kind == "pretrained" else nn.Identity()
     if features.sha256 != labels.sha256 or params.evaluation.views > features.values.shape[1]:
-        raise ValueError(f"{feature_store.FEATURES}: other images, or fewer views, than are wanted; run: dvc repro")
+        raise ValueError(f"{hdf5.FEATURES}: other images, or fewer views, than are wanted; run: dvc repro")
     for split in manifest.read_splits(labels.image_id):
         fit(features, labels, split, params, dense)
 
@@ -31,7 +31,7 @@ def dense_layers(features: Features) -> nn.Module:
     made = features.provenance
     backbone = backbones.load(BackboneChoice(**made["backbone"]), made["image_size"])
     if backbone.weights_sha256 != made["computation"]["weights_sha256"]:
-        raise ValueError(f"{feature_store.FEATURES}: made with other weights; run: dvc repro extract")
+        raise ValueError(f"{hdf5.FEATURES}: made with other weights; run: dvc repro extract")
     _, dense = cuts.split(backbone, made["computation"]["cut"])
     return dense
 
@@ -40,7 +40,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     """Fit, save the model and what it says of validation and test, log one line."""
     views, made = params.evaluation.views, features.provenance
     train, val = (
-        Examples(features.values[rows], labels.label[rows], labels.weight[rows])
+        Examples(Selection(features.values, rows), labels.label[rows], labels.weight[rows])
         for rows in (split.rows("train"), split.rows("val"))
     )
     device = engine.choose_device(params.runtime.device)
@@ -68,12 +68,10 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         "cost": cost.model_dump(),
     }
     artifacts.save_model(Card.model_validate(described, strict=False), fitted.head, None)
-    said = {
-        f"{part}_{what}": value
-        for part in ("val", "test")
-        for rows in [split.rows(part)]
-        for what, value in (("rows", rows), ("logits", heads.predict(fitted.head, features.values[rows], views)))
-    }
+    said = {}
+    for part in ("val", "test"):
+        said[f"{part}_rows"] = split.rows(part)
+        said[f"{part}_logits"] = heads.predict(fitted.head, Selection(features.values, split.rows(part)), views)
     network = {
         "params": made["params"] + n_params,
         "boundary": made["computation"]["cut"],

@@ -3,9 +3,14 @@
 import hashlib
 import io
 import math
+import shutil
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from random import Random
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -15,10 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from pipeline import backbones, feature_store
+from pipeline import backbones, extraction
 from pipeline.backbones import Backbone
-from pipeline.feature_store import Computation, Row
-from pipeline.images import Preprocessing
+from pipeline.extraction import Computation, Share
+from pipeline.feature_store import Store
+from pipeline.hdf5 import Row
+from pipeline.images import Preprocessing, Sample
 from pipeline.params import Augmentation, FeatureOptions
 
 N_IMAGES, VIEWS = 9, 3
@@ -72,7 +79,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_store, "SHARD_ROWS", 4)
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 4)
 
 
 @cache
@@ -84,19 +91,19 @@ def computation() -> tuple[Network, Computation]:
         views=VIEWS, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp16"
     )
     whole = nn.Sequential(backbones.Normalize(preprocessing), network)
-    return network, feature_store.computation(whole, backbone, "all", "none", AUGMENTATION, options, CPU)
+    return network, extraction.computation(whole, backbone, "all", "none", AUGMENTATION, options, CPU)
 
 
-def fill(images: dict[str, Path], rows: list[Row], after: float = float("inf")) -> feature_store.Store:
+def fill(images: dict[str, Path], rows: list[Row], after: float = float("inf")) -> Store:
     """Fill the store, or be killed after so many batches."""
     network, how = computation()
     network.left = after
-    return feature_store.fill(how, images, rows, workers=0, max_gb=math.inf)
+    return extraction.fill(how, images, rows, workers=0, max_gb=math.inf, share=Share(0, 1))
 
 
-def assembled(images: dict[str, Path], store: feature_store.Store, folder: str) -> bytes:
+def assembled(images: dict[str, Path], store: Store, folder: str) -> bytes:
     path = Path(folder, "features.h5")
-    feature_store.assemble(store, list(images), VIEWS, {"made": "by a test"}, path)
+    extraction.assemble(store, list(images), VIEWS, {"made": "by a test"}, path)
     return path.read_bytes()
 
 
@@ -143,3 +150,110 @@ def test_store_that_was_killed_anywhere_resumes_to_the_same_bytes(
             except KeyboardInterrupt:
                 continue
         assert assembled(images, fill(images, rows), folder) == expected
+
+
+KEYED = {  # what can change a row: a change of each, and back, is one step of a walk
+    "network": ("timm/one", "timm/other"),
+    "seed": (0, 1),
+    "cut": ("all", "layer3"),
+    "pool": ("none", "avg"),
+    "store_dtype": ("fp32", "fp16"),
+    "precision": ("fp32", "bf16"),
+    "engine": ("torch", "openvino"),
+    "crop": (8, 6),
+    "interpolation": ("bilinear", "bicubic"),
+    "mean": (0.5, 0.4),
+}
+OF_VIEWS = {"seed": (0, 1), "brightness": (0.2, 0.0), "flips": ("both", "none")}  # what can change a row but of view 0
+State = dict[str, int]
+
+
+@cache
+def network_of(seed: int, crop: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * crop**2, 5))
+
+
+@cache
+def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
+    """The computation of a state: which of the two values each thing has."""
+    at = dict(state)
+    v = {name: values[at[name]] for name, values in KEYED.items()}
+    augmentation = AUGMENTATION.model_copy(update={n: values[at[f"view {n}"]] for n, values in OF_VIEWS.items()})
+    crop, mean = int(v["crop"]), float(v["mean"])
+    geometry = Preprocessing(
+        resize=(crop,), crop=crop, interpolation=str(v["interpolation"]), mean=(mean,) * 3, std=(0.5,) * 3
+    )
+    layers = network_of(int(v["seed"]), crop)
+    backbone = Backbone(str(v["network"]), layers, geometry, backbones.state_sha256(layers), 5)
+    chosen = {name: v[name] for name in ("engine", "precision", "store_dtype", "cut", "pool")}
+    options = FeatureOptions.model_validate({"views": VIEWS, "image_size": None, **chosen})
+    module = nn.Sequential(backbones.Normalize(geometry), layers)
+    return extraction.computation(module, backbone, str(v["cut"]), str(v["pool"]), augmentation, options, CPU)
+
+
+CHANGES = [*KEYED, *(f"view {name}" for name in OF_VIEWS)]
+NOTHING = ["nothing", "rename", "another order", "fewer images", "all images", "fewer views", "all views", "a new file"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(walk=st.lists(st.sampled_from([*CHANGES, *NOTHING]), min_size=1, max_size=8), random=st.randoms())
+def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
+    images: dict[str, Path], walk: list[str], random: Random
+) -> None:
+    state: State = dict.fromkeys(CHANGES, 0)
+    seen: set[tuple[str, Row]] = set()
+    asked: list[Row] = []
+    load_batches = extraction.load_batches
+
+    def counted(batches: list[list[Sample]], *how: Any) -> Iterator[torch.Tensor]:
+        asked.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
+        return load_batches(batches, *how)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extraction, "load_batches", counted)
+        paths = {name: Path(shutil.copy(path, folder)) for name, path in images.items()}
+        chosen, views = list(paths), VIEWS
+        for step in ["nothing", *walk]:
+            if step in state:
+                state[step] = 1 - state[step]
+            elif step == "rename":
+                name = random.choice(chosen)
+                paths[name] = paths[name].rename(Path(folder, f"{uuid4()}.png"))
+            elif step == "another order":
+                random.shuffle(chosen)
+            elif step == "fewer images":
+                chosen = random.sample(chosen, len(chosen) // 2 + 1)
+            elif step == "all images":
+                chosen = list(paths)
+            elif step in ("fewer views", "all views"):
+                views = 1 if step == "fewer views" else VIEWS
+            elif step == "a new file":
+                content = io.BytesIO()
+                Image.new("RGB", (9, 9), tuple(random.randbytes(3))).save(content, "PNG")
+                path = Path(folder, f"{uuid4()}.png")
+                path.write_bytes(content.getvalue())
+                chosen.append(hashlib.sha256(content.getvalue()).hexdigest())
+                paths[chosen[-1]] = path
+            how = computation_of(tuple(sorted(state.items())))
+            rows = [(name, view) for name in chosen for view in range(views)]
+            asked.clear()
+            patch.setenv("DVC_ROOT", f"{folder}/store")
+            values = extraction.fill(how, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+            keyed = {(how.key.name(row[1]), row) for row in rows}
+            assert {(how.key.name(row[1]), row) for row in asked} == keyed - seen
+            assert len(set(asked)) == len(asked)
+            seen |= keyed
+            with tempfile.TemporaryDirectory() as empty:
+                patch.setenv("DVC_ROOT", empty)
+                fresh = extraction.fill(how, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+            assert values.tobytes() == fresh.tobytes()
+
+
+def test_every_change_of_the_walk_has_a_key_of_its_own() -> None:
+    plain = dict.fromkeys(CHANGES, 0)
+    states = [plain, *({**plain, name: 1} for name in CHANGES)]
+    keys = [computation_of(tuple(sorted(state.items()))).key for state in states]
+    assert len({key.name(0) for key in keys}) == 1 + len(KEYED)
+    assert len({key.name(1) for key in keys}) == 1 + len(CHANGES)

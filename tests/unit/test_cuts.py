@@ -4,7 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -37,14 +37,6 @@ SIZES = {
     "timm/vit_tiny_patch16_224": 64,
 }
 RESNET, VIT = "torchvision/resnet18", "timm/vit_tiny_patch16_224"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -120,29 +120,54 @@ def test_cuda_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.choose_device("cuda")
 
 
-def test_auto_takes_openvino_on_a_cpu_and_torch_elsewhere(network: nn.Module) -> None:
-    example = inputs(2).numpy()
-    assert engine.choose_engine("auto", network, example, CPU) == "openvino"
-    assert engine.choose_engine("auto", network, example, torch.device("cuda")) == "torch"
-    assert engine.choose_engine("torch", network, example, CPU) == "torch"
+def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(network: nn.Module) -> None:
+    assert engine.prepare("auto", network, inputs(2), "fp32", CPU).engine == "openvino"
+    assert engine.prepare("torch", network, inputs(2), "fp32", CPU).engine == "torch"
     with pytest.raises(ValueError, match=r"features\.engine: openvino runs on a CPU; expected auto or torch"):
-        engine.choose_engine("openvino", network, example, torch.device("cuda"))
+        engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
 
 
-def test_network_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "openvino.Core"])
+def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no such\noperation")
 
-    monkeypatch.setattr(engine, "_convert", fail)
+    monkeypatch.setattr(failing, fail)
     with caplog.at_level(logging.WARNING, "pipeline"):
-        assert engine.choose_engine("auto", network, inputs(2).numpy(), CPU) == "torch"
+        assert engine.prepare("auto", network, inputs(2), "fp32", CPU).engine == "torch"
     assert "OpenVINO cannot convert this network, torch runs it (no such operation)" in caplog.text
     with pytest.raises(
         ValueError, match=r"features\.engine: openvino cannot convert this network \(no such operation\)"
     ):
-        engine.choose_engine("openvino", network, inputs(2).numpy(), CPU)
+        engine.prepare("openvino", network, inputs(2), "fp32", CPU)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: str) -> None:
+    x = inputs(12)
+    runner = engine.prepare(name, network, x[:4], "fp32", CPU)
+    first, again = (np.concatenate(list(runner.run(x.split(4)))) for _ in range(2))
+    assert np.array_equal(first, again)
+    (alone,) = runner.run([x[:1]])
+    assert np.array_equal(alone, first[:1])
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda *_, **__: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert engine.choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert engine.choose_device("cuda") == torch.device("cuda", 1)
+    for wrong in ("2", "x", "-1"):
+        monkeypatch.setenv("LOCAL_RANK", wrong)
+        with pytest.raises(ValueError, match=rf"LOCAL_RANK: found {wrong}, expected less than 2"):
+            engine.choose_device("auto")
 
 
 def test_filters_are_channels_last_also_those_of_one_pixel() -> None:

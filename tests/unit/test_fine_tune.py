@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import artifacts, backbones, cuts, feature_store, manifest, predict, training
+from pipeline import artifacts, backbones, cuts, manifest, predict, training
 from pipeline.artifacts import Run
-from pipeline.images import Sample
+from pipeline.hdf5 import Row
 from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, split, train_head
 
@@ -28,14 +28,6 @@ N_IMAGES = 30
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
 SWIN = "timm/swin_tiny_patch4_window7_224"
 PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -51,20 +43,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(training, "_step", recorded)
     return losses
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[feature_store.Row]:
-    """Grows by every row that the store computes."""
-    rows: list[feature_store.Row] = []
-    load_batches = feature_store.load_batches
-
-    def counted(batches: Sequence[Sequence[Sample]], *how: Any) -> Iterator[torch.Tensor]:
-        rows.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
-        return load_batches(batches, *how)
-
-    monkeypatch.setattr(feature_store, "load_batches", counted)
-    return rows
 
 
 def make_weights(name: str) -> None:
@@ -168,7 +146,7 @@ BOUNDARIES = [  # with a learning rate
 
 @pytest.mark.parametrize(("name", "boundary", "rate"), BOUNDARIES)
 def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
-    name: str, boundary: str, rate: float, tune: Tune, steps: list[float], computed: list[feature_store.Row]
+    name: str, boundary: str, rate: float, tune: Tune, steps: list[float], computed: list[Row]
 ) -> None:
     strategy = {"freeze_until": boundary, "learning_rate_base": rate, "learning_rate_head": rate}
     whole = tune(name, strategy | {"boundary_cache": "off"})
@@ -203,7 +181,7 @@ def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:
     assert isinstance(behind[0], _BatchNorm)
 
 
-def rows_of(part: str, views: Sequence[int]) -> list[feature_store.Row]:
+def rows_of(part: str, views: Sequence[int]) -> list[Row]:
     images = manifest.read_images()
     rows = manifest.read_split(0, images.image_id).rows(part)
     return [(images.sha256[row], view) for row in rows for view in views]
@@ -211,7 +189,7 @@ def rows_of(part: str, views: Sequence[int]) -> list[feature_store.Row]:
 
 @pytest.mark.parametrize("cut", ["all", "layer3"])
 def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
-    cut: str, tune: Tune, computed: list[feature_store.Row]
+    cut: str, tune: Tune, computed: list[Row]
 ) -> None:
     features = {"cut": cut, "pool": "none" if cut == "all" else "avg"}
     first = tune(TINY, {"freeze_until": "all", "views": 1, "epochs": 1}, features=features)
@@ -287,7 +265,7 @@ def test_boundary_that_makes_no_sense_is_one_line_with_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[feature_store.Row]) -> None:
+def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:
     tune(TINY, {"freeze_until": "all"})
     computed.clear()
     with pytest.raises(ValueError, match=r"store_max_gb: 1e-06, but the cache at layer1.* needs .* GB; .* off"):

@@ -3,6 +3,8 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import heads
-from pipeline.heads import Examples, Fitted, Standardize
+from pipeline.heads import Examples, Fitted, Selection, Standardize
 from pipeline.params import HeadOptions
 
 LINEAR = HeadOptions(
@@ -38,16 +40,23 @@ CPU = torch.device("cpu")
 NOTHING = nn.Identity()  # what the network does behind its end
 
 
+@dataclass(frozen=True)
+class Held(Examples):
+    """Examples in memory."""
+
+    features: np.ndarray
+
+
 def options(base: HeadOptions = LINEAR, **changes: Any) -> HeadOptions:
     return base.model_copy(update=changes)
 
 
-def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> Examples:
+def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> Held:
     """Three classes in eight dimensions, `gap` deviations apart."""
     random = np.random.default_rng(seed)
     label = random.integers(0, 3, n)
     features = random.normal(size=(n, n_views, 8)) + gap * np.eye(3, 8)[label][:, None]
-    return Examples(features.astype(np.float32), label, random.uniform(0.3, 2, n))
+    return Held(features.astype(np.float32), label, random.uniform(0.3, 2, n))
 
 
 def fit(train: Examples, how: HeadOptions = LINEAR, seed: int = 0, val: Examples | None = None) -> Fitted:
@@ -285,9 +294,9 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(ConvMlp(2, 5, kernel_size=2, drop_rate=0.9), nn.Flatten()).requires_grad_(False)
 
 
-def maps(n: int = 90, seed: int = 0) -> Examples:
+def maps(n: int = 90, seed: int = 0) -> Held:
     rows = examples(n, seed=seed, gap=2)
-    return Examples(rows.features.reshape(n, 1, 2, 2, 2), rows.label, rows.weight)
+    return Held(rows.features.reshape(n, 1, 2, 2, 2), rows.label, rows.weight)
 
 
 def fit_pretrained(dense: nn.Module, how: HeadOptions = PRETRAINED) -> Fitted:
@@ -379,8 +388,72 @@ def test_a_new_head_wants_vectors(how: HeadOptions):
 
 def test_features_of_half_precision_give_the_head_of_their_values():
     train, val = examples(), examples(seed=1)
-    half = [Examples(part.features.astype(np.float16), part.label, part.weight) for part in (train, val)]
+    half = [Held(part.features.astype(np.float16), part.label, part.weight) for part in (train, val)]
     full = [Examples(part.features.astype(np.float32), part.label, part.weight) for part in half]
     found, expected = (fit(parts[0], val=parts[1]) for parts in (half, full))
     assert found.val_nll == expected.val_nll
     assert np.array_equal(weight_of(found), weight_of(expected))
+
+
+# features that do not fit into memory
+
+
+def on_disk(whole: Held, images: np.ndarray, path: Path) -> Examples:
+    """`images` of examples whose features lie in a file."""
+    np.save(path, whole.features)
+    return Examples(Selection(np.load(path, mmap_mode="r"), images), whole.label[images], whole.weight[images])
+
+
+@pytest.mark.parametrize("how", [LINEAR, options(penalty="l1"), options(MLP, epochs=3)], ids=["linear", "l1", "mlp"])
+@pytest.mark.parametrize("chunk_bytes", [1, 700, 2**20])
+def test_streamed_features_give_the_bytes_of_resident_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: HeadOptions, chunk_bytes: int
+):
+    monkeypatch.setattr(heads, "CHUNK_BYTES", chunk_bytes)
+    whole, images = examples(n=120, n_views=3), np.random.default_rng(3).permutation(120)[:90]
+    train = on_disk(whole, images, tmp_path / "features.npy")
+    resident, reads = fit(train, how), []
+    read = Selection.__getitem__
+    monkeypatch.setattr(Selection, "__getitem__", lambda *at: reads.append(at) or read(*at))
+    monkeypatch.setattr(heads, "RESIDENT_BYTES", 0)
+    streamed = fit(train, how)
+    assert len(reads) > 3, "they are read in each pass"
+    assert streamed.val_nll == resident.val_nll
+    state = streamed.head.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in resident.head.state_dict().items())
+
+
+def test_a_pretrained_head_streams_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train = on_disk(maps(), np.arange(90), tmp_path / "features.npy")
+    resident = heads.fit(train, maps(seed=1), 3, 1, PRETRAINED, dense_layers(), 0, CPU)
+    monkeypatch.setattr(heads, "RESIDENT_BYTES", 0)
+    streamed = heads.fit(train, maps(seed=1), 3, 1, PRETRAINED, dense_layers(), 0, CPU)
+    assert streamed.val_nll == resident.val_nll
+
+
+def test_small_chunks_change_a_linear_head_by_rounding_only(monkeypatch: pytest.MonkeyPatch):
+    train = examples(n_views=2)
+    whole = weight_of(fit(train))
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 1)
+    assert np.allclose(weight_of(fit(train)), whole, atol=1e-4)
+
+
+def test_fitting_leaves_the_features_as_they_were():
+    train = examples()
+    before = train.features[:].copy()
+    fit(train)
+    assert np.array_equal(train.features[:], before)
+
+
+def test_a_selection_is_indexed_as_the_array_of_its_images():
+    values, images = np.arange(60.0).reshape(5, 3, 4), np.array([4, 0, 2])
+    selection, array = Selection(values, images), values[images]
+    assert selection.shape == array.shape
+    assert np.array_equal(selection[1:], array[1:])
+    assert np.array_equal(selection[:2, :1], array[:2, :1])
+    which = np.array([2, 0, 2]), np.array([1, 1, 0])
+    assert np.array_equal(selection[which], array[which])
+    head = nn.Linear(4, 2)
+    features = values.astype(np.float32)
+    found = heads.predict(head, Selection(features, images), 2)
+    assert np.array_equal(found, heads.predict(head, features[images], 2))

@@ -21,7 +21,9 @@ ORDER: list[str] = [
         "backbones",
         "engine",
         "cuts",
+        "hdf5",
         "feature_store",
+        "extraction",
     ),
     *("heads", "training", "artifacts", "datasets", "sweep", "predict"),
 ]
@@ -98,6 +100,9 @@ def test_what_dvc_caches_is_ignored_by_git_beforehand(stage: str):
         assert is_ignored == options.get("cache", True), name
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("benchmarks/[a-z]*.py")), ids=lambda path: path.stem)
+BENCHMARKS = [path for path in REPOSITORY.glob("benchmarks/*.py") if path.stem not in ("__init__", "common")]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_a_benchmark_runs_when_it_is_called(path: Path):
     assert path.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    main()\n')

@@ -74,14 +74,6 @@ def strategy(**changes: Any) -> Strategy:
     return Strategy.model_validate(STRATEGY.model_dump() | changes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cache
 def make_images(size: int) -> torch.Tensor:
     """Noise (n, size, size, 3) uint8 around a grey level that tells the class, not perfectly."""

@@ -1,0 +1,139 @@
+"""A line of the table, and a directory in which stages run on chosen images with chosen parameters."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline import manifest
+from pipeline.images import sha256
+from pipeline.manifest import Images
+
+REPOSITORY = Path(__file__).parents[1]
+LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured value; `target` is the bound that it should keep, `at least` or `at most`."""
+
+    name: str
+    value: float
+    unit: str
+    bound: str
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does."""
+        return self.value >= self.limit if self.bound == "at least" else self.value <= self.limit
+
+    @property
+    def target(self) -> str:
+        """In words."""
+        return f"{self.bound} {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A process that ended well: seconds from its start to its end, peak memory (MB), and what it printed."""
+
+    seconds: float
+    peak_mb: float
+    printed: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory with params.yaml and data/images.csv, in which `python -m` runs code of this repository."""
+
+    root: Path
+
+    @property
+    def features(self) -> Path:
+        """What extract writes."""
+        return self.root / "data" / "features.h5"
+
+    def start(self, *module: str) -> subprocess.Popen[bytes]:
+        """Start `python -m MODULE…` in a process group of its own."""
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-m", *module]
+        with (self.root / "log").open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+
+    def run(self, *module: str) -> Ran:
+        """Run `python -m MODULE…` to its end."""
+        start, process = time.perf_counter(), self.start(*module)
+        printed = cast(IO[bytes], process.stdout).read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"{' '.join(module)} failed:\n{(self.root / 'log').read_text()[-2000:]}")
+        return Ran(time.perf_counter() - start, usage.ru_maxrss / 1024, printed)
+
+    def forget(self) -> None:
+        """Empty the store."""
+        shutil.rmtree(self.root / "data" / ".feature_store", ignore_errors=True)
+
+    def list_images(self, images: Images, rows: slice) -> None:
+        """Have data/images.csv hold these rows."""
+        chosen = {column: values[rows] for column, values in vars(images).items()}
+        path = self.root / "data" / "images.csv"
+        manifest.write_images(Images(**chosen), path)
+
+
+@contextmanager
+def workspace(images: Images, directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
+    """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
+    yaml = YAML()
+    params = yaml.load(REPOSITORY / "params.yaml")
+    params["dataset"]["path"] = str(directory.resolve())
+    params["backbone"].update({"name": name, "weights": "bundled" if name == LITE else "random"})
+    params["features"].update({"views": 1, "precision": precision})
+    params["evaluation"]["views"] = 1
+    with tempfile.TemporaryDirectory() as folder:
+        made = Workspace(Path(folder))
+        (made.root / "data").mkdir()
+        yaml.dump(params, made.root / "params.yaml")
+        made.list_images(images, slice(None))
+        yield made
+
+
+EXTRACT = "pipeline.stages.extract"
+
+
+def generate(n: int, directory: Path) -> Images:
+    """Write `n` grey PNG files of 300 px as the default data has them: smooth, with some noise."""
+    random = np.random.default_rng(0)
+    grid = np.linspace(0, 6, 300)
+    names, digests = [], []
+    for number in range(n):
+        wave = np.outer(np.sin(grid * random.uniform(1, 4)), np.cos(grid * random.uniform(1, 4)))
+        pixels = 128 + 80 * wave + random.integers(-6, 7, (300, 300))
+        path = directory / f"{number:06}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=1)
+        names.append(path.name)
+        digests.append(sha256(path.read_bytes()))
+    return Images(names, digests, [300] * n, [300] * n)
+
+
+def show(lines: Iterable[Line]) -> list[Line]:
+    """Print lines as they come."""
+    seen = []
+    for line in lines:
+        verdict = "holds" if line.holds else "MISSED"
+        print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
+        seen.append(line)
+    return seen

@@ -1,0 +1,101 @@
+"""What the feature store saves, and how it grows: `python -m benchmarks.store [--quick]`.
+
+Whole runs of `python -m pipeline.stages.extract`, start-up included: from nothing, with 1 % of the images new, after a
+SIGKILL half-way. Their bound is in proportion to the rows that are missing, plus 8 seconds of start-up. Growth is
+measured on generated images; times per image are those beyond a run over 8 images. `dvc repro` is timed in this
+repository and must have nothing to do. Needs an indexed data set (`dvc repro index`).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.common import EXTRACT, REPOSITORY, Line, generate, show, workspace
+from pipeline import manifest
+from pipeline.params import load_params
+
+START_UP = 8.0  # s
+
+
+def measure(*, is_quick: bool) -> Iterator[Line]:
+    """Increments, resume, growth, and doing nothing."""
+    listed, directory = manifest.read_images(), Path(load_params().dataset.path)
+    n = len(listed.sha256) // (4 if is_quick else 1)
+    with workspace(listed, directory) as place:
+        place.list_images(listed, slice(n))
+        whole, content = place.run(EXTRACT).seconds, place.features.read_bytes()
+
+        place.forget()
+        place.list_images(listed, slice(n - n // 100))
+        place.run(EXTRACT)
+        place.list_images(listed, slice(n))
+        added = place.run(EXTRACT).seconds
+        is_same = place.features.read_bytes() == content
+        allowed = 0.03 * whole + START_UP
+        print(f"  {n} images: {whole:.1f} s from nothing, {added:.1f} s with {n // 100} new; same bytes: {is_same}")
+        yield Line("1 % more images / (3 % of the whole + 8 s)", added / allowed, "times", "at most", 1)
+
+        place.forget()
+        place.features.unlink()
+        process = place.start(EXTRACT)
+        time.sleep(0.6 * whole)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        rest = place.run(EXTRACT)
+        kept = kept_rows((place.root / "log").read_text())
+        is_same = place.features.read_bytes() == content
+        allowed = (1 - kept / n) * whole + START_UP
+        print(f"  killed: {kept} of {n} rows were kept, {rest.seconds:.1f} s for the others; same bytes: {is_same}")
+        yield Line("resumed run / (share of rows missing x whole + 8 s)", rest.seconds / allowed, "times", "at most", 1)
+    yield from growth(is_quick)
+    yield from nothing_to_do()
+
+
+def kept_rows(log: str) -> int:
+    """What the last run said that it found in the store."""
+    return int(log.rpartition(" rows reused")[0].rpartition(" ")[2])
+
+
+def growth(is_quick: bool) -> Iterator[Line]:
+    """Peak memory and time per image over many images against few."""
+    few, many = (500, 2000) if is_quick else (2000, 20_000)
+    with tempfile.TemporaryDirectory() as folder:
+        generated = generate(many, Path(folder))
+        with workspace(generated, Path(folder)) as place:
+            runs = {}
+            for n in (8, few, many):
+                place.forget()
+                place.list_images(generated, slice(n))
+                runs[n] = place.run(EXTRACT)
+    each = {n: 1e3 * (runs[n].seconds - runs[8].seconds) / (n - 8) for n in (few, many)}
+    print(
+        f"  {each[few]:.2f} and {each[many]:.2f} ms an image, {runs[few].peak_mb:.0f} and {runs[many].peak_mb:.0f} MB"
+    )
+    title = f"{many} images / {few}"
+    yield Line(f"peak memory, {title}", runs[many].peak_mb / runs[few].peak_mb, "times", "at most", 1.15)
+    yield Line(f"time per image, {title}", each[many] / each[few], "times", "at most", 1.1)
+
+
+def nothing_to_do() -> Iterator[Line]:
+    """Seconds of `dvc repro` where nothing has changed; no line where something has."""
+    dvc = [sys.executable, "-m", "dvc"]
+    if subprocess.run([*dvc, "status", "--quiet"], cwd=REPOSITORY, capture_output=True).returncode:
+        print("  dvc repro has something to do here: run it, and measure again", flush=True)
+        return
+    start = time.perf_counter()
+    subprocess.run([*dvc, "repro"], cwd=REPOSITORY, capture_output=True, check=True)
+    yield Line("dvc repro with nothing to do", time.perf_counter() - start, "s", "at most", 2)
+
+
+def main() -> None:
+    """Print the lines."""
+    show(measure(is_quick="--quick" in sys.argv))
+
+
+if __name__ == "__main__":
+    main()

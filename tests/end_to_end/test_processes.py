@@ -1,0 +1,306 @@
+"""The feature store under real processes: killed, out of disk, two at once, in ranks."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import hdf5
+from pipeline.hdf5 import Row
+
+pytestmark = pytest.mark.end_to_end
+
+N_IMAGES, VIEWS = 80, 2
+# Forks a child for every line that it reads, which fills the store and writes features.h5 as the stage does
+DRIVER = """
+import json, math, os, resource, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from pipeline import backbones, extraction, logs
+from pipeline.backbones import Backbone
+from pipeline.images import Preprocessing, sha256
+from pipeline.params import Augmentation, FeatureOptions
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 50))
+    def forward(self, x):
+        time.sleep(0.02)
+        return self.layers(x)
+
+def main():
+    how = json.loads(line)
+    os.environ.update(how["environment"])
+    extraction.SHARD_ROWS = 4
+    if how["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (how["limit"],) * 2)
+    fsync = os.fsync
+    os.fsync = lambda file: time.sleep(0.01) or fsync(file)  # so that some are killed between writing and renaming
+    paths = {sha256(path.read_bytes()): path for path in sorted(Path(sys.argv[1]).iterdir())}
+    geometry = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+    plain = dict.fromkeys(("rotation_degrees", "shift_fraction", "brightness", "contrast", "saturation", "hue"), 0.0)
+    same = dict.fromkeys(("scale", "crop_area", "crop_aspect"), (1.0, 1.0))
+    augmentation = Augmentation(seed=0, flips="both", right_angles=False, noise_std=3.0, **plain, **same)
+    options = dict(image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32")
+    network = Slow()
+    backbone = Backbone("timm/slow", network, geometry, backbones.state_sha256(network), 50)
+    module = nn.Sequential(backbones.Normalize(geometry), network)
+    made = extraction.computation(
+        module, backbone, "all", "none", augmentation, FeatureOptions(views=2, **options), torch.device("cpu")
+    )
+    share = extraction.share_of_environment()
+    rows = [(name, view) for name in paths for view in range(2)]
+    store = extraction.fill(made, paths, rows, how["workers"], math.inf, share)
+    if share.world_size == 1:
+        extraction.assemble(store, list(paths), 2, {"made": "by a test"}, Path(how["out"]))
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        log = os.open(json.loads(line)["log"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(log, 2)
+        logs.run(main)
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A run under way."""
+
+    driver: "Driver"
+    pid: int
+    log: Path
+
+    def wait_for(self, text: str) -> None:
+        """Until its log holds `text`."""
+        while text not in self.said:
+            time.sleep(0.005)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def status(self) -> int:
+        """Exit code once it has ended; negative for the signal that ended it."""
+        return os.waitstatus_to_exitcode(int(self.driver.read()))
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The process that forks runs; importing torch takes longer than a run."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def read(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def start(self, store: str, limit: int = 0, workers: int = 0, **environment: str) -> Process:
+        assert self.process.stdin
+        log, out = self.folder / f"{store}.log", self.folder / store / "features.h5"
+        log.unlink(missing_ok=True)
+        environment["DVC_ROOT"] = str(self.folder / store)
+        how = {"environment": environment, "log": str(log), "out": str(out), "limit": limit, "workers": workers}
+        self.process.stdin.write(f"{json.dumps(how)}\n")
+        self.process.stdin.flush()
+        return Process(self, int(self.read()), log)
+
+    def run(self, store: str, limit: int = 0) -> tuple[int, str]:
+        """Exit code and what was said, of a run to its end."""
+        process = self.start(store, limit)
+        return process.status(), process.said
+
+    def kept(self, store: str) -> dict[str, list[Row]]:
+        """The rows of every finished shard, each of which must be whole."""
+        return {path.name: hdf5.read_shard(path).rows for path in self.shards(store)}
+
+    def shards(self, store: str) -> list[Path]:
+        return sorted((self.folder / store).glob("data/.feature_store/*/*.h5"))
+
+    def features(self, store: str) -> bytes:
+        return (self.folder / store / "features.h5").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(N_IMAGES):
+        Image.fromarray(noise.integers(0, 256, (10, 10, 3), np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def command(images: Path, *launcher: str) -> list[str]:
+    return [sys.executable, *launcher, str(images)]
+
+
+@pytest.fixture(scope="module")
+def driver(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    started = command(images, "-c", DRIVER)
+    with subprocess.Popen(
+        started, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield Driver(process, tmp_path_factory.mktemp("stores"))
+        assert process.stdin
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def expected(driver: Driver) -> bytes:
+    """The bytes of an uninterrupted run."""
+    status, said = driver.run("whole")
+    assert status == 0, said
+    assert f"0 rows reused, {N_IMAGES * VIEWS} computed, 0 dropped" in said
+    return driver.features("whole")
+
+
+def test_run_that_is_killed_at_any_moment_keeps_its_shards_and_ends_with_the_same_bytes(
+    driver: Driver, expected: bytes
+) -> None:
+    moments, n_kept = random.Random(0), []
+    for trial in range(20):
+        store, how = f"killed-{trial}", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[trial % 3]
+        process = driver.start(store, workers=trial % 2)
+        process.wait_for("rows to compute")
+        time.sleep(moments.uniform(0, 0.8))
+        os.kill(process.pid, how)
+        status = process.status()
+        assert status == (-signal.SIGKILL if how == signal.SIGKILL else 1), process.said
+        if how != signal.SIGKILL:
+            assert "interrupted" in process.said.splitlines()[-1]
+            assert "rows are kept; the next run computes the rest" in process.said
+            assert "Traceback" not in process.said
+            assert not [*(driver.folder / store).rglob("*.tmp")]
+        rows = {row for shard in driver.kept(store).values() for row in shard}
+        n_kept.append(len(rows))
+        before = driver.shards(store)
+        status, said = driver.run(store)
+        assert status == 0, said
+        assert f"{len(rows)} rows reused, {N_IMAGES * VIEWS - len(rows)} computed" in said
+        assert set(before) <= set(driver.shards(store))
+        assert driver.features(store) == expected
+    assert len(set(n_kept)) > 10, "the moments differ"
+
+
+def test_full_disk_is_one_line_and_what_was_written_is_kept(driver: Driver, expected: bytes) -> None:
+    largest = max(path.stat().st_size for path in driver.shards("whole"))
+    status, said = driver.run("full", limit=largest - 1)
+    assert status == 1
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == [said.splitlines()[-1]]
+    assert "File too large" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert not [*(driver.folder / "full").rglob("*.tmp")]
+    n_kept = sum(map(len, driver.kept("full").values()))
+    status, said = driver.run("full")
+    assert status == 0, said
+    assert f"{n_kept} rows reused" in said
+    assert driver.features("full") == expected
+
+
+def test_features_that_cannot_be_written_leave_the_old_ones(driver: Driver, expected: bytes) -> None:
+    shard = max(path.stat().st_size for path in driver.shards("whole"))
+    assert shard < len(expected)
+    out = driver.folder / "no-room" / "features.h5"
+    out.parent.mkdir()
+    out.write_bytes(b"old")
+    status, said = driver.run("no-room", limit=len(expected) - 1)
+    assert status == 1
+    assert said.splitlines()[-1].startswith("error: ")
+    assert out.read_bytes() == b"old"
+    assert not [*out.parent.rglob("*.tmp")]
+    assert sum(map(len, driver.kept("no-room").values())) == N_IMAGES * VIEWS
+    assert driver.run("no-room")[0] == 0
+    assert driver.features("no-room") == expected
+
+
+def test_decoder_that_is_killed_is_one_line_and_what_was_computed_is_kept(driver: Driver, expected: bytes) -> None:
+    process = driver.start("decoder", workers=2)
+    process.wait_for("rows to compute")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (decoders := children.read_text().split()):
+        time.sleep(0.005)
+    time.sleep(0.1)
+    os.kill(int(decoders[0]), signal.SIGKILL)
+    assert process.status() == 1
+    assert process.said.splitlines()[-1].startswith("error: a process that decodes images was killed")
+    assert "Traceback" not in process.said
+    n_kept = sum(map(len, driver.kept("decoder").values()))
+    assert f"{n_kept} of {N_IMAGES * VIEWS} rows are kept" in process.said
+    assert driver.run("decoder")[0] == 0
+    assert driver.features("decoder") == expected
+
+
+def once(images: Path, store: Path, log: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own that fills `store` once."""
+    how = {"environment": {}, "out": str(store / "features.h5"), "limit": 0, "workers": 0}
+    code = f"{DRIVER.partition('torch.set_num_threads(1)')[0]}line = {json.dumps(how)!r}\nlogs.run(main)\n"
+    script = log.with_suffix(".py")
+    script.write_text(code)
+    inherited = {**os.environ, "TQDM_DISABLE": "1", "DVC_ROOT": str(store), **environment}
+    return subprocess.Popen(command(images, *launcher, str(script)), env=inherited, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_writers_on_one_store_both_end_with_the_right_bytes(
+    images: Path, tmp_path: Path, driver: Driver, expected: bytes
+) -> None:
+    processes = [once(images, tmp_path, tmp_path / f"{name}.log") for name in ("one", "other")]
+    for process in processes:
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+        assert (tmp_path / "features.h5").read_bytes() == expected
+    found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
+    assert len(set(found)) == N_IMAGES * VIEWS
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_ranks_fill_the_store_side_by_side_and_one_process_assembles_it(
+    images: Path, tmp_path: Path, driver: Driver, expected: bytes
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = once(images, tmp_path, tmp_path / "ranks.log", *launcher)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert not (tmp_path / "features.h5").exists()
+    found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
+    assert len(found) == len(set(found)) == N_IMAGES * VIEWS, "no row is computed twice"
+    alone = once(images, tmp_path, tmp_path / "alone.log")
+    said = alone.communicate()[1]
+    assert alone.returncode == 0, said
+    assert f"{N_IMAGES * VIEWS} rows reused, 0 computed" in said
+    assert (tmp_path / "features.h5").read_bytes() == expected
+
+
+def test_a_dead_rank_costs_its_own_rows_only(driver: Driver, images: Path, expected: bytes) -> None:
+    names = [hashlib.sha256(path.read_bytes()).hexdigest() for path in images.iterdir()]
+    shares = [{name for name in names if int(name[:16], 16) % 2 == rank} for rank in (0, 1)]
+    status = driver.start("ranks", RANK="0", WORLD_SIZE="2").status()
+    assert status == 0
+    dying = driver.start("ranks", RANK="1", WORLD_SIZE="2")
+    dying.wait_for("rows to compute")
+    time.sleep(0.2)
+    os.kill(dying.pid, signal.SIGKILL)
+    assert dying.status() == -signal.SIGKILL
+    found = {row for rows in driver.kept("ranks").values() for row in rows}
+    assert {(name, view) for name in shares[0] for view in range(VIEWS)} <= found
+    assert len(found) < N_IMAGES * VIEWS
+    assert driver.run("ranks")[0] == 0
+    assert driver.features("ranks") == expected
