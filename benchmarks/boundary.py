@@ -98,7 +98,7 @@ def throughput(is_quick: bool) -> Iterator[Line]:
         val = study.val[:8]
         for boundary in list(least)[-1:] if is_quick else least:
             slow = study.epoch(boundary, study.whole(), val, 2, is_cached=False)
-            fast = study.epoch(boundary, study.cached(boundary, val, 2), val, 4, is_cached=True)
+            fast = study.epoch(boundary, study.cached(boundary, val, 2), val, 12, is_cached=True)
             print(f"  {N_TIMED / fast:.1f} against {N_TIMED / slow:.1f} images/s", flush=True)
             title = f"boundary cache / none, {name.split('/')[1]} at {boundary}"
             yield Line(title, slow / fast, "times", "at least", least[boundary])

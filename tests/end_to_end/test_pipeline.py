@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -280,6 +281,65 @@ def test_corrected_label_runs_no_forward_pass_of_the_frozen_backbone(repository:
         rows[0]["label"] = next(label for label in COLOURS if label != rows[0]["label"])
     repository.dvc("add", "--quiet", MINE.as_posix())
     assert repository.repro() == EVERY_STAGE - {"extract"}
+
+
+Extracted = Callable[[], tuple[str, bytes]]
+
+
+@pytest.fixture
+def extracted(repository: Repository, call: Call, caplog: pytest.LogCaptureFixture) -> Extracted:
+    """Index and extract; what was said of the rows, and the bytes of features.h5."""
+    caplog.set_level(logging.INFO, "pipeline")
+
+    def run() -> tuple[str, bytes]:
+        caplog.clear()
+        call(index.main)
+        call(extract.main)
+        (said,) = (line.partition(": ")[2] for line in caplog.messages if "reused" in line)
+        return said, (repository.root / "data" / "features.h5").read_bytes()
+
+    return run
+
+
+def test_images_that_come_cost_their_own_rows_and_those_that_go_or_move_cost_nothing(
+    repository: Repository, extracted: Extracted
+) -> None:
+    labels, images = MINE / "labels.csv", repository.root / MINE / "images"
+
+    def as_from_nothing() -> bytes:
+        shutil.rmtree(repository.root / "data" / ".feature_store")
+        return extracted()[1]
+
+    said, whole = extracted()
+    assert said == "120 rows reused, 0 computed, 0 dropped"
+    Image.new("RGB", (40, 40), COLOURS["red"]).save(images / "new.png")
+    with repository.table(labels) as rows:
+        rows.insert(7, {"path": "images/new.png", "label": "red"})
+    said, added = extracted()
+    assert said == "120 rows reused, 2 computed, 0 dropped"
+    assert added != whole
+    (images / "07.png").rename(images / "moved.png")
+    with repository.table(labels) as rows:
+        rows[:] = [rows[-1], *rows[:-2]]
+        for row in rows:
+            row["path"] = row["path"].replace("07", "moved")
+    said, changed = extracted()
+    assert said == "120 rows reused, 0 computed, 2 dropped"
+    assert changed == as_from_nothing()
+    with repository.table(labels) as rows:
+        rows.append({"path": "images/58.png", "label": sorted(COLOURS)[58 % 3]})
+    assert extracted()[0] == "120 rows reused, 2 computed, 0 dropped"
+
+
+def test_ranks_fill_the_store_and_the_stage_then_computes_nothing(repository: Repository, extracted: Extracted) -> None:
+    features = repository.root / "data" / "features.h5"
+    before = features.read_bytes()
+    features.unlink()
+    shutil.rmtree(repository.root / "data" / ".feature_store")
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    repository.run(sys.executable, *ranks, "-m", "pipeline.stages.extract")
+    assert not features.exists(), "no rank has all"
+    assert extracted() == ("120 rows reused, 0 computed, 0 dropped", before)
 
 
 def test_added_seed_trains_the_new_runs_only(repository: Repository) -> None:

@@ -1,6 +1,7 @@
 """feature_store: what is damaged or foreign is set aside, and house-keeping shows, checks and removes."""
 
 import builtins
+import hashlib
 import json
 import logging
 import os
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
-from pipeline import feature_store, hdf5, logs
+from pipeline import feature_store, files, hdf5, logs
 from pipeline.feature_store import Key, Store
 from pipeline.hdf5 import Row
 from pipeline.params import Augmentation
@@ -133,8 +136,25 @@ def write_another_type(shard: Path) -> None:
     hdf5.write_shard(shard.parent, shard.parent.name, ROWS[:4], np.zeros((4, 5), np.float16), np.zeros(4, np.float32))
 
 
+def write_views_that_belong_elsewhere(shard: Path) -> None:
+    shard.unlink()
+    rows = [(name, 1) for name, _ in ROWS[:4]]
+    hdf5.write_shard(shard.parent, shard.parent.name, rows, VALUES[:4], np.zeros(4, np.float32))
+
+
+def hide_a_link_and_name_it_rightly(shard: Path) -> None:
+    with h5py.File(shard, "r+") as file:
+        file.move("features", "elsewhere")
+        file["features"] = h5py.SoftLink("/elsewhere")
+    shard.rename(shard.with_stem(hashlib.sha256(shard.read_bytes()).hexdigest()))
+
+
 @pytest.mark.parametrize(
-    "damage", [flip_a_bit, truncate, bring_one_of_another_key, write_another_width, write_another_type]
+    "damage",
+    [
+        *(flip_a_bit, truncate, bring_one_of_another_key, write_another_width, write_another_type),
+        *(write_views_that_belong_elsewhere, hide_a_link_and_name_it_rightly),
+    ],
 )
 def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
     caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
@@ -261,6 +281,35 @@ def test_gc_asks_first(run: Run, root: Path, answer: str, is_removed: bool) -> N
     assert ("nothing was removed" in said) != is_removed
 
 
+def test_gc_leaves_a_key_that_is_used_while_it_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(key())
+    unused_for(root / key().name(0), 31)
+    monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "30"])
+    monkeypatch.setattr(builtins, "input", lambda _: Store(key()) and "y")
+    feature_store.main()
+    assert Store(key()).missing(ROWS) == []
+
+
+def test_file_that_a_run_takes_away_while_we_look_is_no_error(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = fill(key())
+    for name in (".x.h5.1.tmp", "y.damaged"):
+        (root / key().name(0) / name).write_bytes(b"x")
+    stat = Path.stat
+
+    def last_look(path: Path, **how: Any) -> os.stat_result:
+        found = stat(path, **how)
+        if path.suffix in (".tmp", ".damaged") or path in shards:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", last_look)
+    assert run("status")
+    assert run("verify")
+    assert run("gc", "--days", "30", "--yes")
+
+
 def test_gc_removes_nothing_if_nobody_answers(run: Run, root: Path) -> None:
     fill(key())
     with pytest.raises(ValueError, match=r"gc asks before it removes anything, and nobody answered; expected --yes"):
@@ -286,6 +335,15 @@ def test_gc_removes_left_overs_of_writers_that_are_gone(run: Run, root: Path) ->
     assert "0 keys and 2 left-overs of others" in run("gc", "--days", "30", "--yes")
     assert [path.exists() for path in (damaged, old, young)] == [False, False, True]
     assert Store(key()).missing(ROWS) == []
+
+
+@pytest.mark.parametrize("said", [[], 3, {}, {"schema": 3}, {"schema": 3, "augmentation": None, "preprocessing": 1}])
+def test_key_that_says_anything_is_shown_as_unknown_even_if_its_name_fits(run: Run, root: Path, said: object) -> None:
+    files.write_json(root / files.digest(said)[:32] / "key.json", said)
+    assert ", used today: " in run("status")
+    assert run("verify").endswith("0 shards, 0 damaged\n")
+    assert run("gc", "--days", "0", "--yes")
+    assert not [*root.iterdir()]
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "3", "{}", json.dumps({"schema": 1}), "not JSON"])

@@ -1,7 +1,6 @@
 """hdf5: what was written is read, and whatever else a file may be is refused in one line."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +129,10 @@ def hidden_group(file: h5py.File, name: str) -> None:
     file.create_group(f"more/{name}")
 
 
+def name_that_is_no_text(file: h5py.File, name: str) -> None:
+    file[name.encode() + b"\xff"] = 1
+
+
 def attribute(file: h5py.File, name: str) -> None:
     file.attrs["more"] = name
 
@@ -160,7 +163,7 @@ CHANGES: dict[str, Callable[[h5py.File, str], None]] = {
     change.__name__: change
     for change in (
         *(soft_link, external_link, external_storage, virtual, group, absent, one_more, hidden_group),
-        *(attribute, attribute_of_the_dataset, no_attribute, numeric_attribute, other_shape),
+        *(name_that_is_no_text, attribute, attribute_of_the_dataset, no_attribute, numeric_attribute, other_shape),
     )
 } | {
     "text": replaced_by(data=["x"] * 6, dtype=h5py.string_dtype()),
@@ -175,20 +178,44 @@ CHANGES: dict[str, Callable[[h5py.File, str], None]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["features", "sha256"])
-def test_shard_of_any_other_structure_is_refused_even_if_its_name_fits(tmp_path: Path, change: str, name: str) -> None:
-    draft = tmp_path / "draft.h5"
+def under_its_right_name(directory: Path, change: Callable[[h5py.File], None] = lambda _: None) -> Path:
+    """A shard that is changed before its bytes are digested."""
+    draft = directory / "draft.h5"
     with h5py.File(draft, "w") as file:
         for key, values in CONTENTS.items():
             file[key] = values
         file.attrs["key"] = "key"
-    right = tmp_path / f"{hashlib.sha256(draft.read_bytes()).hexdigest()}.h5"
-    right.write_bytes(draft.read_bytes())
-    assert hdf5.read_shard(right).rows == ROWS, "unchanged, it is one"
-    with h5py.File(draft, "r+") as file:
-        CHANGES[change](file, name)
-    refused(draft.rename(tmp_path / f"{hashlib.sha256(draft.read_bytes()).hexdigest()}.h5"))
+        change(file)
+    return draft.rename(directory / f"{hashlib.sha256(draft.read_bytes()).hexdigest()}.h5")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["features", "sha256"])
+def test_shard_of_any_other_structure_is_refused_even_if_its_name_fits(tmp_path: Path, change: str, name: str) -> None:
+    assert hdf5.read_shard(under_its_right_name(tmp_path)).rows == ROWS, "unchanged, it is one"
+    refused(under_its_right_name(tmp_path, lambda file: CHANGES[change](file, name)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"view": np.full(6, 0.5, np.float32)}, id="views that are fractions"),
+        pytest.param({"view": np.full(6, b"1")}, id="views that are texts"),
+        pytest.param({"view": np.full(6, -1, np.int32)}, id="views below 0"),
+        pytest.param({"rounding": np.full(6, b"0")}, id="errors that are texts"),
+        pytest.param({"rounding": np.full(6, np.nan, np.float32)}, id="errors that are no numbers"),
+        pytest.param({name: values.flat[0] for name, values in CONTENTS.items()}, id="numbers"),
+    ],
+)
+def test_shard_whose_arrays_make_no_sense_is_refused_even_if_its_name_fits(
+    tmp_path: Path, other: dict[str, np.ndarray]
+) -> None:
+    def change(file: h5py.File) -> None:
+        for name, values in other.items():
+            del file[name]
+            file[name] = values
+
+    refused(under_its_right_name(tmp_path, change))
 
 
 # data/features.h5
@@ -221,14 +248,19 @@ def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
-def test_features_without_views_or_with_a_broken_provenance_are_refused(tmp_path: Path) -> None:
+def test_features_without_views_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "features.h5"
     hdf5.write_features(path, (6, 4), VALUES.dtype, [VALUES.reshape(6, 4)], NAMES, {})
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)
+
+
+@pytest.mark.parametrize("provenance", ["{", "", "3", "null", "[]"])
+def test_features_with_a_broken_provenance_are_refused(tmp_path: Path, provenance: str) -> None:
+    path = tmp_path / "features.h5"
     write(path)
     with h5py.File(path, "r+") as file:
-        file.attrs["provenance"] = json.dumps({})[:-1]
+        file.attrs["provenance"] = provenance
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)
 
