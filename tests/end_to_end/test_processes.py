@@ -293,8 +293,8 @@ def test_writers_that_find_the_same_damage_both_end_well_whatever_house_keeping_
     images: Path, tmp_path: Path, driver: Driver, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert driver.run("damaged")[0] == 0
-    store, shards = driver.folder / "damaged", driver.shards("damaged")
-    for path in shards[::3]:
+    store = driver.folder / "damaged"
+    for path in driver.shards("damaged")[::3]:
         path.write_bytes(path.read_bytes()[:-9])
     (store / "features.h5").unlink()
     monkeypatch.setenv("DVC_ROOT", str(store))
@@ -308,7 +308,7 @@ def test_writers_that_find_the_same_damage_both_end_well_whatever_house_keeping_
         said = process.communicate()[1]
         assert process.returncode == 0, said
     assert (store / "features.h5").read_bytes() == expected
-    assert driver.shards("damaged") == shards, "the same rows have the same name and bytes"
+    assert len({row for rows in driver.kept("damaged").values() for row in rows}) == N_IMAGES * VIEWS
     feature_store.verify()
     feature_store.collect_garbage(1, is_asked=False)
     assert not [*store.rglob("*.damaged")]
