@@ -28,7 +28,7 @@ import json, math, os, resource, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from pipeline import backbones, extraction, logs
+from pipeline import backbones, engine, extraction, logs
 from pipeline.backbones import Backbone
 from pipeline.images import Preprocessing, sha256
 from pipeline.params import Augmentation, FeatureOptions
@@ -59,9 +59,8 @@ def main():
     network = Slow()
     backbone = Backbone("timm/slow", network, geometry, backbones.state_sha256(network), 50)
     module = nn.Sequential(backbones.Normalize(geometry), network)
-    made = extraction.computation(
-        module, backbone, "all", "none", augmentation, FeatureOptions(views=2, **options), torch.device("cpu")
-    )
+    features, device = FeatureOptions(views=2, **options), engine.choose_device("cpu")
+    made = extraction.computation(module, backbone, "all", "none", augmentation, features, device)
     share = extraction.share_of_environment()
     rows = [(name, view) for name in paths for view in range(2)]
     store = extraction.fill(made, paths, rows, how["workers"], math.inf, share)

@@ -1,6 +1,8 @@
 """engine: rows in order that do not depend on their neighbours, and refusals of what is not there."""
 
 import logging
+import subprocess
+import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -152,6 +154,12 @@ def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: 
     assert np.array_equal(first, again)
     (alone,) = runner.run([x[:1]])
     assert np.array_equal(alone, first[:1])
+
+
+@pytest.mark.parametrize("first", ["engine", "extraction"])
+def test_openvino_sends_nothing_whichever_module_comes_first(first: str) -> None:
+    code = f"import sys, pipeline.{first}; print(*(n for n in sys.modules if n.startswith('openvino_telemetry.')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
