@@ -1,6 +1,6 @@
 """split: stratified train, validation and test parts, one split per seed.
 
-Reads   data/images.csv, data/labels.csv
+Reads   data/labels.csv
 Writes  data/splits/seed_<s>.csv
 
 Byte-identical images and images of one group stay together; the order of the files does not matter.
@@ -8,37 +8,27 @@ Byte-identical images and images of one group stay together; the order of the fi
 
 from collections import Counter, defaultdict
 
-import networkx
 import numpy as np
 
 from pipeline import logs, manifest
 from pipeline.files import digest
-from pipeline.manifest import Images, Labels, Split
+from pipeline.manifest import Labels, Split
 from pipeline.params import Splitting, load_params
+from pipeline.units import make_units
 
 
 def main() -> None:
     """Write one split per seed; fail if a class misses one of the parts."""
     params = load_params()
-    images, labels = manifest.read_images(), manifest.read_labels()
+    labels = manifest.read_labels()
     if any(labels.given_split):
         logs.log.warning("the `split` column of the data set is not used yet: splits are drawn by split.seeds")
-    units = make_units(images, labels)
+    units = make_units(labels)
     for seed in params.split.seeds:
         split = draw(labels, units, params.split, seed)
         check_classes(split, labels)
         manifest.write_split(split)
         logs.log.info("split %d: %s", seed, ", ".join(f"{n} {part}" for part, n in Counter(split.split).items()))
-
-
-def make_units(images: Images, labels: Labels) -> list[list[int]]:
-    """Rows that must stay together: connected by equal bytes, by group or by near-duplicate group."""
-    ties = networkx.Graph()
-    ties.add_nodes_from(range(len(images.image_id)))
-    for kind in (images.sha256, labels.group, labels.near_duplicate_group):
-        first: dict[str, int] = {}
-        ties.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(kind) if value)
-    return [sorted(unit) for unit in networkx.connected_components(ties)]
 
 
 def draw(labels: Labels, units: list[list[int]], sizes: Splitting, seed: int) -> Split:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.manifest import Images, Labels, Split
+from pipeline.manifest import Labels, Split
 from pipeline.params import Splitting
-from pipeline.stages.split import check_classes, draw, make_units
+from pipeline.stages.split import check_classes, draw
+from pipeline.units import make_units
 
 Table = list[tuple[str, str, str, str, str]]  # per image: sha256, group, near-duplicate group, class, stratum
 
@@ -26,33 +27,30 @@ def tables(min_size: int = 1, ties: bool = True) -> st.SearchStrategy[Table]:
     return rows.map(lambda rows: [(row[0] or f"only {i}", *row[1:]) for i, row in enumerate(rows)])
 
 
-def records(table: Table, order: list[int] | None = None) -> tuple[Images, Labels]:
+def records(table: Table, order: list[int] | None = None) -> Labels:
     order = order or list(range(len(table)))
     sha256, group, near, class_of, stratum = (list(column) for column in zip(*(table[i] for i in order), strict=True))
     image_id, names = [f"{i:03}.png" for i in order], sorted(set(class_of))
     n, label = len(order), np.array([names.index(name) for name in class_of])
-    images = Images(image_id, sha256, [1] * n, [1] * n)
-    return images, Labels(
-        image_id, sha256, label, np.ones(n), group, near, stratum, [""] * n, [""] * n, class_names=names
-    )
+    return Labels(image_id, sha256, label, np.ones(n), group, near, stratum, [""] * n, [""] * n, class_names=names)
 
 
 def drawn(table: Table, shares: tuple[float, float], seed: int, order: list[int] | None = None) -> dict[str, str]:
     """Part of each image by its name."""
-    images, labels = records(table, order)
+    labels = records(table, order)
     sizes = Splitting(seeds=(seed,), test_fraction=shares[0], val_fraction=shares[1])
-    split = draw(labels, make_units(images, labels), sizes, seed)
+    split = draw(labels, make_units(labels), sizes, seed)
     assert split.seed == seed
-    assert split.image_id == images.image_id
+    assert split.image_id == labels.image_id
     return dict(zip(split.image_id, split.split.tolist(), strict=True))
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
 def test_every_image_has_one_part(table: Table, shares: tuple[float, float], seed: int):
-    images, labels = records(table)
+    labels = records(table)
     sizes = Splitting(seeds=(seed,), test_fraction=shares[0], val_fraction=shares[1])
-    split = draw(labels, make_units(images, labels), sizes, seed)
+    split = draw(labels, make_units(labels), sizes, seed)
     rows = [row for part in ("train", "val", "test") for row in split.rows(part)]
     assert sorted(rows) == list(range(len(table)))
 
@@ -69,8 +67,8 @@ def test_equal_images_and_images_of_one_group_never_straddle(table: Table, share
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
 def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares: tuple[float, float], seed: int):
-    images, labels = records(table)
-    units = make_units(images, labels)
+    labels = records(table)
+    units = make_units(labels)
     assert sorted(row for unit in units for row in unit) == list(range(len(table)))
     ties = [{(c, row[c]) for c in range(3) if row[c]} for row in table]
     for unit in units:
@@ -83,7 +81,7 @@ def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
 def test_parts_have_their_size_to_within_one_unit(table: Table, shares: tuple[float, float], seed: int):
-    largest = max(map(len, make_units(*records(table))))
+    largest = max(map(len, make_units(records(table))))
     counts = Counter(drawn(table, shares, seed).values())
     for part, share in zip(("test", "val"), shares, strict=True):
         assert abs(counts[part] - share * len(table)) <= largest
@@ -118,7 +116,7 @@ def test_another_seed_is_another_split(table: Table, seeds: tuple[int, int]):
 def test_a_class_that_misses_a_part_is_named(absent: str):
     parts = ["train", "val", "test"]
     table = [(str(i), "", "", "rare" if i < 3 else "common", "") for i in range(6)]
-    _, labels = records(table)
+    labels = records(table)
     complete = Split(3, labels.image_id, np.array(parts * 2, "<U6"))
     check_classes(complete, labels)
     complete.split[parts.index(absent)] = "unused"
@@ -130,6 +128,6 @@ def test_a_class_that_misses_a_part_is_named(absent: str):
 @given(st.integers(0, 1000))
 def test_one_large_group_does_not_keep_the_rest_of_its_class_out_of_test_and_validation(seed: int):
     table = [(str(i), "video" if i < 30 else "", "", "x" if i < 50 else "y", "") for i in range(100)]
-    images, labels = records(table)
+    labels = records(table)
     sizes = Splitting(seeds=(seed,), test_fraction=0.25, val_fraction=0.1125)
-    check_classes(draw(labels, make_units(images, labels), sizes, seed), labels)
+    check_classes(draw(labels, make_units(labels), sizes, seed), labels)

@@ -15,6 +15,7 @@ ORDER: list[str] = [
         "logs",
         "files",
         "manifest",
+        "units",
         "metrics",
         "statistics",
         "images",
