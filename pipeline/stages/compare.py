@@ -20,6 +20,7 @@ from pipeline.artifacts import Run
 from pipeline.files import write_json, write_text
 from pipeline.manifest import Labels, Split
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, load_params
+from pipeline.statistics import Predictions
 
 REPORTS = Path("reports")
 
@@ -80,13 +81,10 @@ def intervals(runs: Sequence[Run], labels: Labels) -> dict[str, Any]:
     """Mean accuracy over the seeds with its 95 % interval, on validation and test."""
     found = {}
     for part in ("val", "test"):
-        rows = [getattr(run, f"{part}_rows") for run in runs]
-        logits = [getattr(run, f"{part}_logits") for run in runs]
-        hits = [said.argmax(1) == labels.label[row] for said, row in zip(logits, rows, strict=True)]
-        weights = [labels.weight[row] for row in rows]
-        accuracy = np.mean([np.average(hit, weights=weight) for hit, weight in zip(hits, weights, strict=True)])
-        low, high = statistics.accuracy_interval(hits, rows, labels.weight)
-        found[part] = {"accuracy": float(accuracy), "accuracy_low": low, "accuracy_high": high}
+        said = [Predictions(getattr(run, f"{part}_rows"), getattr(run, f"{part}_logits")) for run in runs]
+        accuracy = statistics.intervals(said, labels.label, labels.weight)["accuracy"]
+        if accuracy is not None:
+            found[part] = {"accuracy": accuracy.value, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
     return found
 
 

@@ -17,6 +17,7 @@ ORDER: list[str] = [
         "manifest",
         "units",
         "metrics",
+        "influence",
         "statistics",
         "images",
         "backbones",
