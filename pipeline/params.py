@@ -65,9 +65,11 @@ class Dataset(Record):
 class Splitting(Record):
     """Sizes are shares of all images."""
 
+    method: Literal["stratified", "hash", "given"]
     seeds: Annotated[Seeds, Field(min_length=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    allow_leakage: bool
 
 
 class BackboneChoice(Record):

@@ -1,74 +1,114 @@
 """What must hold for every split, whatever the images."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.manifest import Labels, Split
 from pipeline.params import Splitting
-from pipeline.stages.split import check_classes, draw
+from pipeline.splits import RANKED, check_classes, draw, find_leaks
 from pipeline.units import make_units
 
 Table = list[tuple[str, str, str, str, str]]  # per image: sha256, group, near-duplicate group, class, stratum
 
+METHODS = ("stratified", "hash", "given")
 SHARES = st.tuples(st.floats(0.05, 0.6), st.floats(0.05, 0.35))
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def tables(min_size: int = 1, ties: bool = True) -> st.SearchStrategy[Table]:
+def tables(min_size: int = 1, ties: bool = True, max_size: int = 60) -> st.SearchStrategy[Table]:
     """Images of which some are equal or of one group; `ties`: False for none of them."""
     few = st.integers(0, 30).map(lambda number: str(number) if number < 8 else "")
     tie = few if ties else st.just("")
     row = st.tuples(few if ties else st.just(""), tie, tie, st.sampled_from("xyz"), st.sampled_from(["", "p", "q"]))
-    rows = st.lists(row, min_size=min_size, max_size=60)
+    rows = st.lists(row, min_size=min_size, max_size=max_size)
     return rows.map(lambda rows: [(row[0] or f"only {i}", *row[1:]) for i, row in enumerate(rows)])
 
 
-def records(table: Table, order: list[int] | None = None) -> Labels:
+GIVEN = st.lists(st.sampled_from(["", "", "train", "train", "val", "test", "unused"]), min_size=60, max_size=60)
+
+
+def records(table: Table, order: list[int] | None = None, parts: list[str] | None = None) -> Labels:
     order = order or list(range(len(table)))
     sha256, group, near, class_of, stratum = (list(column) for column in zip(*(table[i] for i in order), strict=True))
     image_id, names = [f"{i:03}.png" for i in order], sorted(set(class_of))
     n, label = len(order), np.array([names.index(name) for name in class_of])
-    return Labels(image_id, sha256, label, np.ones(n), group, near, stratum, [""] * n, [""] * n, class_names=names)
+    part_of = [parts[i] if parts else "" for i in order]
+    return Labels(image_id, sha256, label, np.ones(n), group, near, stratum, [""] * n, part_of, class_names=names)
 
 
-def drawn(table: Table, shares: tuple[float, float], seed: int, order: list[int] | None = None) -> dict[str, str]:
+def sizes(method: str, shares: tuple[float, float], seed: int = 0) -> Splitting:
+    return Splitting.model_validate(
+        {
+            "method": method,
+            "seeds": (seed,),
+            "test_fraction": shares[0],
+            "val_fraction": shares[1],
+            "allow_leakage": False,
+        }
+    )
+
+
+def drawn(labels: Labels, shares: tuple[float, float], seed: int, method: str = "stratified") -> dict[str, str]:
     """Part of each image by its name."""
-    labels = records(table, order)
-    sizes = Splitting(seeds=(seed,), test_fraction=shares[0], val_fraction=shares[1])
-    split = draw(labels, make_units(labels), sizes, seed)
+    split = draw(labels, make_units(labels), sizes(method, shares, seed), seed)
     assert split.seed == seed
     assert split.image_id == labels.image_id
     return dict(zip(split.image_id, split.split.tolist(), strict=True))
 
 
+def tied_parts(table: Table, parts: list[str]) -> list[set[str]]:
+    """For each tie, the parts of the images that it ties, without unused."""
+    return [
+        {part for part, row in zip(parts, table, strict=True) if row[column] == value} - {"unused"}
+        for column in range(3)
+        for value in {row[column] for row in table} - {""}
+    ]
+
+
 @settings(deadline=None)
-@given(tables(), SHARES, SEEDS)
-def test_every_image_has_one_part(table: Table, shares: tuple[float, float], seed: int):
-    labels = records(table)
-    sizes = Splitting(seeds=(seed,), test_fraction=shares[0], val_fraction=shares[1])
-    split = draw(labels, make_units(labels), sizes, seed)
-    rows = [row for part in ("train", "val", "test") for row in split.rows(part)]
+@given(tables(), SHARES, SEEDS, st.sampled_from(METHODS), GIVEN)
+def test_every_image_has_one_part(table: Table, shares: tuple[float, float], seed: int, method: str, parts: list[str]):
+    assume(method != "given" or any(parts[: len(table)]))
+    labels = records(table, parts=parts)
+    split = draw(labels, make_units(labels), sizes(method, shares), seed)
+    rows = [row for part in (*RANKED, "unused") for row in split.rows(part)]
     assert sorted(rows) == list(range(len(table)))
+    if method == "stratified":
+        assert not len(split.rows("unused"))
 
 
 @settings(deadline=None)
-@given(tables(), SHARES, SEEDS)
-def test_equal_images_and_images_of_one_group_never_straddle(table: Table, shares: tuple[float, float], seed: int):
-    parts = list(drawn(table, shares, seed).values())
-    for column in range(3):
-        for value in {row[column] for row in table} - {""}:
-            assert len({part for part, row in zip(parts, table, strict=True) if row[column] == value}) == 1
+@given(tables(), SHARES, SEEDS, st.sampled_from(["stratified", "hash"]))
+def test_equal_images_and_images_of_one_group_never_straddle(
+    table: Table, shares: tuple[float, float], seed: int, method: str
+):
+    labels = records(table)
+    parts = list(drawn(labels, shares, seed, method).values())
+    assert all(len(found) <= 1 for found in tied_parts(table, parts))
+    assert find_leaks(labels, Split(seed, labels.image_id, np.array(parts))) == []
+
+
+@settings(deadline=None)
+@given(tables(), SHARES, SEEDS, st.sampled_from(METHODS), GIVEN, st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_changes_nothing(
+    table: Table, shares: tuple[float, float], seed: int, method: str, parts: list[str], random
+):
+    assume(method != "given" or any(parts[: len(table)]))
+    order = list(range(len(table)))
+    random.shuffle(order)
+    one, other = (drawn(records(table, rows, parts), shares, seed, method) for rows in (None, order))
+    assert one == other
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
 def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares: tuple[float, float], seed: int):
-    labels = records(table)
-    units = make_units(labels)
+    units = make_units(records(table))
     assert sorted(row for unit in units for row in unit) == list(range(len(table)))
     ties = [{(c, row[c]) for c in range(3) if row[c]} for row in table]
     for unit in units:
@@ -78,11 +118,14 @@ def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares
         assert reached == set(unit)
 
 
+# stratified
+
+
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
 def test_parts_have_their_size_to_within_one_unit(table: Table, shares: tuple[float, float], seed: int):
     largest = max(map(len, make_units(records(table))))
-    counts = Counter(drawn(table, shares, seed).values())
+    counts = Counter(drawn(records(table), shares, seed).values())
     for part, share in zip(("test", "val"), shares, strict=True):
         assert abs(counts[part] - share * len(table)) <= largest
 
@@ -90,7 +133,7 @@ def test_parts_have_their_size_to_within_one_unit(table: Table, shares: tuple[fl
 @settings(deadline=None)
 @given(tables(ties=False), SHARES, SEEDS)
 def test_every_stratum_has_its_share_of_every_part(table: Table, shares: tuple[float, float], seed: int):
-    parts = list(drawn(table, shares, seed).values())
+    parts = list(drawn(records(table), shares, seed).values())
     for stratum in {row[3:] for row in table}:
         counts = Counter(part for part, row in zip(parts, table, strict=True) if row[3:] == stratum)
         assert abs(counts["test"] - shares[0] * counts.total()) <= 1
@@ -98,30 +141,11 @@ def test_every_stratum_has_its_share_of_every_part(table: Table, shares: tuple[f
 
 
 @settings(deadline=None)
-@given(tables(min_size=2), SHARES, SEEDS, st.randoms(use_true_random=False))
-def test_the_order_of_the_rows_changes_nothing(table: Table, shares: tuple[float, float], seed: int, random):
-    order = list(range(len(table)))
-    random.shuffle(order)
-    assert drawn(table, shares, seed, order) == drawn(table, shares, seed)
-
-
-@settings(deadline=None)
 @given(tables(min_size=40, ties=False), st.tuples(SEEDS, SEEDS).filter(lambda pair: pair[0] != pair[1]))
 def test_another_seed_is_another_split(table: Table, seeds: tuple[int, int]):
-    first, second = (drawn(table, (0.3, 0.3), seed) for seed in seeds)
-    assert first != second
-
-
-@pytest.mark.parametrize("absent", ["train", "val", "test"])
-def test_a_class_that_misses_a_part_is_named(absent: str):
-    parts = ["train", "val", "test"]
-    table = [(str(i), "", "", "rare" if i < 3 else "common", "") for i in range(6)]
-    labels = records(table)
-    complete = Split(3, labels.image_id, np.array(parts * 2, "<U6"))
-    check_classes(complete, labels)
-    complete.split[parts.index(absent)] = "unused"
-    with pytest.raises(ValueError, match=f"seed 3: class 'rare' has 3 images, none of them in {absent}; add images"):
-        check_classes(complete, labels)
+    for method in ("stratified", "hash"):
+        first, second = (drawn(records(table), (0.3, 0.3), seed, method) for seed in seeds)
+        assert first != second
 
 
 @settings(deadline=None)
@@ -129,5 +153,162 @@ def test_a_class_that_misses_a_part_is_named(absent: str):
 def test_one_large_group_does_not_keep_the_rest_of_its_class_out_of_test_and_validation(seed: int):
     table = [(str(i), "video" if i < 30 else "", "", "x" if i < 50 else "y", "") for i in range(100)]
     labels = records(table)
-    sizes = Splitting(seeds=(seed,), test_fraction=0.25, val_fraction=0.1125)
-    check_classes(draw(labels, make_units(labels), sizes, seed), labels)
+    check_classes(draw(labels, make_units(labels), sizes("stratified", (0.25, 0.1125)), seed), labels)
+
+
+# hash
+
+
+@settings(deadline=None, max_examples=300)
+@given(tables(min_size=2), SHARES, SEEDS, st.data())
+def test_added_images_move_no_image_to_another_part(
+    table: Table, shares: tuple[float, float], seed: int, data: st.DataObject
+):
+    is_old = data.draw(st.lists(st.booleans(), min_size=len(table), max_size=len(table)).filter(any))
+    old = [row for row, is_there in enumerate(is_old) if is_there]
+    before, after = (drawn(records(table, rows), shares, seed, "hash") for rows in (old, None))
+    moved = {name: (part, after[name]) for name, part in before.items() if after[name] != part}
+    assert {pair[1] for pair in moved.values()} <= {"unused"}
+    for unit in make_units(records(table)):
+        names = [f"{row:03}.png" for row in unit]
+        highest = min((RANKED.index(after[name]) for name in names if after[name] != "unused"), default=None)
+        assert highest is not None, "of tied images some stay"
+        # an image becomes unused only where a new one brought it together with an image of a higher part
+        for name in set(names) & moved.keys():
+            assert highest < RANKED.index(before[name])
+
+
+@settings(deadline=None)
+@given(tables(), SHARES, SEEDS)
+def test_the_highest_part_of_images_that_are_bridged_keeps_them_and_the_others_are_unused(
+    table: Table, shares: tuple[float, float], seed: int
+):
+    labels = records(table)
+    own = {}  # where each would go if there were no other
+    for row in range(len(table)):
+        own |= drawn(records(table, [row]), shares, seed, "hash")
+    found = drawn(labels, shares, seed, "hash")
+    for unit in make_units(labels):
+        names = [labels.image_id[row] for row in unit]
+        highest = min((own[name] for name in names), key=RANKED.index)
+        assert {name: found[name] for name in names} == {
+            name: own[name] if own[name] == highest else "unused" for name in names
+        }
+
+
+@settings(deadline=None)
+@given(tables(min_size=2), SHARES, SEEDS)
+def test_names_and_labels_of_images_play_no_part_in_hash(table: Table, shares: tuple[float, float], seed: int):
+    labels = records(table)
+    renamed = replace(labels, image_id=[f"new/{name}" for name in labels.image_id], label=1 - labels.label.clip(0, 1))
+    found = [list(drawn(one, shares, seed, "hash").values()) for one in (labels, renamed)]
+    assert found[0] == found[1]
+
+
+def test_hash_meets_the_fractions_in_expectation():
+    table = [(f"image {i}", f"group {i % 4000}" if i < 8000 else "", "", "x", "") for i in range(16000)]
+    counts = Counter(drawn(records(table), (0.2, 0.1), 3, "hash").values())
+    assert abs(counts["test"] / 16000 - 0.2) < 0.015  # four deviations of 12,000 units
+    assert abs(counts["val"] / 16000 - 0.1) < 0.011
+
+
+# given
+
+
+@settings(deadline=None)
+@given(tables(), SHARES, SEEDS, GIVEN)
+def test_given_parts_are_kept_and_a_missing_one_is_drawn_from_train_or_from_what_has_none(
+    table: Table, shares: tuple[float, float], seed: int, parts: list[str]
+):
+    parts = parts[: len(table)]
+    assume(any(parts))
+    found = list(drawn(records(table, parts=parts), shares, seed, "given").values())
+    drawn_parts = {"test", "val"} - set(parts)
+    for part, now in zip(parts, found, strict=True):
+        if part not in ("", "train"):
+            assert now == part
+        assert now in {"train", *drawn_parts} or part != "train"
+    if not drawn_parts:
+        assert [now for part, now in zip(parts, found, strict=True) if part] == [part for part in parts if part]
+    assert set(found) - set(parts) <= {"train", *drawn_parts}
+
+
+@settings(deadline=None)
+@given(tables(), SHARES, SEEDS, GIVEN)
+def test_no_leak_is_made_that_was_not_given(table: Table, shares: tuple[float, float], seed: int, parts: list[str]):
+    parts = parts[: len(table)]
+    assume(any(parts))
+    labels = records(table, parts=parts)
+    found = np.array(list(drawn(labels, shares, seed, "given").values()))
+    for unit in make_units(labels):
+        before = {parts[row] for row in unit} - {"", "unused"}
+        after = set(found[unit]) - {"unused"}
+        assert len(after) <= max(1, len(before))
+
+
+@settings(deadline=None)
+@given(tables(), st.lists(st.sampled_from((*RANKED, "unused")), min_size=60, max_size=60))
+def test_every_leak_is_found(table: Table, parts: list[str]):
+    parts = parts[: len(table)]
+    leaks = find_leaks(records(table), Split(0, [f"{i:03}.png" for i in range(len(table))], np.array(parts)))
+    assert len(leaks) == sum(len(found) > 1 for found in tied_parts(table, parts))
+    for leak in leaks:
+        column = ("identical bytes", "group", "near-duplicates").index(leak.tie)
+        tied = [row for row in range(len(table)) if table[row][column] == leak.name and parts[row] != "unused"]
+        assert leak.parts == {f"{row:03}.png": parts[row] for row in tied}
+
+
+def test_validation_is_drawn_as_its_share_of_what_is_not_test():
+    table = [(str(i), "", "", "xy"[i % 2], "") for i in range(300)]
+    parts = ["test" if i < 200 else "train" for i in range(300)]
+    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
+    assert Counter(found) == {"test": 200, "train": 80, "val": 20}
+    assert found[:200] == ["test"] * 200
+
+
+def test_where_only_train_and_validation_are_given_test_is_drawn_from_train():
+    table = [(str(i), "", "", "xy"[i % 2], "") for i in range(120)]
+    parts = ["val" if i < 20 else "train" for i in range(120)]
+    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
+    assert Counter(found) == {"val": 20, "train": 75, "test": 25}
+
+
+def test_what_has_a_part_stays_where_others_have_none_to_draw_from():
+    table = [(str(i), "", "", "xy"[i % 2], "") for i in range(120)]
+    parts = ["train" if i < 20 else "" for i in range(120)]
+    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
+    assert found[:20] == ["train"] * 20
+    assert Counter(found[20:]) == {"train": 60, "test": 25, "val": 15}
+
+
+def test_an_image_without_a_part_goes_with_those_it_is_tied_to():
+    table = [("a", "patient", "", "x", ""), ("b", "patient", "", "x", ""), ("c", "", "", "x", "")]
+    found = drawn(records(table, parts=["", "test", "train"]), (0.25, 0.15), 0, "given")
+    assert found["000.png"] == "test"
+
+
+def test_given_without_any_part_is_an_error_that_says_what_would_do():
+    labels = records([("a", "", "", "x", "")])
+    with pytest.raises(ValueError, match=r"split\.method: found given, but .* expected a `split` column"):
+        drawn(labels, (0.25, 0.15), 0, "given")
+
+
+# classes
+
+
+@pytest.mark.parametrize("absent", ["train", "val", "test"])
+def test_a_class_that_misses_a_part_is_named(absent: str):
+    parts = ["train", "val", "test"]
+    labels = records([(str(i), "", "", "rare" if i < 3 else "common", "") for i in range(6)])
+    complete = Split(3, labels.image_id, np.array(parts * 2, "<U6"))
+    check_classes(complete, labels)
+    complete.split[parts.index(absent)] = "unused"
+    with pytest.raises(ValueError, match=f"seed 3: class 'rare' has 3 images, none of them in {absent}; add images"):
+        check_classes(complete, labels)
+
+
+def test_every_class_that_misses_a_part_is_named_in_one_message():
+    labels = records([("1", "", "", "x", ""), ("2", "", "", "y", ""), ("3", "", "", "y", "")])
+    with pytest.raises(ValueError, match="class 'x' has 1 images, none of them in val and test; class 'y' has 2") as e:
+        check_classes(Split(0, labels.image_id, np.array(["train", "train", "val"], "<U6")), labels)
+    assert "none of them in test; add images" in str(e.value)

@@ -16,6 +16,7 @@ ORDER: list[str] = [
         "files",
         "manifest",
         "units",
+        "splits",
         "metrics",
         "influence",
         "statistics",
