@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import PIL
 import timm
 import torch
@@ -32,6 +31,7 @@ from pipeline.params import Augmentation, FeatureOptions
 
 SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 256  # the most that is lost when the process is killed
+LIBRARIES = torch, torchvision, timm, PIL, engine.openvino  # which can change what comes out
 log = logging.getLogger("pipeline")
 
 
@@ -69,7 +69,7 @@ def computation(
         "store_dtype": options.store_dtype,
         "engine": runner.engine,
         "device": device.type,
-        "versions": {library.__name__: library.__version__ for library in (torch, torchvision, timm, PIL, openvino)},
+        "versions": {library.__name__: library.__version__ for library in LIBRARIES},
     }
     return Computation(Key(description, augmentation, row_shape), runner, backbone.preprocessing)
 

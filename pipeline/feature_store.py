@@ -70,10 +70,10 @@ class Store:
         self._rows: dict[Row, tuple[Shard, int]] = {}
         for view in (0, 1):
             directory = root() / key.name(view)
-            if (directory / "key.json").exists():
+            with suppress(OSError):  # there is no such key yet, or we may only read
                 os.utime(directory / "key.json")  # says when the key was last used
             for path, found in _read_all(directory.glob("*.h5")):
-                problem = str(found) if isinstance(found, ValueError) else self._misfit(found, key.name(view))
+                problem = str(found) if isinstance(found, ValueError) else self._misfit(found, view)
                 if isinstance(found, ValueError) or problem:
                     log.warning("%s is damaged (%s); set aside, its rows are computed again", path, problem)
                     with suppress(FileNotFoundError):  # another process was faster
@@ -124,10 +124,12 @@ class Store:
     def _add(self, shard: Shard) -> None:
         self._rows.update({row: (shard, position) for position, row in enumerate(shard.rows)})
 
-    def _misfit(self, shard: Shard, name: str) -> str:
-        """Why the shard cannot be one of the key's directory `name`; empty if it can."""
-        if shard.key != name:
+    def _misfit(self, shard: Shard, view: int) -> str:
+        """Why the shard cannot be one of the directory for this view, plain or not; empty if it can."""
+        if shard.key != self._key.name(view):
             return f"it belongs to the key {shard.key}"
+        if any((view == 0) != (other == 0) for _, other in shard.rows):
+            return "it holds views that belong to another key"
         if (shard.shape, shard.dtype) != (self._key.row_shape, self._key.dtype):
             return f"it holds rows of {shard.dtype} {shard.shape}, not {self._key.dtype} {self._key.row_shape}"
         return ""
@@ -190,6 +192,9 @@ class _Directory:
     n_bytes: int
     last_use: float
 
+    def is_unused(self, days: float) -> bool:
+        return time.time() - self.last_use >= days * DAY
+
     @property
     def shards(self) -> list[Path]:
         return sorted(self.path.glob("*.h5"))
@@ -197,7 +202,7 @@ class _Directory:
     @property
     def left_overs(self) -> list[Path]:
         """Damaged shards, and what writers that were killed left behind."""
-        abandoned = [path for path in self.path.glob(".*.tmp") if time.time() - path.stat().st_mtime > HOUR]
+        abandoned = [path for path in self.path.glob(".*.tmp") if time.time() - _size_and_time(path)[1] > HOUR]
         return sorted([*self.path.glob("*.damaged"), *abandoned])
 
     @property
@@ -210,16 +215,28 @@ def _directories() -> list[_Directory]:
     """Every key, the one used last first."""
     found = []
     for path in (path for path in root().glob("*/") if not path.is_symlink()):
-        key, what, is_current = path / "key.json", "unknown: no key.json that fits", False
-        sizes = [(entry.stat().st_size, entry.stat().st_mtime) for entry in path.iterdir() if entry.is_file()]
-        last_use = max((time for _, time in sizes), default=path.stat().st_mtime)
-        with suppress(OSError, ValueError):
-            description = json.loads(key.read_text(encoding="utf-8"))
-            if digest(description)[:32] == path.name:
-                is_current, last_use = description.get("schema") == SCHEMA, key.stat().st_mtime
-                what = _told(description) if is_current else "of another version of this pipeline"
+        sizes = [_size_and_time(entry) for entry in path.glob("*")]
+        last_use = max((time for _, time in sizes), default=_size_and_time(path)[1])
+        what, is_current = "unknown: no key.json that fits", False
+        # What a file of someone else may hold, down to brackets within brackets without end
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            description = json.loads((path / "key.json").read_text(encoding="utf-8"))
+            if isinstance(description, dict) and digest(description)[:32] == path.name:
+                last_use = _size_and_time(path / "key.json")[1]
+                is_other = description["schema"] != SCHEMA
+                what = "of another version of this pipeline" if is_other else _told(description)
+                is_current = not is_other
         found.append(_Directory(path, what, is_current, sum(size for size, _ in sizes), last_use))
     return sorted(found, key=lambda directory: -directory.last_use)
+
+
+def _size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes, and seconds since the epoch of the last change; of a file that is gone, 0 bytes now."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, time.time()
+    return found.st_size, found.st_mtime
 
 
 def _told(key: dict[str, Any]) -> str:
@@ -238,6 +255,8 @@ def status() -> None:
         for path in directory.shards:
             try:
                 n_rows += len(hdf5.parse_shard(path).rows)
+            except FileNotFoundError:  # a run set it aside, or gc removed it
+                continue
             except ValueError:
                 n_broken += 1
         rows = f"{n_rows:,} rows" if directory.is_current else f"{len(directory.shards):,} shards"
@@ -267,14 +286,14 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
     if not days >= 0:
         raise ValueError(f"--days: found {days:g}, expected 0 or more")
     directories = _directories()
-    unused = [directory for directory in directories if time.time() - directory.last_use >= days * DAY]
+    unused = [directory for directory in directories if directory.is_unused(days)]
     left_overs = [path for directory in directories if directory not in unused for path in directory.left_overs]
     if not unused and not left_overs:
         print(f"{root()}: nothing to remove")
         return
     for directory in unused:
         print(f"{directory.path.name}  {_size(directory.n_bytes)}, {directory.age}: {directory.what}")
-    n_bytes = sum(directory.n_bytes for directory in unused) + sum(path.stat().st_size for path in left_overs)
+    n_bytes = sum(directory.n_bytes for directory in unused) + sum(_size_and_time(path)[0] for path in left_overs)
     print(f"{len(unused)} keys and {len(left_overs)} left-overs of others, {_size(n_bytes)}", flush=True)
     try:
         if is_asked and input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
@@ -282,10 +301,18 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
             return
     except EOFError:
         raise ValueError("gc asks before it removes anything, and nobody answered; expected --yes") from None
+    still_unused = {directory.path for directory in _directories() if directory.is_unused(days)}
     for directory in unused:
-        shutil.rmtree(directory.path)
+        if directory.path in still_unused:  # no run began to use it since
+            _remove(directory.path)
     for path in left_overs:
         path.unlink(missing_ok=True)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)  # another process may take files away meanwhile
+    if directory.exists():
+        raise OSError(f"{directory} could not be removed: it is not ours to write, or a run just began to use it")
 
 
 def _size(n_bytes: int) -> str:

