@@ -1,12 +1,13 @@
 """Dense heads: linear, an MLP, or the network's own dense layers; fitted on cached features in seconds.
 
-A head minimises, with image weights w_i that sum to 1 and W the weights of its linear layers without the biases,
+A head minimises, with loss weights w_i that sum to 1 (loss_weight) and W its linear layers' weights without biases,
 
     sum_i w_i NLL_i + strength * (l1_ratio |W|_1 + (1 - l1_ratio) / 2 |W|^2)
 
 A linear head does so over all rows at once (L-BFGS-B), from the strongest penalty to the weakest, each started from
 the one before; the others by minibatches (Adam, and soft-thresholding after each step for the l1 part). Validation NLL
-chooses the strength, and the epoch where there are epochs.
+chooses the strength, and the epoch where there are epochs; weighted by the images' weights alone, as metrics are,
+so that `class_weights` changes what is fitted and not the yardstick.
 
 Features that would take more than RESIDENT_BYTES are read again in each pass; the same bytes come out.
 """
@@ -156,6 +157,7 @@ def fit(
     head = build(x.shape, n_classes, options, dense).to(device)
     if options.standardize:
         _standardize(head, x)
+    x.weigh(loss_weight(train.label, train.weight, options.class_weights))
 
     best, val_nll, rows_seen = head, {}, 0
     path = _linear_path(head, x, options) if options.kind == "linear" else None
@@ -168,6 +170,18 @@ def fit(
     if not all(map(math.isfinite, val_nll.values())):
         raise ValueError(f"params.yaml: head: the validation NLL is not finite: {val_nll}; raise head.strengths")
     return Fitted(best.eval(), min(val_nll, key=val_nll.__getitem__), val_nll, rows_seen)
+
+
+def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:
+    """What each training image counts in the loss: its weight, or with `balanced` that times n / (k n_c).
+
+    n is the sum of all weights, n_c that of the image's class, of k that occur: each class counts n / k in all, and
+    the sum stays as it is.
+    """
+    if class_weights == "none":
+        return weight
+    counts = np.bincount(label, weight)
+    return weight * weight.sum() / (np.count_nonzero(counts) * counts[label])
 
 
 def predict(head: nn.Module, features: np.ndarray | Selection, views: int) -> np.ndarray:
@@ -206,8 +220,7 @@ class _Rows:
         self._features, self._device = examples.features, device
         self.shape = tuple(shape)
         self.label = torch.from_numpy(examples.label).repeat_interleave(self._n_views).to(device)
-        weight = torch.from_numpy(examples.weight).repeat_interleave(self._n_views).to(device)
-        self.weight = weight / weight.sum()
+        self.weigh(examples.weight)
         image_bytes = 4 * self._n_views * math.prod(shape)
         n = max(1, CHUNK_BYTES // image_bytes)
         borders = [(start, min(start + n, n_images)) for start in range(0, n_images, n)]
@@ -218,6 +231,11 @@ class _Rows:
             self._resident = torch.empty(len(self.label), *shape, device=device)
             for images, rows in self._chunks:
                 self._resident[rows] = self._read(images)
+
+    def weigh(self, weight: np.ndarray) -> None:
+        """Have each image count by `weight` (n,)."""
+        rows = torch.from_numpy(weight).repeat_interleave(self._n_views).to(self._device)
+        self.weight = rows / rows.sum()
 
     def apply(self, transform: nn.Module) -> None:
         """Have all rows go through `transform`, which keeps their shape."""

@@ -131,6 +131,7 @@ class HeadOptions(Record):
     standardize: bool
     penalty: Literal["l2", "l1", "elastic"]
     l1_ratio: Share
+    class_weights: Literal["none", "balanced"]
     strengths: Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(min_length=1)]
     max_iterations: Count
     learning_rate: Positive
@@ -172,6 +173,7 @@ class Strategy(Record):
     warmup_epochs: Natural
     weight_decay: NonNegative
     label_smoothing: BelowOne
+    class_weights: Literal["none", "balanced"]
     precision: Precision
     threads: Count
 

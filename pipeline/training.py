@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline import engine
-from pipeline.heads import mean_log_probability
+from pipeline.heads import loss_weight, mean_log_probability
 from pipeline.logs import progress
 from pipeline.params import Strategy
 
@@ -44,7 +44,7 @@ class Task:
 def fit(
     network: nn.Sequential, task: Task, strategy: Strategy, seed: int, device: torch.device, name: str
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Train in place and restore the epoch of the lowest weighted validation NLL.
+    """Train in place and restore the epoch of the lowest validation NLL, weighted as the metrics are: by image.
 
     Returns that epoch and the learning curve; epoch 0 is the network as it was. Epochs cycle through the views 1 to
     strategy.views. Raises ValueError, naming the run `name`, when the loss is not finite.
@@ -57,6 +57,8 @@ def fit(
     network[0].requires_grad_(False)
     n_steps = len(_batches([(0, 0)] * len(task.train), strategy.batch_size))
     optimizer = _optimizer(network, strategy)
+    counted = task.weight.copy()
+    counted[task.train] = loss_weight(task.label[task.train], task.weight[task.train], strategy.class_weights)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
     curve = [{"epoch": 0, "train_loss": None, "train_accuracy": None, **_validate(network, task, strategy, device)}]
@@ -71,7 +73,7 @@ def fit(
         total = np.zeros(2)
         inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
         for batch, tensor in zip(batches, inputs, strict=True):
-            total += _step(network, tensor, batch, task, strategy, optimizer, device)
+            total += _step(network, tensor, batch, task, counted, strategy, optimizer, device)
             schedule.step()
             _check_finite(name, epoch, "training", total[0])
         loss, accuracy = (total / task.weight[task.train].sum()).tolist()
@@ -156,11 +158,12 @@ def _step(
     inputs: torch.Tensor,
     batch: Batch,
     task: Task,
+    counted: np.ndarray,
     strategy: Strategy,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[float, float]:
-    """One step; returns the sums of the weighted losses and hits.
+    """One step; returns the sums of the losses, weighted by `counted`, and of the hits, weighted by image.
 
     The batch's loss is divided by the mean weight of all training images, not of the batch: an image counts by its
     weight, whichever batch it falls into.
@@ -170,7 +173,8 @@ def _step(
     weight = torch.from_numpy(task.weight[rows]).to(device, torch.float32)
     with engine.autocast(strategy.precision, device):
         logits = network(inputs.to(device, non_blocking=True)).float()
-    losses = weight * F.cross_entropy(logits, label, reduction="none", label_smoothing=strategy.label_smoothing)
+    in_loss = torch.from_numpy(counted[rows]).to(device, torch.float32)
+    losses = in_loss * F.cross_entropy(logits, label, reduction="none", label_smoothing=strategy.label_smoothing)
     optimizer.zero_grad()
     (losses.mean() / task.weight[task.train].mean()).backward()
     optimizer.step()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from pipeline import heads
@@ -24,7 +25,7 @@ FEATURES = (RANDOM.normal(size=(150, 10)) + np.eye(3, 10)[LABEL]).astype(np.floa
 WEIGHTS = {"equal": np.ones(150), "unequal": RANDOM.uniform(0.2, 3, 150)}
 
 
-def fitted_head(penalty: Any, strength: float, weight: np.ndarray) -> nn.Linear:
+def fitted_head(penalty: Any, strength: float, weight: np.ndarray, class_weights: Any = "none") -> nn.Linear:
     options = HeadOptions(
         kind="linear",
         hidden=(),
@@ -32,6 +33,7 @@ def fitted_head(penalty: Any, strength: float, weight: np.ndarray) -> nn.Linear:
         standardize=False,
         penalty=penalty,
         l1_ratio=L1_RATIO["elastic"],
+        class_weights=class_weights,
         strengths=(strength,),
         max_iterations=2000,
         learning_rate=1e-3,
@@ -85,3 +87,16 @@ def test_l1_leaves_the_features_that_scikit_learn_leaves():
     assert 0 < used.sum() < used.size
     assert not (np.abs(reference.coef_[~used]) > 1e-3).any()
     assert not (np.abs(linear.weight.detach().numpy()[reference.coef_ == 0]) > 1e-3).any()
+
+
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_balanced_class_weights_are_scikit_learns_on_weighted_counts(weight: np.ndarray):
+    rare = np.where(LABEL == 0, 0.1 * weight, weight)
+    class_weight = compute_class_weight("balanced", classes=np.arange(3), y=LABEL, sample_weight=rare)
+    counted = heads.loss_weight(LABEL, rare, "balanced")
+    assert np.allclose(counted, rare * class_weight[LABEL])
+    assert np.isclose(counted.sum(), rare.sum())
+    linear, reference = fitted_head("l2", 0.1, rare, "balanced"), scikit_learns("l2", 0.1, rare * class_weight[LABEL])
+    with torch.no_grad():
+        probability = linear(torch.from_numpy(FEATURES)).softmax(1).numpy()
+    assert np.abs(probability - reference.predict_proba(FEATURES.astype(float))).max() < 1e-3

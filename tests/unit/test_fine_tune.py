@@ -87,6 +87,7 @@ STRATEGY = {
     "warmup_epochs": 0,
     "weight_decay": 0.01,
     "label_smoothing": 0.1,
+    "class_weights": "balanced",
     "precision": "fp32",
     "threads": 1,
 }

@@ -25,6 +25,7 @@ LINEAR = HeadOptions(
     standardize=True,
     penalty="l2",
     l1_ratio=0.5,
+    class_weights="none",
     strengths=(0.1,),
     max_iterations=500,
     learning_rate=1e-2,
@@ -188,6 +189,27 @@ def test_a_weight_of_k_is_an_image_that_occurs_k_times():
     features, label = (np.repeat(column, times, axis=0) for column in (train.features, train.label))
     repeated = Examples(features, label, np.ones(180))
     assert np.allclose(weight_of(fit(weighted)), weight_of(fit(repeated)), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [LINEAR, options(MLP, epochs=2)], ids=["linear", "mlp"])
+def test_balanced_classes_count_alike_in_the_loss_and_change_neither_standardisation_nor_validation(how: HeadOptions):
+    train = examples()
+    train.weight[train.label == 0] *= 0.05
+    plain, balanced = fit(train, how), fit(train, options(how, class_weights="balanced"))
+    for name in ("0.mean", "0.deviation"):
+        assert torch.equal(plain.head.state_dict()[name], balanced.head.state_dict()[name])
+    share = [np.exp(heads.predict(fitted.head, train.features, 1))[:, 0].mean() for fitted in (plain, balanced)]
+    assert share[0] < 0.8 * share[1]
+    val = examples(seed=1)
+    nll = -heads.predict(balanced.head, val.features, 1)[np.arange(90), val.label]
+    assert np.isclose(min(balanced.val_nll.values()), np.average(nll, weights=val.weight), atol=1e-6)
+
+
+def test_balanced_classes_that_are_balanced_change_nothing():
+    train = examples()
+    equal = Examples(train.features, np.arange(90) % 3, np.ones(90))
+    found = [weight_of(fit(equal, options(class_weights=name))) for name in ("none", "balanced")]
+    assert np.allclose(*found, atol=1e-7)
 
 
 def test_a_stronger_penalty_gives_smaller_weights():

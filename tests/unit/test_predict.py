@@ -24,6 +24,7 @@ HEAD = HeadOptions(
     standardize=True,
     penalty="l2",
     l1_ratio=0.5,
+    class_weights="none",
     strengths=(0.1,),
     max_iterations=1,
     learning_rate=1e-3,

@@ -40,6 +40,7 @@ HEAD = HeadOptions(
     standardize=True,
     penalty="l2",
     l1_ratio=0.5,
+    class_weights="none",
     strengths=(0.1, 0.01),
     max_iterations=200,
     learning_rate=1e-3,
@@ -65,6 +66,7 @@ STRATEGY = Strategy(
     warmup_epochs=0,
     weight_decay=0.01,
     label_smoothing=0.0,
+    class_weights="none",
     precision="fp32",
     threads=1,
 )
@@ -416,3 +418,24 @@ def test_images_count_by_their_weight_in_the_losses() -> None:
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)  # only ratios of weights matter
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None:
+    rare = np.where(LABEL == 0, 0.1, 1.0)
+    counted = rare.copy()
+    counted[TRAIN] *= rare[TRAIN].sum() / (3 * np.bincount(LABEL[TRAIN], rare[TRAIN])[LABEL[TRAIN]])
+    as_weights, balanced = (
+        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, 1, "torch") for weight in (counted, rare)
+    )
+    found = []
+    for each, options in ((as_weights, STRATEGY), (balanced, strategy(class_weights="balanced"))):
+        network = build(prepare(RESNET), "all")
+        _, curve = training.fit(network, each, options, 0, CPU, "run")
+        found.append(([line["train_loss"] for line in curve[1:]], curve, network[2].state_dict()))
+    (losses, _, state), (balanced_losses, curve, balanced_state) = found
+    np.testing.assert_allclose(losses, balanced_losses, rtol=1e-5)
+    for name in state:
+        torch.testing.assert_close(state[name], balanced_state[name], rtol=1e-4, atol=1e-6)
+    _, plain = training.fit(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, CPU, "run")
+    assert curve[0] == plain[0], "validation goes by the images' weights"
+    assert abs(curve[1]["train_loss"] - plain[1]["train_loss"]) > 1e-4
