@@ -32,12 +32,14 @@ class Cost(Record):
     """Nominal cost of a run from nothing.
 
     `base_passes`: how many training images went through the base, or its frozen part, from pixels; `train_flops`: of
-    these passes and of the training itself, forward and backward. Choosing on validation is not counted.
+    these passes and of the training itself, forward and backward; `cached_bytes`: of the cached features and boundary
+    activations that it reads, for choosing and testing, too. Other costs of choosing on validation are not counted.
     """
 
     trainable_params: int
     train_flops: int
     base_passes: int
+    cached_bytes: int
 
 
 class Card(Record):

@@ -45,6 +45,12 @@ Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
+HIGHER_IS_BETTER = ("test.accuracy", "test.balanced_accuracy", "test.macro_f1", "test.auroc")
+LOWER_IS_BETTER = (
+    *("test.nll", "test.brier", "test.ece"),
+    *("cost.trainable_params", "cost.train_flops", "cost.base_passes", "cost.cached_bytes"),
+)
+GUARDED = HIGHER_IS_BETTER + LOWER_IS_BETTER  # what compare.guard may name, after a strategy
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # as numpy calls them
 
 
@@ -198,9 +204,12 @@ class FineTune(Record):
 
 
 class Compare(Record):
-    """How strategies are compared."""
+    """How strategies are compared, and what a pull request must not make worse."""
 
     baseline: Name
+    practical_margin: BelowOne
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    guard: dict[str, NonNegative]
 
 
 class Runtime(Record):
@@ -230,6 +239,8 @@ class Params(Record):
         strategies, run = self.fine_tune.strategies, self.fine_tune.run
         unknown = [name for name in run if name not in strategies]
         unsplit = [seed for seed in self.fine_tune.seeds if seed not in self.split.seeds]
+        guardable = {f"{name}.{metric}" for name in (HEAD_ONLY, HEAD_ALL_SEEDS, *strategies) for metric in GUARDED}
+        unguarded = [name for name in self.compare.guard if name not in guardable]
         share = self.split.test_fraction + self.split.val_fraction
         for is_wrong, problem in (
             (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
@@ -253,6 +264,11 @@ class Params(Record):
             (
                 self.compare.baseline not in (HEAD_ONLY, *run),
                 f"compare.baseline: found {self.compare.baseline}, expected {HEAD_ONLY} or an entry of fine_tune.run",
+            ),
+            (
+                unguarded,
+                f"compare.guard: found {unguarded}, expected names such as {HEAD_ONLY}.test.accuracy: a strategy of "
+                f"fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then one of {', '.join(GUARDED)}",
             ),
         ):
             if is_wrong:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import numpy as np
 import pandas as pd
 
 from pipeline import logs
@@ -72,10 +71,11 @@ def read(strategy: str) -> list[Depth]:
             details = json.loads(_git("show", f"{ref}:{DETAILS}"))
         except ValueError:  # a commit from before the first repro
             continue
-        if strategy not in details:  # another study
+        strategies = details.get("strategies", {})
+        if strategy not in strategies:  # another study, or reports of an earlier version
             continue
         for name in (strategy, HEAD_ONLY):
-            depth = _depth(HEAD_ONLY if name == HEAD_ONLY else ref.rpartition("/")[2], details[name])
+            depth = _depth(HEAD_ONLY if name == HEAD_ONLY else ref.rpartition("/")[2], strategies[name])
             if depth.boundary not in found or depth.val_nll < found[depth.boundary].val_nll:
                 found[depth.boundary] = depth
     if not found:
@@ -84,20 +84,20 @@ def read(strategy: str) -> list[Depth]:
 
 
 def _depth(experiment: str, details: dict[str, Any]) -> Depth:
-    runs, val, test = details["runs"], details["val"], details["test"]
+    runs, val, test = details["runs"], details["val"]["metrics"], details["test"]["metrics"]
     return Depth(
         experiment=experiment,
         boundary=runs[0]["network"]["boundary"],
         trained=runs[0]["cost"]["trainable_params"] / runs[0]["network"]["params"],
-        val_accuracy=val["accuracy"],
-        low=val["accuracy_low"],
-        high=val["accuracy_high"],
-        val_nll=float(np.mean([run["val"]["nll"] for run in runs])),
-        train_flops=float(np.mean([run["cost"]["train_flops"] for run in runs])),
-        seeds=len(runs),
-        test_accuracy=test["accuracy"],
-        test_low=test["accuracy_low"],
-        test_high=test["accuracy_high"],
+        val_accuracy=val["accuracy"]["value"],
+        low=val["accuracy"]["low"],
+        high=val["accuracy"]["high"],
+        val_nll=val["nll"]["value"],
+        train_flops=details["cost"]["train_flops"],
+        seeds=details["distinct_runs"],
+        test_accuracy=test["accuracy"]["value"],
+        test_low=test["accuracy"]["low"],
+        test_high=test["accuracy"]["high"],
     )
 
 

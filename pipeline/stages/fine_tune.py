@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from pipeline.artifacts import Card, Cost, Run
 from pipeline.backbones import Backbone
 from pipeline.extraction import Share
 from pipeline.images import Sample
-from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
+from pipeline.params import HEAD_ONLY, STORE_DTYPES, Params, Strategy, load_params
 from pipeline.training import Batch, Load, Task
 
 
@@ -40,8 +41,9 @@ def main() -> None:
         raise ValueError(f"params.yaml: fine_tune.strategies.{name}.freeze_until: {error}") from None
     train_views = range(1, min(strategy.views, strategy.epochs) + 1) or [0]
     is_cached = strategy.boundary_cache == "on" and boundary != cuts.NONE
+    pairs: list[tuple[int, int]] = []
     if is_cached:
-        pairs = [(int(row), view) for row in train for view in train_views]
+        pairs += [(int(row), view) for row in train for view in train_views]
         pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
         load, rounding = load_activations(files, pairs, frozen, backbone, boundary, params, device)
     else:
@@ -60,7 +62,9 @@ def main() -> None:
     n_epochs = len(curve) - 1
     passes = len(train) * (len(train_views) if is_cached else n_epochs)
     before = card.cost if strategy.init == "cached_head" else None
-    cost = _cost(frozen.cpu(), body, head, backbone, passes, n_epochs * len(train), before)
+    value_bytes = np.dtype(STORE_DTYPES[params.features.store_dtype]).itemsize
+    spent = passes, n_epochs * len(train), len(pairs) * value_bytes
+    cost = _cost(frozen.cpu(), body, head, backbone, *spent, before)
     tuned = {
         "strategy": name,
         "freeze_until": boundary,
@@ -157,9 +161,13 @@ def _cost(
     backbone: Backbone,
     passes: int,
     steps: int,
+    read_bytes: int,
     before: Cost | None,
 ) -> Cost:
-    """Cost of `passes` images through the frozen part, `steps` through the rest and back, and what was spent before."""
+    """Cost of `passes` images through the frozen part, `steps` through the rest and back, and what was spent before.
+
+    `read_bytes` are read from the cache for every value at the freeze boundary.
+    """
     pixels = torch.zeros(1, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
     with torch.no_grad():
         boundary = frozen(pixels)
@@ -170,6 +178,7 @@ def _cost(
         trainable_params=sum(parameter.numel() for parameter in rest.parameters()),
         train_flops=flops + (before.train_flops if before else 0),
         base_passes=passes + (before.base_passes if before else 0),
+        cached_bytes=read_bytes * boundary[0].numel() + (before.cached_bytes if before else 0),
     )
 
 

@@ -49,7 +49,13 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     passes = train.features.shape[0] * train.features.shape[1]
     # A row's way through the head and back is three products with its weights, of two operations each
     flops = passes * made["flops_per_image"] + 6 * n_params * fitted.rows_seen
-    cost = Cost(trainable_params=n_params, train_flops=flops, base_passes=passes)
+    n_read = passes + views * (len(split.rows("val")) + len(split.rows("test")))
+    cost = Cost(
+        trainable_params=n_params,
+        train_flops=flops,
+        base_passes=passes,
+        cached_bytes=n_read * features.values[0, 0].nbytes,
+    )
     described = {
         "strategy": HEAD_ONLY,
         "seed": split.seed,

@@ -38,11 +38,13 @@ CARRIED = (
     ".dvcignore",
     ".dvc/config",
     ".dvc/.gitignore",
+    ".dvc/plots",
     "data/weights/README.md",
 )
 COLOURS = {"blue": (90, 110, 150), "green": (100, 150, 95), "red": (150, 105, 90)}
-METRICS = {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll", "brier", "ece"}
-COST = {"trainable_params", "train_flops", "base_passes"}
+METRICS = {"accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "macro_f1", "auroc", "nll", "brier", "ece"}
+COST = {"trainable_params", "train_flops", "base_passes", "cached_bytes"}
+GAIN = {"baseline_accuracy", "accuracy_gain", "gain_low", "gain_high", "p_value", "seeds"}
 EVERY_STAGE = {
     "index",
     "split",
@@ -232,11 +234,19 @@ def test_repro_reports_metrics_and_cost_of_every_strategy(base: Repository) -> N
     comparison = base.read_json("reports/comparison.json")
     seeds = {"feature_extraction": 1, "partial_freeze": 1, "full_retrain": 1, "feature_extraction_all_seeds": 2}
     assert {name: entry["seeds"] for name, entry in comparison.items()} == seeds
-    for entry in comparison.values():
-        assert entry.keys() == {"test", "cost", "seeds"}
+    for name, entry in comparison.items():
+        is_compared = name in ("partial_freeze", "full_retrain")
+        assert entry.keys() == {"test", "cost", "seeds"} | ({"vs_baseline"} if is_compared else set())
         assert entry["test"].keys() == METRICS
         assert entry["cost"].keys() == COST
-        assert 0 <= entry["test"]["accuracy"] <= 1
+        assert 0 <= entry["test"]["accuracy_low"] <= entry["test"]["accuracy"] <= entry["test"]["accuracy_high"] <= 1
+        if is_compared:
+            gain, baseline = entry["vs_baseline"], comparison["feature_extraction"]["test"]["accuracy"]
+            assert gain.keys() == GAIN
+            assert gain["baseline_accuracy"] == baseline
+            assert gain["accuracy_gain"] == pytest.approx(entry["test"]["accuracy"] - baseline, abs=2e-6)
+            assert gain["gain_low"] <= gain["accuracy_gain"] <= gain["gain_high"]
+            assert 0 < gain["p_value"] <= 1
     trained = {name: comparison[name]["cost"]["trainable_params"] for name in seeds}
     assert trained["feature_extraction"] < trained["partial_freeze"] < trained["full_retrain"]
     assert comparison["feature_extraction"]["test"]["accuracy"] > 0.5, "the classes are told apart by colour"

@@ -28,7 +28,18 @@ ORDER: list[str] = [
         "feature_store",
         "extraction",
     ),
-    *("heads", "training", "artifacts", "datasets", "sweep", "predict"),
+    *(
+        "heads",
+        "training",
+        "artifacts",
+        "tables",
+        "recommendation",
+        "comparison",
+        "plots",
+        "datasets",
+        "sweep",
+        "predict",
+    ),
 ]
 STAGES = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 

@@ -87,7 +87,7 @@ def save(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
         head=HEAD,
         feature_shape=(backbone.feature_dim,),
         weights_sha256=backbones.state_sha256(backbone.module),
-        cost=Cost(trainable_params=1, train_flops=1, base_passes=1),
+        cost=Cost(trainable_params=1, train_flops=1, base_passes=1, cached_bytes=1),
     )
     artifacts.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
     (tmp_path / "elsewhere").mkdir()

@@ -11,12 +11,14 @@ from pipeline import sweep
 
 
 def details(boundary: str, trained: int, val_nll: float, val: float, test: float) -> dict[str, Any]:
-    def figures(accuracy: float) -> dict[str, float]:
-        return {"accuracy": accuracy, "accuracy_low": accuracy - 0.03, "accuracy_high": accuracy + 0.03}
+    def figures(accuracy: float) -> dict[str, Any]:
+        interval = {"value": accuracy, "low": accuracy - 0.03, "high": accuracy + 0.03}
+        return {"metrics": {"accuracy": interval, "nll": {"value": val_nll}}}
 
+    cost = {"trainable_params": trained, "train_flops": 10**12 * trained}
     network = {"params": 1000, "boundary": boundary, "largest_rounding": 0.0}
-    run = {"cost": {"trainable_params": trained, "train_flops": 10**12 * trained}, "network": network}
-    return {"val": figures(val), "test": figures(test), "runs": [run | {"val": {"nll": val_nll}}]}
+    runs = [{"cost": cost, "network": network}]
+    return {"val": figures(val), "test": figures(test), "distinct_runs": 1, "cost": cost, "runs": runs}
 
 
 def git(*arguments: str, text: str | None = None) -> str:
@@ -26,7 +28,7 @@ def git(*arguments: str, text: str | None = None) -> str:
 
 def commit(run: dict[str, Any], strategy: str = "partial_freeze") -> str:
     """A commit whose reports/details.json has the head alone and `run`."""
-    content = {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), strategy: run}
+    content = {"strategies": {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), strategy: run}}
     blob = git("hash-object", "-w", "--stdin", text=json.dumps(content))
     reports = git("mktree", text=f"100644 blob {blob}\tdetails.json\n")
     tree = git("mktree", text=f"040000 tree {reports}\treports\n")

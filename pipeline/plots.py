@@ -1,0 +1,51 @@
+"""Rows of DVC's plots, from runs and from what details.json says; .dvc/plots/ has the templates that draw them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.artifacts import Run
+
+Json = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
+    """Learning curves, a row per epoch; a strategy without epochs is a line across, at its validation loss."""
+    last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
+    rows: Rows = []
+    for name, these in runs.items():
+        for run, result in zip(these, strategies[name]["runs"], strict=True):
+            across = [{"epoch": epoch, "val_loss": result["val"]["nll"]} for epoch in (0, last)]
+            lines = [line for line in run.curve if "epoch" in line] or across
+            rows += [{"strategy": name, "seed": run.seed, **line} for line in lines]
+    return rows
+
+
+def confusion(strategy: Json, class_names: Sequence[str]) -> Rows:
+    """Counts by actual and predicted class, those above 0."""
+    return [
+        {"actual": class_names[actual], "predicted": class_names[predicted], "count": count}
+        for actual, counts in enumerate(strategy["test"]["confusion"])
+        for predicted, count in enumerate(counts)
+        if count
+    ]
+
+
+def reliability(strategies: Mapping[str, Json]) -> Rows:
+    """Accuracy by confidence, the bins that hold images."""
+    return [
+        {"strategy": name, **line}
+        for name, strategy in strategies.items()
+        for line in strategy["test"]["reliability"]
+        if line["weight"]
+    ]
+
+
+def cost(strategies: Mapping[str, Json]) -> Rows:
+    """Test accuracy with its interval against the cost of training."""
+    rows: Rows = []
+    for name, strategy in strategies.items():
+        accuracy = strategy["test"]["metrics"]["accuracy"]
+        figures = {"accuracy": accuracy["value"], "low": accuracy["low"], "high": accuracy["high"]}
+        rows.append({"strategy": name, **figures, **strategy["cost"]})
+    return rows
