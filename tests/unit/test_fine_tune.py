@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import artifacts, backbones, cuts, manifest, predict, training
+from pipeline import artifacts, backbones, cuts, hdf5, manifest, predict, training
 from pipeline.artifacts import Run
 from pipeline.hdf5 import Row
 from pipeline.params import BackboneChoice
@@ -106,6 +106,7 @@ def configure(name: str, **changes: Any) -> None:
         "evaluation": {"views": 2},
         "head": {"strengths": [0.1], "threads": 1, "epochs": 2},
         "fine_tune": {"run": ["tuned"], "seeds": [0], "strategies": {"tuned": STRATEGY}},
+        "compare": {"guard": {}},
         "runtime": {"device": "cpu", "workers": 0},
     }
     for section, values in sections.items():
@@ -170,6 +171,13 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     assert len(computed) == len({*computed}) == N_IMAGES * 2
     head_passes = 18 * 2
     assert (cached.cost.base_passes, whole.cost.base_passes) == (head_passes + 18 * 2, head_passes + 18 * 3)
+    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
+    prefix, *_ = cuts.split(backbone, cuts.resolve(backbone, boundary))
+    with torch.no_grad():
+        row_bytes = prefix(torch.zeros(1, 3, SIZE, SIZE)).numel() * 4
+    head_bytes = N_IMAGES * 2 * hdf5.read_features().values[0, 0].nbytes
+    read_bytes = (cached.cost.cached_bytes, whole.cost.cached_bytes)
+    assert read_bytes == (head_bytes + N_IMAGES * 2 * row_bytes, head_bytes)
 
 
 def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:

@@ -131,6 +131,11 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
             {"fine_tune.run": ["full_retrain"], "compare.baseline": "partial_freeze"},
             ["compare.baseline: found partial_freeze", "feature_extraction or an entry of fine_tune.run"],
         ),
+        (
+            {"compare.guard": {"full_retrain.test.acuracy": 0.01, "feature_extraction.test.nll": 0.1}},
+            ["compare.guard: found ['full_retrain.test.acuracy']", "one of test.accuracy, ", "cost.cached_bytes"],
+        ),
+        ({"compare.guard": {"layer9.test.nll": 0.1}}, ["found ['layer9.test.nll']", "of fine_tune.strategies"]),
     ],
 )
 def test_values_that_do_not_go_together_are_one_error_that_says_what_would(
