@@ -21,7 +21,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline import engine, hdf5
+from pipeline import decoding, engine, hdf5
 from pipeline.backbones import Backbone
 from pipeline.feature_store import Key, Store
 from pipeline.hdf5 import Row
@@ -64,6 +64,7 @@ def computation(
         "weights_sha256": backbone.weights_sha256,
         "cut": cut,
         "pool": pool,
+        "decoding": decoding.VERSION,
         "preprocessing": backbone.preprocessing.model_dump(mode="json"),
         "precision": options.precision,
         "store_dtype": options.store_dtype,

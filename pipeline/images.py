@@ -1,13 +1,10 @@
-"""Decode, preprocess, and deterministic augmented views: image files -> uint8 (n, crop, crop, 3).
+"""Preprocessing and deterministic augmented views: image files -> uint8 (n, crop, crop, 3).
 
 What happens here is geometry and colour; scaling to floats is the first layer of the network
 (backbones.Normalize), so that workers hand over a quarter of the bytes.
 """
 
-import hashlib
-import io
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 
+from pipeline.decoding import decode, sha256
 from pipeline.params import Augmentation, Record
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none of which runs a program
-MAX_ASPECT = 50  # of an image: resizing the shorter side makes the longer one so many times as long
 FLIPS = {"none": ("",), "horizontal": ("", "h"), "vertical": ("", "v"), "both": ("", "h", "v", "hv")}
 
 
@@ -48,38 +44,6 @@ class Sample:
     path: Path
     sha256: str
     view: int
-
-
-def sha256(content: bytes) -> str:
-    """SHA-256 (hex), which names an image wherever it lies."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def decode(content: bytes) -> Image.Image:
-    """Decode the whole image, upright, as 8-bit L or RGB; ValueError says why it cannot be read.
-
-    Grey stays grey (one channel to resize instead of three, the same result); 16 bits are scaled by their full
-    range; alpha is dropped; decompression bombs (over 89 megapixels) are refused, not decoded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a broken EXIF block is no broken image
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:  # whose text holds an address in memory
-        raise ValueError("not an image of a known format") from None
-    # Pillow's decoders raise almost anything on broken input; whatever it is, the file is at fault
-    except Exception as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    if max(upright.size) > MAX_ASPECT * min(upright.size):
-        raise ValueError(f"{upright.width} x {upright.height} px; expected a side at most {MAX_ASPECT} times the other")
-    if upright.mode.startswith("I"):
-        return Image.fromarray(np.round(np.clip(np.asarray(upright), 0, 65535) / 257).astype(np.uint8))
-    if upright.mode == "F":
-        raise ValueError("floating-point pixels; expected 8 or 16 bits")
-    return upright if upright.mode == "L" else upright.convert("RGB")
 
 
 def views(

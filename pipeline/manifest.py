@@ -1,15 +1,11 @@
-"""Images, Labels and Splits: the tables that say what is trained on what, and how they are read.
+"""Images, Labels and Splits: the tables that say what is trained on what, as CSV files.
 
-`find_images` reads a user's directory; the rest reads and writes the pipeline's own CSV files, all in the order of
-`image_id` (POSIX path below the dataset directory).
+All are in the order of `image_id` (POSIX path below the dataset directory).
 """
 
-import math
-import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +16,6 @@ IMAGES = Path("data/images.csv")
 LABELS = Path("data/labels.csv")
 SPLITS = Path("data/splits")
 PARTS = ("train", "val", "test", "unused")
-OPTIONAL = {"weight": "1", "group": "", "stratum": "", "subset": "", "split": ""}
 
 
 @dataclass(frozen=True)
@@ -63,80 +58,6 @@ class Split:
     def rows(self, part: str) -> np.ndarray:
         """Positions (int64) of the images of one part."""
         return np.flatnonzero(self.split == part)
-
-
-def find_images(directory: Path) -> pd.DataFrame:
-    """List a dataset: a row per image with path, label, weight, group, stratum, subset and split, as text.
-
-    A `labels.csv` in the directory decides; else each sub-directory is a class. Raises ValueError for a missing
-    column, a path that is absent or leads out of the directory, a weight that is no number above 0, an empty class.
-    """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
-    table = directory / "labels.csv"
-    frame = _from_csv(table) if table.exists() else _from_classes(directory)
-    if frame.empty:
-        raise ValueError(f"{directory}: no image found; expected a sub-directory per class, or a labels.csv")
-    missing = {column: value for column, value in OPTIONAL.items() if column not in frame}
-    return frame.assign(**missing).sort_values("path", ignore_index=True)
-
-
-def _from_csv(table: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
-    for column in ("path", "label"):
-        if column not in frame:
-            found = ", ".join(frame.columns)
-            raise ValueError(f"{table}: column {column!r} is missing; found {found}; expected path and label")
-    for line, row in enumerate(frame.to_dict("records"), start=2):
-        problem = _problem(row, table.parent.resolve())
-        if problem:
-            raise ValueError(f"{table}: row {line}: {problem}")
-    if frame["path"].duplicated().any():
-        twice = frame["path"][frame["path"].duplicated()].iloc[0]
-        raise ValueError(f"{table}: {twice!r} is listed twice; expected one row per image")
-    return frame[["path", "label", *(column for column in OPTIONAL if column in frame)]]
-
-
-def _problem(row: dict, root: Path) -> str | None:
-    name = row["path"]
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
-        return f"path {name!r}; expected a plain path below the directory, with / between its parts"
-    if not (root / path).resolve().is_relative_to(root):
-        return f"path {name!r} is a link that leads out of the directory"
-    if not (root / path).is_file():
-        return f"path {name!r} does not exist"
-    if not row["label"]:
-        return "label is empty"
-    if row.get("split", "") not in ("", *PARTS):
-        return f"split {row['split']!r}; expected {', '.join(PARTS)} or nothing"
-    try:
-        weight = float(row.get("weight", "1"))
-    except ValueError:
-        weight = math.nan
-    return None if 0 < weight < math.inf else f"weight {row['weight']!r}; expected a number above 0"
-
-
-def _from_classes(directory: Path) -> pd.DataFrame:
-    rows = []
-    for entry in sorted(directory.iterdir()):
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            paths = [path.relative_to(directory).as_posix() for path in _regular_files(entry)]
-            if not paths:
-                raise ValueError(f"{entry}: class without an image; add some or remove the directory")
-            rows += [(path, entry.name) for path in paths]
-    return pd.DataFrame(rows, columns=["path", "label"])
-
-
-def _regular_files(directory: Path) -> Iterator[Path]:
-    """Files below, without hidden ones, links, pipes and devices."""
-    for parent, folders, names in os.walk(directory):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        paths = (Path(parent, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if stat.S_ISREG(path.lstat().st_mode))
 
 
 def write_images(images: Images, path: Path = IMAGES) -> None:

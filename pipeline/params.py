@@ -66,6 +66,9 @@ class Dataset(Record):
     fetch: Annotated[tuple[Literal["elpv"], ...], AfterValidator(_distinct)]
     path: Text
     max_rejected_fraction: Share
+    on_conflict: Literal["error", "drop"]
+    near_duplicates: Literal["report", "group"]
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=10)]
 
 
 class Splitting(Record):

@@ -1,95 +1,89 @@
-"""index: read every image once; say what is there, and what cannot be read.
+"""index: read every image once; say what is there, what cannot be read, and what is there twice.
 
 Reads   the directory dataset.path
 Writes  data/images.csv, data/labels.csv
         reports/data/summary.json, rejected.csv
+
+Unchanged files are known from before (data/.index/); `python -m pipeline.stages.index --verify` reads them all again.
 """
 
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import argparse
 from pathlib import Path
 
 import pandas as pd
 
-from pipeline import images, logs, manifest
+from pipeline import indexing, inventory, listing, logs, manifest
 from pipeline.files import write_json, write_text
+from pipeline.inventory import Inventory
 from pipeline.manifest import Images, Labels
-from pipeline.params import load_params
+from pipeline.params import Dataset, load_params
 
 REPORTS = Path("reports/data")
 
 
 def main() -> None:
-    """Write the manifest, or fail if too much is unreadable or a class loses every image."""
+    """Write the reports, then the tables, unless what was found forbids it."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.stages.index", description="Index the images.")
+    parser.add_argument("--verify", action="store_true", help="also read the files that look unchanged")
+    is_verifying = parser.parse_args().verify
     params = load_params()
     directory = Path(params.dataset.path)
-    listed = manifest.find_images(directory)
-    results = read_all([directory / path for path in listed["path"]], params.runtime.workers)
-    listed["rejected"] = [result if isinstance(result, str) else "" for result in results]
-    rejected, kept = listed[listed["rejected"] != ""], listed[listed["rejected"] == ""]
-    table = rejected[["path", "rejected"]].rename(columns={"rejected": "reason"})
-    write_text(REPORTS / "rejected.csv", table.to_csv(index=False, lineterminator="\n"))
-    if len(rejected) > params.dataset.max_rejected_fraction * len(listed):
-        path, reason = table.iloc[0]
+    listed = listing.find_images(directory)
+    names = list(listed.images["path"])
+    inspected = indexing.inspect(directory, names, params.runtime.workers, is_verifying=is_verifying)
+    found = inventory.take(listed, inspected, params.dataset.near_duplicate_bits)
+    rejected = pd.DataFrame(found.rejected, columns=["path", "reason"])
+    write_text(REPORTS / "rejected.csv", rejected.to_csv(index=False, lineterminator="\n"))
+    write_json(REPORTS / "summary.json", found.summary)
+    for warning in found.summary["warnings"]:
+        logs.log.warning("%s: %s", directory, warning)
+    check(found, params.dataset, set(listed.images["label"]))
+    write_tables(found, is_grouped=params.dataset.near_duplicates == "group")
+    logs.log.info("indexed %d images, rejected %d", len(found.kept), len(found.rejected))
+
+
+def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
+    """ValueError if too much cannot be read, labels conflict, or a class has lost every image."""
+    where = REPORTS / "rejected.csv"
+    disputed = set(found.conflicts)
+    unreadable = [row for row in found.rejected if row not in disputed]
+    n_all = len(found.kept) + len(found.rejected)
+    if len(unreadable) > options.max_rejected_fraction * n_all:
+        path, reason = unreadable[0]
         raise ValueError(
-            f"{len(rejected)} of {len(listed)} images cannot be read, first {directory / path} ({reason}); all are in "
-            f"{REPORTS / 'rejected.csv'}; mend or remove them, or raise dataset.max_rejected_fraction"
+            f"{len(unreadable)} of {n_all} images cannot be read, first {options.path}/{path} ({reason}); all are in "
+            f"{where}; mend or remove them, or raise dataset.max_rejected_fraction"
         )
-    if lost := set(listed["label"]) - set(kept["label"]):
-        raise ValueError(f"{directory}: no image of class {min(lost)!r} can be read")
-    if kept["label"].nunique() < 2:
-        raise ValueError(f"{directory}: one class only ({kept['label'].iloc[0]}); expected two or more")
-    write(kept, [result for result in results if isinstance(result, tuple)], len(rejected))
+    if disputed and options.on_conflict == "error":
+        path, reason = found.conflicts[0]
+        raise ValueError(
+            f"{len(disputed)} images have other labels than images of the same bytes, first {options.path}/{path} "
+            f"({reason}); all are in {where}; correct the labels, or leave all of them out: `dataset.on_conflict: drop`"
+        )
+    if lost := classes - set(found.kept["label"]):
+        raise ValueError(f"{options.path}: no image of class {min(lost)!r} can be used; see {where}")
+    if len(classes) < 2:
+        raise ValueError(f"{options.path}: one class only ({min(classes)}); expected two or more")
 
 
-def write(kept: pd.DataFrame, found: list[tuple[str, int, int]], n_rejected: int) -> None:
-    """Write images.csv, labels.csv and the summary."""
-    sha256, width, height = (list(column) for column in zip(*found, strict=True))
-    image_id, class_names = list(kept["path"]), sorted(set(kept["label"]))
-    manifest.write_images(Images(image_id, sha256, width, height))
+def write_tables(found: Inventory, *, is_grouped: bool) -> None:
+    """Write images.csv and labels.csv."""
+    kept, class_names = found.kept, sorted(set(found.kept["label"]))
+    image_id, sha256 = list(kept["path"]), list(kept["sha256"])
+    manifest.write_images(Images(image_id, sha256, [*map(int, kept["width"])], [*map(int, kept["height"])]))
     labels = Labels(
         image_id=image_id,
         sha256=sha256,
         label=kept["label"].map(class_names.index).to_numpy(),
         weight=kept["weight"].astype(float).to_numpy(),
         group=list(kept["group"]),
-        near_duplicate_group=[""] * len(kept),
+        near_duplicate_group=found.near_duplicate_group if is_grouped else [""] * len(kept),
         stratum=list(kept["stratum"]),
         subset=list(kept["subset"]),
         given_split=list(kept["split"]),
         class_names=class_names,
     )
     manifest.write_labels(labels)
-    counts = Counter(kept["label"])
-    summary = {
-        "n_images": len(kept),
-        "n_rejected": n_rejected,
-        "n_distinct": len(set(sha256)),
-        "classes": {name: counts[name] for name in class_names},
-        "width": {"min": min(width), "max": max(width)},
-        "height": {"min": min(height), "max": max(height)},
-    }
-    write_json(REPORTS / "summary.json", summary)
-    logs.log.info("indexed %d images, rejected %d", len(kept), n_rejected)
-
-
-def read_all(paths: list[Path], workers: int) -> list[tuple[str, int, int] | str]:
-    """For each file (SHA-256, width, height), upright, or the reason why it cannot be read."""
-    if not workers:
-        return list(logs.progress(map(read, paths), len(paths), "images", "index"))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return list(logs.progress(pool.map(read, paths, chunksize=32), len(paths), "images", "index"))
-
-
-def read(path: Path) -> tuple[str, int, int] | str:
-    """Read and fully decode one file."""
-    try:
-        content = path.read_bytes()
-        image = images.decode(content)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return images.sha256(content), image.width, image.height
 
 
 if __name__ == "__main__":

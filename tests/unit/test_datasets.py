@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from pipeline import datasets
-from pipeline.manifest import find_images
+from pipeline.listing import find_images
 
 STRATA = {f"{probability}-{kind}" for probability in ("0.00", "0.33", "0.67", "1.00") for kind in ("mono", "poly")}
 
@@ -21,7 +21,7 @@ def elpv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_elpv_is_an_image_directory_with_the_published_counts(elpv: Path):
-    found = find_images(elpv)
+    found = find_images(elpv).images
     assert Counter(found["label"]) == {"functional": 1508, "defective": 1116}
     assert len(list((elpv / "images").iterdir())) == 2624
     assert set(found["stratum"]) == STRATA

@@ -1,0 +1,116 @@
+"""Images that are there twice: the same bytes, or nearly the same picture by perceptual hash.
+
+The hash is the usual one of 64 bits: which of the 8 x 8 lowest frequencies (discrete cosine transform of 32 x 32 grey
+pixels) are above their median. It does not see colour, and hardly size, compression or small changes.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from scipy.fft import dct
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+SIDE, KEPT = 32, 8  # px of the reduced picture, and frequencies kept of each direction
+COSINES = np.asarray(dct(np.eye(SIDE), axis=0, norm="ortho"))[:KEPT]
+ENOUGH = 8 * SIDE  # px of the shorter side from which a picture is reduced from every k-th pixel alone
+FLAT = 2.0  # grey levels of deviation below which a picture has nothing to compare
+BLOCK = 2**17  # pairs of rows that are compared at a time: what a cache holds
+
+
+@dataclass(frozen=True)
+class Near:
+    """Near-duplicates among n pictures.
+
+    `component` (n,) int64: pictures connected by pairs share a number. `closest` (k, 3) int64: pairs (a, b) of
+    different pictures and their distance (bits), the nearest first. `n_pairs`: how many there are.
+    """
+
+    component: np.ndarray
+    closest: np.ndarray
+    n_pairs: int
+
+
+def perceptual_hash(image: Image.Image) -> int | None:
+    """The 64 bits of an 8-bit image (L or RGB); None for a flat picture, which would resemble every other."""
+    step = min(image.size) // ENOUGH
+    if step > 1:
+        image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
+    grey = image.resize((SIDE, SIDE), Image.Resampling.BOX).convert("L")
+    pixels = np.asarray(grey, np.float64)
+    if pixels.std() < FLAT:
+        return None
+    # Rounded, or noise of the last digit would decide where a frequency is absent
+    low = np.round(COSINES @ pixels @ COSINES.T, 2)
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+
+
+def exact(sha256: Sequence[str]) -> list[list[int]]:
+    """Rows of the same bytes, two or more, in order."""
+    rows = defaultdict(list)
+    for row, name in enumerate(sha256):
+        rows[name].append(row)
+    return [group for group in rows.values() if len(group) > 1]
+
+
+def near(hashes: np.ndarray, bits: int, n_closest: int) -> Near:
+    """Pairs of pictures whose hashes (n,) uint64 differ by at most `bits`.
+
+    Hashes that differ by b bits agree in at least one of b + 1 bands, so only rows that agree in a band are compared
+    (Manku, Jain and Das Sarma 2007). Equal hashes are compared once, however many pictures have them.
+    """
+    distinct, member, count = np.unique(hashes, return_inverse=True, return_counts=True)
+    first = np.unique(member, return_index=True)[1]
+    connected = np.arange(len(distinct))
+    closest, n_pairs = _of_equal_hashes(member, n_closest), int((count * (count - 1) // 2).sum())
+    for a, b, distance in _close(distinct, bits):
+        n_pairs += int((count[a] * count[b]).sum())
+        connected = _connect(connected, a, b)
+        best = np.argsort(distance, kind="stable")[:n_closest]
+        pairs = np.sort([first[a[best]], first[b[best]]], axis=0)
+        closest = _nearest(np.concatenate([closest, np.column_stack([*pairs, distance[best]])]), n_closest)
+    return Near(connected[member], closest, n_pairs)
+
+
+def _of_equal_hashes(member: np.ndarray, n: int) -> np.ndarray:
+    """The first `n` pairs of neighbours among rows of one hash, at distance 0."""
+    order = np.argsort(member, kind="stable")
+    left = np.flatnonzero(member[order][:-1] == member[order][1:])
+    return _nearest(np.column_stack([order[left], order[left + 1], np.zeros(len(left), np.int64)]), n)
+
+
+def _nearest(pairs: np.ndarray, n: int) -> np.ndarray:
+    return pairs[np.lexsort(pairs.T[[1, 0, 2]])][:n]
+
+
+def _close(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of pairs (a, b) of rows, each pair once, with their distances."""
+    width = min(64 // (bits + 1), max(1, len(hashes).bit_length() - 6))  # narrow enough for groups of some dozens
+    bands = [np.uint64(sum(1 << band + i * (bits + 1) for i in range(width))) for band in range(bits + 1)]
+    for number, band in enumerate(bands):
+        order = np.argsort(hashes & band, kind="stable")
+        value, key = hashes[order], (hashes & band)[order]
+        bounds = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1], [True]]))
+        several = np.flatnonzero(np.diff(bounds) > 1)
+        for start, end in zip(bounds[several].tolist(), bounds[several + 1].tolist(), strict=True):
+            rows = max(1, BLOCK // (end - start))
+            for top in range(start, end - 1, rows):
+                differing = value[top : min(top + rows, end), None] ^ value[None, top:end]
+                a, b = np.nonzero(np.bitwise_count(differing) <= bits)
+                differing, a, b = differing[a, b], a + top, b + top
+                is_new = a < b
+                for earlier in bands[:number]:  # in which the pair was found
+                    is_new &= differing & earlier != 0
+                if is_new.any():
+                    yield order[a[is_new]], order[b[is_new]], np.bitwise_count(differing[is_new])
+
+
+def _connect(connected: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = connected[a], connected[b]
+    if (a == b).all():
+        return connected
+    edges = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(connected),) * 2)
+    return connected_components(edges, directed=False)[1].astype(np.int64)[connected]

@@ -1,0 +1,239 @@
+"""Read a user's directory: which files are images of which class, what cannot be one, and what was left out.
+
+Nothing outside the directory is read, and nothing in it is opened but its labels.csv.
+"""
+
+import csv
+import errno
+import math
+import os
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from pipeline.manifest import PARTS
+
+OPTIONAL = {"weight": "1", "group": "", "stratum": "", "subset": "", "split": ""}
+LEFT_BEHIND = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX"}  # by file managers
+LARGEST_TABLE = 512 * 1024**2  # bytes of a labels.csv
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
+Real = Callable[[str], str]  # os.path.realpath, remembering directories
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a directory.
+
+    `images`: a row per image by path, as text: path, label, weight, group, stratum, subset, split.
+    `rejected`: (path, reason) of what would be an image but cannot be read as one. `warnings`: what was left out.
+    """
+
+    images: pd.DataFrame
+    rejected: list[tuple[str, str]]
+    warnings: list[str]
+
+
+def find_images(directory: Path) -> Listing:
+    """List a dataset: a `labels.csv` in the directory decides, else each sub-directory is a class.
+
+    Raises ValueError for a mistake in labels.csv (a missing column; a path that is absent, no file or leads out of
+    the directory; a weight that is no number above 0), and for a class without a file.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
+    table = directory / "labels.csv"
+    listing = _from_csv(table) if os.path.lexists(table) else _from_classes(directory)
+    if listing.images.empty:
+        raise ValueError(f"{directory}: no image found; expected a sub-directory per class, or a labels.csv")
+    missing = {column: value for column, value in OPTIONAL.items() if column not in listing.images}
+    images = listing.images.assign(**missing).sort_values("path", ignore_index=True)
+    return Listing(images, sorted(listing.rejected), listing.warnings + _alike(images["label"]))
+
+
+def _alike(labels: pd.Series) -> list[str]:
+    """A warning for classes that a typing error may have made two."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(name.strip().casefold(), name), name) for name in sorted(set(labels))]
+    return [f"classes {a!r} and {b!r} differ by case or spaces only" for a, b in pairs if a != b]
+
+
+# labels.csv
+
+
+def _from_csv(table: Path) -> Listing:
+    root = os.path.realpath(table.parent)
+    real = _real()
+    if problem := _problem(str(table), root, real):
+        raise ValueError(f"{table} {problem}")
+    if table.stat().st_size > LARGEST_TABLE:
+        raise ValueError(f"{table}: {table.stat().st_size:,} bytes; expected at most {LARGEST_TABLE:,}")
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(_rows(table, csv.reader(file, strict=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        if problem := _mistake(row, table.parent, root, real):
+            raise ValueError(f"{table}: row {number}: {problem}")
+        if (first := seen.setdefault(row["path"], number)) != number:
+            raise ValueError(f"{table}: row {number}: {row['path']!r} is in row {first} already; expected it once")
+    columns = [column for column in ("path", "label", *OPTIONAL) if rows and column in rows[0][1]]
+    unlisted = sum(path not in seen for path, _ in _walk(table.parent, []) if path != table.name)
+    warnings = [f"{unlisted} files are not listed in labels.csv and were left out"] if unlisted else []
+    return Listing(pd.DataFrame([row for _, row in rows], columns=columns, dtype=str), [], warnings)
+
+
+def _rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number (as a spreadsheet counts) and fields of each row that is not empty."""
+    header = next(reader, [])
+    for column in ("path", "label"):
+        if header.count(column) != 1:
+            found = f"is missing; found {', '.join(header)}" if column not in header else "is there twice"
+            raise ValueError(f"{table}: column {column!r} {found}; expected path and label, separated by commas")
+    for number, fields in enumerate(reader, start=2):
+        if len(fields) != len(header) and fields:
+            raise ValueError(f"{table}: row {number}: {len(fields)} fields; expected {len(header)}, as in row 1")
+        if fields:
+            yield number, dict(zip(header, fields, strict=True))
+
+
+def _mistake(row: dict[str, str], directory: Path, root: str, real: Real) -> str | None:
+    name = row["path"]
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name or name == ".":
+        return f"path {name!r}; expected a plain path below the directory, with / between its parts"
+    if problem := _problem(f"{directory}/{name}", root, real):
+        return f"path {name!r} {problem}{_other_spelling(directory, name)}"
+    if not row["label"].strip():
+        return "label is empty"
+    if row.get("split", "") not in ("", *PARTS):
+        return f"split {row['split']!r}; expected {', '.join(PARTS)} or nothing"
+    try:
+        weight = float(row.get("weight", "1"))
+    except ValueError:
+        weight = math.nan
+    return None if 0 < weight < math.inf else f"weight {row['weight']!r}; expected a number above 0"
+
+
+def _other_spelling(directory: Path, name: str) -> str:
+    """A hint where the same letters, composed in another way (é as one sign or two), name a file."""
+    for form in ("NFC", "NFD"):
+        if (other := unicodedata.normalize(form, name)) != name and os.path.lexists(f"{directory}/{other}"):
+            return f"; the file's name is spelled in Unicode's {form}"
+    return ""
+
+
+# directories
+
+
+def _from_classes(directory: Path) -> Listing:
+    rows: list[tuple[str, str]] = []
+    rejected: list[tuple[str, str]] = []
+    loose: list[str] = []
+    ignored: list[str] = []
+    for path, problem in _walk(directory, ignored):
+        if problem:
+            rejected.append((os.fsencode(path).decode(errors="backslashreplace"), problem))
+        elif "/" in path:
+            rows.append((path, path.partition("/")[0]))
+        else:
+            loose.append(path)
+    filled = {label for _, label in rows}
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        is_class = entry.is_dir(follow_symlinks=False) and not _is_ignored(entry.name)
+        if is_class and entry.name not in filled and _is_utf8(entry.name):
+            reason = dict(rejected).get(entry.name)
+            raise ValueError(
+                f"{entry.path} {reason}"
+                if reason
+                else f"{entry.path}: class without an image; add some or remove the directory"
+            )
+    warnings = [f"{len(loose)} files lie in no class directory and were left out{_some(loose)}"] if loose else []
+    if ignored:
+        warnings.append(f"{len(ignored)} hidden or system files were left out{_some(ignored)}")
+    return Listing(pd.DataFrame(rows, columns=["path", "label"], dtype=str), rejected, warnings)
+
+
+def _some(names: list[str]) -> str:
+    first = ", ".join(repr(name) for name in sorted(names)[:3])
+    return f": {first}{', …' if len(names) > 3 else ''}"
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def _walk(directory: Path, ignored: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Each file below, by its path from there, with what is wrong with it; names left out go into `ignored`.
+
+    Links to files are followed within the directory, links to directories never: they could run in circles.
+    """
+    root, real, folders = os.path.realpath(directory), _real(), [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(directory / folder))
+        except OSError as error:
+            yield folder.rstrip("/"), f"cannot be read: {error.strerror}"
+            continue
+        for entry in entries:
+            path = folder + entry.name
+            if _is_ignored(entry.name):
+                ignored.append(path)
+            elif not _is_utf8(entry.name):
+                yield path, "has a name that is not UTF-8"
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(f"{path}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield path, None
+            else:
+                yield path, _problem(entry.path, root, real)
+
+
+def _real() -> Real:
+    def real(path: str) -> str:
+        return os.path.realpath(path)
+
+    return cache(real)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _problem(path: str, root: str, real: Real) -> str | None:
+    """Why `path` is no file within `root` (as realpath gives it), None if it is one."""
+    folder, name = os.path.split(path)
+    target, is_link = os.path.join(real(folder), name), False
+    try:
+        info = os.lstat(target)
+        if is_link := stat.S_ISLNK(info.st_mode):
+            target = os.path.realpath(target)
+        if not target.startswith(f"{root.rstrip('/')}/"):
+            return "is a link that leads out of the directory"
+        info = os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a broken link" if is_link else "does not exist"
+    except OSError as error:
+        is_circle = error.errno == errno.ELOOP
+        return "is a link that runs in a circle" if is_circle else f"cannot be read: {error.strerror}"
+    kind = stat.S_IFMT(info.st_mode)
+    if is_link and kind == stat.S_IFDIR:
+        return "is a link to a directory, which is not followed"
+    return None if kind == stat.S_IFREG else f"is {KINDS.get(kind, 'something else')}; expected a file"

@@ -1,0 +1,202 @@
+"""Listing a user's directory."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.listing import find_images
+
+
+def touch(directory: Path, *names: str) -> None:
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+
+
+def with_table(directory: Path, table: str) -> Path:
+    touch(directory, "a.png", "b.png")
+    (directory / "labels.csv").write_bytes(table.encode())
+    return directory
+
+
+# class directories
+
+
+def test_each_sub_directory_is_a_class_and_its_files_are_sorted_by_path(tmp_path: Path):
+    touch(tmp_path, "dog/2.png", "cat/z.png", "dog/1.png", "dog/deep/er/3.png")
+    found = find_images(tmp_path).images
+    assert list(found["path"]) == ["cat/z.png", "dog/1.png", "dog/2.png", "dog/deep/er/3.png"]
+    assert list(found["label"]) == ["cat", "dog", "dog", "dog"]
+    assert set(found["weight"]) == {"1"}
+    assert set(found["group"]) | set(found["stratum"]) | set(found["subset"]) | set(found["split"]) == {""}
+
+
+def test_hidden_and_loose_files_are_left_out_with_a_warning(tmp_path: Path):
+    touch(tmp_path, "cat/1.png", "cat/.DS_Store", "cat/.thumbs/2.png", ".git/3.png", "README.md", "cat/Thumbs.db")
+    found = find_images(tmp_path)
+    assert list(found.images["path"]) == ["cat/1.png"]
+    assert found.rejected == []
+    assert found.warnings == [
+        "1 files lie in no class directory and were left out: 'README.md'",
+        "4 hidden or system files were left out: '.git', 'cat/.DS_Store', 'cat/.thumbs', …",
+    ]
+
+
+def test_what_is_no_file_within_the_directory_is_rejected_with_a_reason(tmp_path: Path):
+    directory, outside = tmp_path / "data", tmp_path / "outside"
+    touch(directory, "cat/1.png")
+    touch(outside, "secret.png")
+    links = {
+        "cat/link.png": "1.png",
+        "cat/out.png": "../../outside/secret.png",
+        "cat/broken.png": "nowhere.png",
+        "cat/circle.png": "circle.png",
+        "cat/folder": ".",
+        "outer": "../outside",
+        "linked": "cat",
+    }
+    for name, target in links.items():
+        (directory / name).symlink_to(target)
+    os.mkfifo(directory / "cat/pipe")
+    found = find_images(directory)
+    assert list(found.images["path"]) == ["cat/1.png", "cat/link.png"]
+    assert dict(found.rejected) == {
+        "cat/out.png": "is a link that leads out of the directory",
+        "cat/broken.png": "is a broken link",
+        "cat/circle.png": "is a link that runs in a circle",
+        "cat/folder": "is a link to a directory, which is not followed",
+        "cat/pipe": "is a pipe; expected a file",
+        "outer": "is a link that leads out of the directory",
+        "linked": "is a link to a directory, which is not followed",
+    }
+
+
+def test_an_empty_class_directory_is_named(tmp_path: Path):
+    touch(tmp_path, "cat/1.png", "dog/.hidden")
+    with pytest.raises(ValueError, match=r"dog: class without an image"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["NA", "null", "1", "1.0", "True"])
+def test_a_class_may_be_called_anything(name: str, tmp_path: Path):
+    touch(tmp_path, f"{name}/1.png")
+    assert list(find_images(tmp_path).images["label"]) == [name]
+
+
+def test_a_directory_without_images_says_what_is_expected(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no image found; expected a sub-directory per class, or a labels\.csv"):
+        find_images(tmp_path)
+
+
+def test_a_missing_directory_names_the_key(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"dataset\.path: .*nowhere is not a directory"):
+        find_images(tmp_path / "nowhere")
+
+
+# labels.csv
+
+
+def test_a_table_decides_over_directories_and_its_rows_are_sorted_by_path(tmp_path: Path):
+    touch(tmp_path, "unlisted/1.png")
+    found = find_images(with_table(tmp_path, "path,label,weight,note\nb.png,dog,0.5,x\na.png,cat,2,y\n")).images
+    assert found.to_dict("list") == {
+        "path": ["a.png", "b.png"],
+        "label": ["cat", "dog"],
+        "weight": ["2", "0.5"],
+        "group": ["", ""],
+        "stratum": ["", ""],
+        "subset": ["", ""],
+        "split": ["", ""],
+    }
+
+
+def test_every_optional_column_is_taken_over(tmp_path: Path):
+    table = "subset,split,stratum,group,weight,label,path\nsun,test,s,g,3,cat,a.png\n"
+    (found,) = find_images(with_table(tmp_path, table)).images.to_dict("records")
+    assert found == {
+        "path": "a.png",
+        "label": "cat",
+        "weight": "3",
+        "group": "g",
+        "stratum": "s",
+        "subset": "sun",
+        "split": "test",
+    }
+
+
+def test_a_table_as_excel_saves_it_is_read(tmp_path: Path):
+    found = find_images(with_table(tmp_path, "\ufeffpath,label\r\na.png,grün\r\nb.png,NA\r\n")).images
+    assert list(found["path"]) == ["a.png", "b.png"]
+    assert list(found["label"]) == ["grün", "NA"]
+
+
+@pytest.mark.parametrize("weight", ["nan", "0", "-1", "inf", "", "heavy", "1,5"])
+def test_a_weight_is_a_number_above_zero(weight: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"labels\.csv: row 3: weight '.*'; expected a number above 0"):
+        find_images(with_table(tmp_path, f'path,label,weight\na.png,cat,1\nb.png,dog,"{weight}"\n'))
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("c.png", "does not exist"),
+        ("", "expected a plain path"),
+        ("../a.png", "expected a plain path"),
+        ("x/../a.png", "expected a plain path"),
+        ("./a.png", "expected a plain path"),
+        ("a.png/", "expected a plain path"),
+        ("/etc/passwd", "expected a plain path"),
+        ("x\\a.png", "expected a plain path"),
+        ("folder", "is a directory; expected a file"),
+        ("out.png", "a link that leads out of the directory"),
+        ("out/secret.png", "a link that leads out of the directory"),
+    ],
+)
+def test_a_path_that_is_absent_or_leads_out_is_named_with_its_row(path: str, problem: str, tmp_path: Path):
+    directory, outside = tmp_path / "data", tmp_path / "outside"
+    touch(outside, "secret.png")
+    touch(directory, "folder/x.png")
+    (directory / "out.png").symlink_to(outside / "secret.png")
+    (directory / "out").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"labels\.csv: row 3: path ") as error:
+        find_images(with_table(directory, f"path,label\na.png,cat\n{path},dog\n"))
+    assert repr(path) in str(error.value)
+    assert problem in str(error.value)
+
+
+def test_a_link_within_the_directory_is_an_image(tmp_path: Path):
+    (tmp_path / "c.png").symlink_to("a.png")
+    assert list(find_images(with_table(tmp_path, "path,label\nc.png,cat\n")).images["path"]) == ["c.png"]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("file,label\na.png,cat\n", "column 'path' is missing; found file, label; expected path and label"),
+        ("path,class\na.png,cat\n", "column 'label' is missing; found path, class; expected path and label"),
+        ("path,label\na.png,cat\nb.png,dog\na.png,dog\n", "row 4: 'a.png' is in row 2 already; expected it once"),
+        ("path,label\na.png,\n", "row 2: label is empty"),
+        ("path,label,split\na.png,cat,dev\n", "row 2: split 'dev'; expected train, val, test, unused or nothing"),
+        ("", "column 'path' is missing"),
+        ("path,label,path\na.png,cat,b.png\n", "column 'path' is there twice"),
+        ("path;label\na.png;cat\n", "found path;label; expected path and label, separated by commas"),
+        ("path,label\na.png,cat\nb.png,dog,1,2\n", "row 3: 4 fields; expected 2, as in row 1"),
+        ("path,label\n\na.png,cat\n\nb.png\n", "row 5: 1 fields; expected 2, as in row 1"),
+        ('path,label\n"a.png,cat\n', "not a CSV file in UTF-8"),
+        ("path,label\na.png, \n", "row 2: label is empty"),
+        ("path,label\na\0.png,cat\n", "row 2: path 'a\\x00.png'"),
+    ],
+)
+def test_a_table_with_a_mistake_is_refused(table: str, problem: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"labels\.csv: ") as error:
+        find_images(with_table(tmp_path, table))
+    assert problem in str(error.value)
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path: Path):
+    with_table(tmp_path, "")
+    (tmp_path / "labels.csv").write_bytes("path,label\na.png,grün\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels\.csv: not a CSV file in UTF-8"):
+        find_images(tmp_path)
