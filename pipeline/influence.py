@@ -15,15 +15,15 @@ from pipeline import metrics
 
 @dataclass(frozen=True)
 class Influence:
-    """A metric between 0 and `top`: its value, and of each image (n,) its influence and its leverage.
+    """A metric between 0 and `top`: its value, and of each image (n,) its influence and its share.
 
-    `influence` contains the correction n / (n - 1) for the mean, or the class's mean, being estimated. `leverage` is
-    the most that an image of its weight can move the metric, in units of `top`.
+    `influence` contains the correction n / (n - 1) for the mean, or the class's mean, being estimated. `share` is what
+    part of the metric is the image's: all sum to 1 (less where a class is absent).
     """
 
     value: float
     influence: np.ndarray
-    leverage: np.ndarray
+    share: np.ndarray
     top: float = 1.0
 
 
@@ -79,7 +79,7 @@ def _auroc(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> In
     if (size == 0).any() or n_classes < 2:
         return None
     columns = [1] if n_classes == 2 else list(range(n_classes))
-    value, influence, leverage = 0.0, np.zeros(n), np.zeros(n)
+    value, influence, shares = 0.0, np.zeros(n), np.zeros(n)
     for column in columns:
         is_positive = label == column
         area, placement = placements(probability[:, column], is_positive, weight)
@@ -88,20 +88,20 @@ def _auroc(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> In
         share = weight / np.where(is_positive, positive, weight.sum() - positive)
         value += area / len(columns)
         influence += np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * (placement - area) / len(columns)
-        leverage += share / len(columns)
-    return Influence(min(max(value, 0.0), 1.0), influence, leverage)
+        shares += share / 2 / len(columns)  # a pair belongs to both of its images
+    return Influence(min(max(value, 0.0), 1.0), influence, shares)
 
 
 def _balanced_accuracy(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
     is_right, size = predicted == label, np.bincount(label, minlength=n_classes)
     actual = np.bincount(label, weight, n_classes)
     recall = _ratio(np.bincount(label, weight * is_right, n_classes), actual)
-    leverage = weight / actual[label] / np.count_nonzero(size)
+    share = weight / actual[label] / np.count_nonzero(size)
     value = min(float(recall.sum() / np.count_nonzero(size)), 1.0)
     # An image alone in its class says nothing of that class's variance: it is held against all (collapsed strata,
     # Cochran 1977, "Sampling techniques")
     centre = np.where(size == 1, value, recall)
-    return Influence(value, _of_class(size)[label] * leverage * (is_right - centre[label]), leverage)
+    return Influence(value, _of_class(size)[label] * share * (is_right - centre[label]), share)
 
 
 def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
@@ -109,11 +109,11 @@ def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_cl
     actual = np.bincount(label, weight, n_classes)
     either = actual + np.bincount(predicted, weight, n_classes)
     f1 = _ratio(2 * np.bincount(label, weight * is_right, n_classes), either)
-    leverage = weight / actual[label] / n_classes
+    share = weight / actual[label] / n_classes
     value = min(float(f1.mean()), 1.0)
     moved = (2 * is_right - f1[label]) / either[label] - f1[predicted] / either[predicted]
-    alone = np.where(size[label] == 1, leverage * (is_right - value), 0.0)
-    return Influence(value, _of_class(size)[label] * weight * moved / n_classes + alone, leverage)
+    alone = np.where(size[label] == 1, share * (is_right - value), 0.0)
+    return Influence(value, _of_class(size)[label] * weight * moved / n_classes + alone, share)
 
 
 def _of_class(size: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 from sklearn.metrics import (
     brier_score_loss,
     confusion_matrix,
@@ -83,9 +83,8 @@ def reliability(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> li
     Confidence and accuracy of an empty bin are None. Over the others, sum(weight * |accuracy - confidence|) is the ECE.
     """
     probability = np.exp(log_softmax(logits.astype(np.float64), axis=1))
-    confidence, is_right, bin_of = binned(probability, label)
-    total = np.bincount(bin_of, weight, N_BINS)
-    sums = [np.bincount(bin_of, weight * value, N_BINS) for value in (confidence, is_right)]
+    confidence, is_right = top_label(probability, label)
+    total, *sums = [np.bincount(bin_of(confidence), weight * value, N_BINS) for value in (1.0, confidence, is_right)]
     return [
         {
             "confidence": float(sums[0][k] / total[k]) if total[k] > 0 else None,
@@ -98,15 +97,19 @@ def reliability(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> li
 
 def expected_calibration_error(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float:
     """ECE of the top label over 15 equal-width bins (Guo et al. 2017, "On calibration of modern neural networks")."""
-    confidence, is_right, bin_of = binned(probability, label)
-    gap = np.bincount(bin_of, weight * (is_right - confidence), N_BINS)
+    confidence, is_right = top_label(probability, label)
+    gap = np.bincount(bin_of(confidence), weight * (is_right - confidence), N_BINS)
     return float(np.abs(gap).sum() / weight.sum())
 
 
-def binned(probability: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence of the top label, whether it is right, and its bin; a confidence on a border is in the lower bin."""
-    confidence, is_right = probability.max(axis=1), probability.argmax(axis=1) == label
-    return confidence, is_right, np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
+def top_label(probability: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence of the top label (n,), and whether it is right."""
+    return probability.max(axis=1), probability.argmax(axis=1) == label
+
+
+def bin_of(confidence: np.ndarray) -> np.ndarray:
+    """Which of 15 equal-width bins; a confidence on a border is in the lower one."""
+    return np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
 
 
 def temperature(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float:
@@ -122,7 +125,7 @@ def temperature(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> fl
 
     def nll(log_temperature: float) -> float:
         sharpness = np.exp(-log_temperature)
-        return float(share @ logsumexp(sharpness * shifted, axis=1)) - sharpness * true_logit
+        return float(share @ np.log(np.exp(sharpness * shifted).sum(axis=1))) - sharpness * true_logit
 
     found = minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))

@@ -7,7 +7,7 @@ seeds would. Images of weight 0 are absent.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,12 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline import influence, metrics
+from pipeline import influence, metrics, resampling
 from pipeline.influence import Influence
 
 Z = float(stats.norm.ppf(0.975))
 MOST_IMAGES_FOR_ECE = 10_000
-N_BOOTSTRAP = 1_000
-N_PERMUTATIONS = 9_999
-MOST_ENUMERATED = 12  # images that differ, for all 2^n signs
 FEWEST_SEEDS_FOR_T = 5
-CHUNK = 1 << 22  # numbers drawn at once
 
 
 @dataclass(frozen=True)
@@ -87,29 +83,18 @@ def intervals(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndarray
 
 
 def ece_interval(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> Interval | None:
-    """ECE with the basic bootstrap interval over images, since it has a bias that resampling doubles; None over 10,000.
-
-    Davison & Hinkley 1997, "Bootstrap methods and their application", section 5.2; widened to contain the value.
-    """
+    """ECE with its interval (resampling.ece_interval); None over 10,000 images."""
     kept = [_weighty(run, weight) for run in distinct(runs)]
     images = np.unique(np.concatenate([run.rows for run in kept]))
     if len(images) > MOST_IMAGES_FOR_ECE:
         return None
-    gaps = np.zeros((len(images), len(kept), metrics.N_BINS + 1))  # by bin; the last is the weight
+    confidence, is_right, weights = np.zeros((3, len(images), len(kept)))
     for s, run in enumerate(kept):
-        at, share = np.searchsorted(images, run.rows), weight[run.rows]
-        confidence, is_right, bin_of = metrics.binned(softmax(run.logits.astype(np.float64), axis=1), label[run.rows])
-        gaps[at, s, bin_of] = share * (is_right - confidence)
-        gaps[at, s, -1] = share
-    random, flat = np.random.default_rng(0), gaps.reshape(len(images), -1)
-    resampled = []
-    for count in _chunks(N_BOOTSTRAP, len(images)):
-        drawn = random.integers(0, len(images), (count, len(images))) + len(images) * np.arange(count)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=count * len(images)).reshape(count, -1)
-        resampled.append(_ece(times.astype(float) @ flat, gaps.shape[1:]))
-    value = float(_ece(flat.sum(axis=0), gaps.shape[1:]))
-    low, high = 2 * value - np.quantile(np.concatenate(resampled), [0.975, 0.025])
-    return Interval(value, float(min(max(low, 0.0), value)), float(max(min(high, 1.0), value)))
+        at = np.searchsorted(images, run.rows)
+        probability = softmax(run.logits.astype(np.float64), axis=1)
+        confidence[at, s], is_right[at, s] = metrics.top_label(probability, label[run.rows])
+        weights[at, s] = weight[run.rows]
+    return Interval(*resampling.ece_interval(confidence, is_right, weights))
 
 
 def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> Gain:
@@ -123,7 +108,7 @@ def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np
     if len(pairs.hits) == 1 and np.ptp(pairs.weights[0]) == 0:
         method, p_value = "exact McNemar", exact_mcnemar(*pairs.hits[0])
     else:
-        method, p_value = "sign-flip permutation by image", sign_flip(pairs.by_image())
+        method, p_value = "sign-flip permutation by image", resampling.sign_flip(pairs.by_image())
     by_seed = [part.value for part in pairs.differences]
     n_test = float(np.mean([len(rows) for rows in pairs.rows]))
     return Gain(
@@ -181,26 +166,6 @@ def exact_mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     return min(float(found.pvalue), 1.0)
 
 
-def sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p-value of a sum of differences (n_images,) that are as likely with the other sign.
-
-    All signs where at most 12 differ from 0, else 9,999 random ones and the one seen, which is why p is never 0
-    (Phipson & Smyth 2010, "Permutation p-values should never be zero"). The order does not matter.
-    """
-    size = np.sort(np.abs(difference))
-    size = size[size > 1e-12 * size.max(initial=0.0)]
-    seen = abs(float(difference.sum())) - 1e-9 * float(size.sum())  # ties are ties whatever the rounding
-    if len(size) <= MOST_ENUMERATED:
-        is_plus = (np.arange(2 ** len(size))[:, None] >> np.arange(len(size))) & 1
-        return float(np.mean(np.abs((2 * is_plus - 1) @ size) >= seen))
-    random, n_beyond = np.random.default_rng(0), 0
-    for count in _chunks(N_PERMUTATIONS, len(size)):
-        packed = random.integers(0, 256, (count, -(-len(size) // 8)), dtype=np.uint8)
-        is_plus = np.unpackbits(packed, axis=1, count=len(size)).astype(float)
-        n_beyond += int(np.sum(np.abs(2 * (is_plus @ size) - size.sum()) >= seen))
-    return (n_beyond + 1) / (N_PERMUTATIONS + 1)
-
-
 def corrected_t(by_seed: Sequence[float], n_test: float, n_train: float) -> float | None:
     """Two-sided p-value of the corrected resampled t-test (Nadeau & Bengio 2003, "Inference for the generalization
     error", section 5): the variance over seeds times 1 / seeds + n_test / n_train, since splits overlap.
@@ -237,7 +202,7 @@ class _Pairs:
     def by_image(self) -> np.ndarray:
         """What each image contributes to the gain, over all seeds."""
         parts = [
-            part.leverage * (ours.astype(float) - theirs)
+            part.share * (ours.astype(float) - theirs)
             for part, (ours, theirs) in zip(self.differences, self.hits, strict=True)
         ]
         return _by_image(parts, self.rows)
@@ -247,9 +212,9 @@ class _Pairs:
 
         Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions".
         """
-        variance, n = _variance_and_n(self.differences, self.rows)
-        more = 1 / (n + 2) ** 2 + 2 * n * self.gain**2 / (n + 2) ** 3
-        return n * self.gain / (n + 2), (n / (n + 2)) ** 2 * variance + more
+        spread, n = _spread_and_n(self.differences, self.rows)
+        centre = n * self.gain / (n + 2)
+        return centre, ((n * (spread + self.gain**2) + 1) / (n + 2) - centre**2) / (n + 2)
 
     def bound(self, z: float) -> float:
         centre, variance = self.adjusted()
@@ -279,7 +244,7 @@ def _pairs(runs: Sequence[Predictions], others: Sequence[Predictions], label: np
 def _interval(parts: Sequence[Influence | None], rows: Sequence[np.ndarray]) -> Interval | None:
     """Of the mean over runs; None if one is.
 
-    Between 0 and `top` Wilson's score interval, with the number of images that, all alike, would give this variance
+    Between 0 and `top` Wilson's score interval, with the number of images, right or wrong, that give this variance
     (Kish 1965, "Survey sampling"; Franco et al. 2019, "Comparative study of confidence intervals for proportions in
     complex sample surveys"). Above 0 only, the normal interval of the logarithm. The variance includes two more images,
     one at either end, so that a few images, or images that are all alike, are not taken for certainty.
@@ -288,35 +253,28 @@ def _interval(parts: Sequence[Influence | None], rows: Sequence[np.ndarray]) -> 
     if len(known) < len(parts):
         return None
     top, value = known[0].top, float(np.mean([part.value for part in known]))
-    variance, n = _variance_and_n(known, rows)
+    spread, n = _spread_and_n(known, rows)
     if math.isinf(top):
-        spread = (n * n * variance + 2 * value**2) / (n + 2)
-        reach = Z * math.sqrt(spread / n) / value if value > 0 else 0.0
+        reach = Z * math.sqrt((spread + 2 * value**2 / n) / (n + 2)) / value if value > 0 else 0.0
         return Interval(value, value * math.exp(-reach), value * math.exp(reach))
     p = value / top
     with_two = (n * p + 1) / (n + 2)
-    spread = n * (max(n - 1, 0.0) * variance / top**2 + (p - with_two) ** 2) + (1 - with_two) ** 2 + with_two**2
-    effective = n * with_two * (1 - with_two) * (n + 2) / spread
+    seen = (n * (spread / top**2 + p**2) + 1) / (n + 2) - with_two**2
+    effective = n * with_two * (1 - with_two) / seen
     low, high = np.asarray(proportion_confint(p * effective, effective, method="wilson")).tolist()
     return Interval(value, top * min(low, p), top * max(high, p))
 
 
-def _variance_and_n(parts: Sequence[Influence], rows: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Variance of the mean over runs, and Kish's effective number of images."""
+def _spread_and_n(parts: Sequence[Influence], rows: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Variance of one image, over those seen, and the effective number of images (Kish), which weights lower."""
+    n = 1 / float((_by_image([part.share for part in parts], rows) ** 2).sum())
     variance = float((_by_image([part.influence for part in parts], rows) ** 2).sum())
-    return variance, 1 / float((_by_image([part.leverage for part in parts], rows) ** 2).sum())
+    return max(n - 1, 0.0) * variance, n
 
 
 def _by_image(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
     """Mean over runs of what (n,) each has for its rows, 0 elsewhere: (up to the largest row,)."""
     return np.bincount(np.concatenate(rows), np.concatenate(parts)) / len(parts)
-
-
-def _ece(sums: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Mean over runs of the ECE, of sums (…, runs * (bins + 1)) of gaps by bin and of weight."""
-    by_run = sums.reshape(*sums.shape[:-1], *shape)
-    gap, total = np.abs(by_run[..., :-1]).sum(axis=-1), by_run[..., -1]
-    return np.divide(gap, total, out=np.zeros_like(gap), where=total > 0).mean(axis=-1)
 
 
 def _weighty(run: Predictions, weight: np.ndarray) -> Predictions:
@@ -326,9 +284,3 @@ def _weighty(run: Predictions, weight: np.ndarray) -> Predictions:
 
 def _digest(run: Predictions) -> bytes:
     return b"".join(hashlib.sha256(array.tobytes()).digest() for array in (run.rows, run.logits))
-
-
-def _chunks(total: int, width: int) -> Iterator[int]:
-    """Parts of `total` rows of `width` numbers that fit into memory."""
-    size = max(1, CHUNK // max(width, 1))
-    yield from (min(size, total - start) for start in range(0, total, size))

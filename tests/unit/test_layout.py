@@ -24,6 +24,7 @@ ORDER: list[str] = [
         "splits",
         "metrics",
         "influence",
+        "resampling",
         "statistics",
         "images",
         "backbones",

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.metrics import expected_calibration_error, score
+from pipeline.metrics import (
+    confusion,
+    expected_calibration_error,
+    is_among_top,
+    per_class,
+    reliability,
+    score,
+    temperature,
+)
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -117,3 +125,71 @@ def test_auroc_is_none_where_a_class_does_not_occur(n_classes: int):
     found = score(logits, np.array([0, 0, 0, 0, 0, n_classes - 2]), np.ones(6))
     assert found.pop("auroc") is None
     assert all(value is not None and np.isfinite(value) for value in found.values())
+
+
+def test_reliability_by_hand():
+    # The bins of test_ece_by_hand
+    probability, label = [[0.95, 0.05], [0.15, 0.85], [0.35, 0.65], [0.62, 0.38]], [0, 0, 1, 1]
+    found = reliability(np.log(probability), np.array(label), np.array([2.0, 1.0, 1.0, 4.0]))
+    filled = {index: row for index, row in enumerate(found) if row["weight"]}
+    assert len(found) == 15
+    assert filled == {
+        9: pytest.approx({"confidence": (0.65 + 4 * 0.62) / 5, "accuracy": 1 / 5, "weight": 5 / 8}),
+        12: pytest.approx({"confidence": 0.85, "accuracy": 0.0, "weight": 1 / 8}),
+        14: pytest.approx({"confidence": 0.95, "accuracy": 1.0, "weight": 2 / 8}),
+    }
+    assert found[0] == {"confidence": None, "accuracy": None, "weight": 0.0}
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows())
+def test_the_ece_is_the_gap_of_the_reliability_bins(given_rows: Rows):
+    gaps = [
+        row["weight"] * abs(row["accuracy"] - row["confidence"])
+        for row in reliability(*given_rows)
+        if row["weight"] and row["accuracy"] is not None and row["confidence"] is not None
+    ]
+    assert sum(gaps) == pytest.approx(score(*given_rows)["ece"], abs=1e-9)
+
+
+def test_top_5_is_there_above_ten_classes_and_a_tie_goes_to_the_lower_class():
+    logits = np.zeros((11, 11))
+    np.testing.assert_array_equal(is_among_top(logits, np.arange(11), 5), np.arange(11) < 5)
+    np.testing.assert_array_equal(is_among_top(logits, np.arange(11), 1), logits.argmax(axis=1) == np.arange(11))
+    assert score(logits, np.arange(11), np.ones(11))["top5_accuracy"] == pytest.approx(5 / 11)
+    assert "top5_accuracy" not in score(logits[:10, :10], np.arange(10), np.ones(10))
+
+
+def test_classes_and_confusion_by_hand():
+    logits, label = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]), np.array([0, 0, 1, 1])
+    assert confusion(logits, label).tolist() == [[2, 0], [1, 1]]
+    assert per_class(logits, label, np.array([1.0, 1.0, 1.0, 3.0])) == [
+        pytest.approx({"precision": 2 / 5, "recall": 1, "f1": 4 / 7, "support": 2}),
+        pytest.approx({"precision": 1, "recall": 1 / 4, "f1": 2 / 5, "support": 2}),
+    ]
+
+
+def test_a_class_that_neither_occurs_nor_is_predicted_has_zeros():
+    logits = np.array([[1.0, 0.0, -1.0]])
+    found = per_class(logits, np.array([0]), np.ones(1))
+    assert found[2] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert confusion(logits, np.array([0])).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows())
+def test_the_temperature_is_within_bounds_and_never_raises_the_nll(given_rows: Rows):
+    logits, label, weight = given_rows
+    found = temperature(*given_rows)
+    assert 0.05 <= found <= 20
+    before, after = (score(said, label, weight)["nll"] for said in (logits, logits / found))
+    assert after is not None
+    assert before is not None
+    assert after <= before + 1e-6
+
+
+def test_nothing_is_scaled_where_all_are_right():
+    logits = np.array([[3.0, 0.0], [0.0, 1.0], [5.0, 0.0]])
+    assert temperature(logits, np.array([0, 1, 0]), np.ones(3)) == 1
+    assert temperature(logits, np.array([0, 1, 1]), np.array([1.0, 1.0, 0.0])) == 1
+    assert temperature(logits, np.array([0, 1, 1]), np.ones(3)) > 1

@@ -5,6 +5,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from pipeline.metrics import score
+from pipeline.resampling import sign_flip
 from pipeline.statistics import (
     Interval,
     Predictions,
@@ -16,7 +17,6 @@ from pipeline.statistics import (
     images_needed,
     intervals,
     lower_bound,
-    sign_flip,
 )
 
 Answers = tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]
