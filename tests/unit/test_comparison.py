@@ -188,7 +188,7 @@ def test_the_table_says_what_is_known_and_how_sure_it_is(details: dict[str, Any]
     assert baseline[:2] == ["| feature_extraction", "2"]
     assert baseline[2].startswith("77.5 ± 3.5 (")
     assert baseline[3:5] == ["", ""]
-    assert full[3].startswith("+15.0 (-1.1 to +28.3)")
+    assert full[3].startswith("+15.0 (-0.9 to +28.0)")
     assert full[-2:] == ["100", "9.5 |"]
     assert lines[6].startswith("feature_extraction over all its seeds (n = 2): accuracy 77.5 ± 3.5 (")
     assert lines[8].startswith("**Recommendation: full**")
