@@ -40,6 +40,7 @@ Seeds = Annotated[tuple[Natural, ...], AfterValidator(_distinct)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Strengths = Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -141,7 +142,7 @@ class HeadOptions(Record):
     penalty: Literal["l2", "l1", "elastic"]
     l1_ratio: Share
     class_weights: Literal["none", "balanced"]
-    strengths: Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(min_length=1)]
+    strengths: Strengths
     max_iterations: Count
     learning_rate: Positive
     epochs: Count
@@ -162,6 +163,16 @@ class HeadOptions(Record):
                 "were trained on"
             )
         return self
+
+
+class SuspectOptions(Record):
+    """How labels that are probably wrong are looked for."""
+
+    folds: Annotated[int, Field(ge=3, le=100)]
+    seed: Natural
+    strengths: Strengths
+    max_iterations: Count
+    threads: Count
 
 
 class Strategy(Record):
@@ -233,6 +244,7 @@ class Params(Record):
     augmentation: Augmentation
     evaluation: Evaluation
     head: HeadOptions
+    label_suspects: SuspectOptions
     fine_tune: FineTune
     compare: Compare
     runtime: Runtime

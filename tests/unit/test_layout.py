@@ -36,6 +36,7 @@ ORDER: list[str] = [
     ),
     *(
         "heads",
+        "suspects",
         "training",
         "artifacts",
         "tables",
