@@ -3,5 +3,5 @@
 Read dvc.yaml first, then the stages in its order (pipeline/stages/), then the modules from the top down:
 params, logs, files, manifest, listing, decoding, duplicates, indexing, inventory, units, splits, metrics,
 influence, resampling, statistics, images, backbones, engine, cuts, hdf5, feature_store, extraction, heads, suspects,
-training, artifacts, datasets, sweep, predict. A module imports only from those named before it.
+training, artifacts, idx, datasets, sweep, predict. A module imports only from those named before it.
 """

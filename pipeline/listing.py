@@ -19,6 +19,7 @@ import pandas as pd
 from pipeline.manifest import PARTS
 
 OPTIONAL = {"weight": "1", "group": "", "stratum": "", "subset": "", "split": ""}
+PART_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {p: p for p in PARTS}
 LEFT_BEHIND = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX"}  # by file managers
 LARGEST_TABLE = 512 * 1024**2  # bytes of a labels.csv
 KINDS = {
@@ -47,6 +48,9 @@ class Listing:
 def find_images(directory: Path) -> Listing:
     """List a dataset: a `labels.csv` in the directory decides, else each sub-directory is a class.
 
+    If the sub-directories are train/ and val/ or test/ (also training/, valid/, validation/, testing/, in any case),
+    theirs are the classes, and `split` is train, val or test. In labels.csv these names will do, too.
+
     Raises ValueError for a mistake in labels.csv (a missing column; a path that is absent, no file or leads out of
     the directory; a weight that is no number above 0), and for a class without a file.
     """
@@ -58,6 +62,7 @@ def find_images(directory: Path) -> Listing:
         raise ValueError(f"{directory}: no image found; expected a sub-directory per class, or a labels.csv")
     missing = {column: value for column, value in OPTIONAL.items() if column not in listing.images}
     images = listing.images.assign(**missing).sort_values("path", ignore_index=True)
+    images["split"] = [PART_NAMES.get(name.casefold(), "") for name in images["split"]]
     return Listing(images, sorted(listing.rejected), listing.warnings + _alike(images["label"]))
 
 
@@ -118,7 +123,7 @@ def _mistake(row: dict[str, str], directory: Path, root: str, real: Real) -> str
         return f"path {name!r} {problem}{_other_spelling(directory, name)}"
     if not row["label"].strip():
         return "label is empty"
-    if row.get("split", "") not in ("", *PARTS):
+    if row.get("split", "").casefold() not in ("", *PART_NAMES):
         return f"split {row['split']!r}; expected {', '.join(PARTS)} or nothing"
     try:
         weight = float(row.get("weight", "1"))
@@ -139,31 +144,74 @@ def _other_spelling(directory: Path, name: str) -> str:
 
 
 def _from_classes(directory: Path) -> Listing:
-    rows: list[tuple[str, str]] = []
+    parts = _find_parts(directory)
+    depth = 2 if parts else 1
+    rows: list[tuple[str, str, str]] = []
     rejected: list[tuple[str, str]] = []
     loose: list[str] = []
     ignored: list[str] = []
     for path, problem in _walk(directory, ignored):
+        *folders, _ = path.split("/")
         if problem:
             rejected.append((os.fsencode(path).decode(errors="backslashreplace"), problem))
-        elif "/" in path:
-            rows.append((path, path.partition("/")[0]))
+        elif len(folders) >= depth:
+            rows.append((path, folders[depth - 1], parts.get(folders[0], "")))
         else:
             loose.append(path)
-    filled = {label for _, label in rows}
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        is_class = entry.is_dir(follow_symlinks=False) and not _is_ignored(entry.name)
-        if is_class and entry.name not in filled and _is_utf8(entry.name):
-            reason = dict(rejected).get(entry.name)
+    filled = {path.rsplit("/", path.count("/") - depth + 1)[0] for path, _, _ in rows}
+    for name in _class_folders(directory, parts):
+        if name not in filled:
+            reason = dict(rejected).get(name)
             raise ValueError(
-                f"{entry.path} {reason}"
+                f"{directory / name} {reason}"
                 if reason
-                else f"{entry.path}: class without an image; add some or remove the directory"
+                else f"{directory / name}: class without an image; add some or remove the directory"
             )
     warnings = [f"{len(loose)} files lie in no class directory and were left out{_some(loose)}"] if loose else []
     if ignored:
         warnings.append(f"{len(ignored)} hidden or system files were left out{_some(ignored)}")
-    return Listing(pd.DataFrame(rows, columns=["path", "label"], dtype=str), rejected, warnings)
+    return Listing(pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str), rejected, warnings)
+
+
+def _find_parts(directory: Path) -> dict[str, str]:
+    """The part that each sub-directory is, by its name; empty if they are classes."""
+    folders = _folders(directory)
+    parts = {name: PART_NAMES[name.casefold()] for name in folders if name.casefold() in PART_NAMES}
+    if "train" not in parts.values() or (len(parts) == 1 and len(folders) > 1):
+        return {}  # there may be a class of trains
+    problem = None
+    if others := [name for name in folders if name not in parts]:
+        problem = f"{others[0]}/ lies beside {', '.join(f'{name}/' for name in parts)}"
+    elif len(set(parts.values())) < len(parts):
+        problem = f"{', '.join(f'{name}/' for name in parts)} are not one of each part"
+    if problem:
+        raise ValueError(f"{directory}: {problem}; expected train/, val/ and test/ only, or classes, or a labels.csv")
+    return parts
+
+
+def _class_folders(directory: Path, parts: dict[str, str]) -> list[str]:
+    """Paths of the class directories; ValueError for a part without any."""
+    if not parts:
+        return _folders(directory)
+    found = []
+    for part in parts:
+        classes = _folders(directory / part)
+        if not classes:
+            raise ValueError(
+                f"{directory / part}: no class directory in it; expected one per class; images without a class are "
+                "to be kept elsewhere"
+            )
+        found += [f"{part}/{name}" for name in classes]
+    return found
+
+
+def _folders(directory: Path) -> list[str]:
+    """Names of the directories in one, without links and what is ignored."""
+    try:
+        entries = [entry for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except PermissionError:
+        raise ValueError(f"{directory} cannot be read") from None
+    return sorted(entry.name for entry in entries if not _is_ignored(entry.name) and _is_utf8(entry.name))
 
 
 def _some(names: list[str]) -> str:

@@ -64,7 +64,7 @@ class Record(BaseModel):
 class Dataset(Record):
     """Where the images are."""
 
-    fetch: Annotated[tuple[Literal["elpv"], ...], AfterValidator(_distinct)]
+    fetch: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     path: Text
     max_rejected_fraction: Share
     on_conflict: Literal["error", "drop"]

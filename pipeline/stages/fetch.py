@@ -1,8 +1,10 @@
-"""fetch: make a data set that an installed package carries.
+"""fetch: make a data set of an installed package, or one that torchvision downloads.
 
-Writes  data/raw/<name>/     images and labels.csv
+Writes  data/raw/<name>/           images and labels.csv
+        data/.downloads/<name>/    what torchvision has downloaded; may be deleted
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +16,8 @@ RAW = Path("data/raw")
 def main() -> None:
     """`python -m pipeline.stages.fetch NAME`."""
     name = sys.argv[1]
-    count = {"elpv": datasets.elpv}[name](RAW / name)
+    downloads = Path(os.environ.get("DVC_ROOT", "."), "data", ".downloads")
+    count = datasets.make(name, RAW / name, downloads)
     logs.log.info("fetched %s: %d images", name, count)
 
 

@@ -43,6 +43,7 @@ ORDER: list[str] = [
         "recommendation",
         "comparison",
         "plots",
+        "idx",
         "datasets",
         "sweep",
         "predict",
