@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test check venv lock bench bench-quick
+.PHONY: repro test check venv lock bench bench-quick elpv
 repro: venv
 	dvc repro
 
@@ -35,3 +35,7 @@ bench: venv
 
 bench-quick: venv
 	python -m benchmarks --quick
+
+# The published protocol on the default data; goes on where it stopped. Needs nothing but the environment.
+elpv: venv
+	python -m benchmarks.elpv
