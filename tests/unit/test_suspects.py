@@ -98,6 +98,10 @@ def test_folds_are_stratified_and_follow_the_seed():
     fold, other = (suspects.deal(labels, make_units(labels), options(folds=5, seed=seed)) for seed in (0, 1))
     assert np.array_equal(np.histogram2d(labels.label, fold, (4, 5))[0], np.full((4, 5), 5))
     assert not np.array_equal(fold, other)
+    group = ["g" if row in range(0, 20, 2) else "" for row in range(40)]  # half of class 0 is in one fold
+    labels = labels_of(np.arange(40) % 2, group)
+    fold = suspects.deal(labels, make_units(labels), options(folds=5))
+    assert np.bincount(fold[labels.label == 1]).tolist() == [4] * 5, "a class is dealt out whatever the others are"
 
 
 # predictions
@@ -135,6 +139,7 @@ def test_maps_are_flattened_and_all_views_are_used():
     expected = predicted(features, label, fold)
     assert np.array_equal(predicted(features.reshape(90, 2, 2, 2, 2), label, fold), expected)
     assert not np.array_equal(predicted(features[:, :1], label, fold), expected)
+    assert np.allclose(predicted(features[:, ::-1], label, fold), expected, atol=1e-3), "their mean is what counts"
 
 
 @pytest.mark.parametrize(("n_classes", "n"), [(2, 60), (200, 1200)], ids=["two", "hundreds"])
@@ -174,6 +179,13 @@ def test_the_list_by_hand():
     assert found.suggested.tolist() == [1]
     assert found.self_confidence.tolist() == pytest.approx([0.301])
     assert found.suggested_confidence.tolist() == pytest.approx([0.699])
+
+
+def test_what_is_most_probably_of_its_class_is_no_suspect():
+    # Row 2 reaches the low threshold of class 1 only, and yet class 0 is more probable
+    of_zero = np.array([0.9, 0.9, 0.55, 0.6, 0.6])
+    probability, label = np.stack([of_zero, 1 - of_zero], 1), np.array([0, 0, 0, 1, 1])
+    assert suspects.doubt(probability, label, np.ones(5)).rows.tolist() == []
 
 
 def test_weights_move_the_thresholds():
