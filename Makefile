@@ -3,7 +3,7 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test check venv lock bench bench-quick elpv
+.PHONY: repro test check venv lock fresh plots-page bench bench-quick elpv
 repro: venv
 	dvc repro
 
@@ -28,6 +28,15 @@ venv: .venv/installed
 lock: venv
 	uv pip compile --quiet --universal pyproject.toml --output-file requirements.lock
 	uv pip compile --quiet --universal --group dev --constraint requirements.lock --output-file requirements-dev.lock
+
+# Whether dvc.lock and the committed reports are those of the committed code, parameters and data; runs no stage.
+fresh: venv
+	@announced=$$(dvc repro --dry --allow-missing) || { echo "$$announced"; exit 1; }; \
+	if echo "$$announced" | grep '^Running stage'; then echo 'dvc.lock is stale: dvc repro, and commit'; exit 1; fi
+
+# The page that `dvc plots show` fills, from vl-convert; run it again when that changes.
+plots-page: venv
+	python -m pipeline.plots_page
 
 # Needs what `make repro` makes.
 bench: venv

@@ -5,26 +5,31 @@ from typing import Any
 
 from pipeline.artifacts import Run
 
+VEGA_LITE = "6.4"  # of the templates in .dvc/plots/
+CURVE = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 Json = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 
 def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
-    """Learning curves, a row per epoch; a strategy without epochs is a line across, at its validation loss."""
+    """Learning curves, a row per epoch; a strategy without epochs is a line across, at its validation loss.
+
+    DVC draws only rows that all have the same fields.
+    """
     last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
     rows: Rows = []
     for name, these in runs.items():
         for run, result in zip(these, strategies[name]["runs"], strict=True):
-            across = [{"epoch": epoch, "val_loss": result["val"]["nll"]} for epoch in (0, last)]
-            lines = [line for line in run.curve if "epoch" in line] or across
-            rows += [{"strategy": name, "seed": run.seed, **line} for line in lines]
+            found = {"val_loss": result["val"]["nll"], "val_accuracy": result["val"]["accuracy"]}
+            lines = run.curve or [{"epoch": epoch, **found} for epoch in (0, last)]
+            rows += [{"strategy": name, "seed": run.seed, **{key: line.get(key) for key in CURVE}} for line in lines]
     return rows
 
 
-def confusion(strategy: Json, class_names: Sequence[str]) -> Rows:
+def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:
     """Counts by actual and predicted class, those above 0."""
     return [
-        {"actual": class_names[actual], "predicted": class_names[predicted], "count": count}
+        {"strategy": name, "actual": class_names[actual], "predicted": class_names[predicted], "count": count}
         for actual, counts in enumerate(strategy["test"]["confusion"])
         for predicted, count in enumerate(counts)
         if count

@@ -4,16 +4,19 @@ Reads   reports/runs/, data/labels.csv, data/splits/
 Writes  reports/comparison.json, comparison.md, details.json
         reports/curves.json, reliability.json, cost.json, confusion/<strategy>.json     (DVC plots)
 
+With --against REV it prints the Markdown of a pull request instead, and fails if a guarded metric is worse.
+
 Strategies are compared over the seeds that all of them have. Runs that params.yaml does not list are deleted first,
 or a clean clone would see other runs than this one.
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from pipeline import artifacts, comparison, logs, manifest, plots, tables
+from pipeline import artifacts, comparison, logs, manifest, plots, pull_request, tables
 from pipeline.artifacts import Run
 from pipeline.files import write_json, write_text
 from pipeline.manifest import Split
@@ -23,6 +26,31 @@ REPORTS = Path("reports")
 
 
 def main() -> None:
+    """`python -m pipeline.stages.compare [--against REV [--pictures DIR]]`."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.stages.compare", description="Compare the strategies.")
+    parser.add_argument("--against", metavar="REV", help="print the Markdown of a pull request against this revision")
+    parser.add_argument("--pictures", metavar="DIR", type=Path, help="with pictures, written into this directory")
+    arguments = parser.parse_args()
+    if arguments.against is None:
+        compare()
+    else:
+        report(arguments.against, arguments.pictures)
+
+
+def report(revision: str, pictures: Path | None) -> None:
+    """Print the Markdown of a pull request; ValueError if it makes a guarded metric worse by more than is tolerated."""
+    guard = load_params().compare.guard
+    (after, recommendation), before = pull_request.here(), pull_request.at(revision)
+    verdicts = pull_request.judge(before, after, guard)
+    print(pull_request.as_markdown(revision, before, after, recommendation, verdicts))
+    if pictures is not None:
+        print(pull_request.draw(revision, pictures))
+    worse = [str(verdict) for verdict in verdicts if not verdict.holds]
+    if worse:
+        raise ValueError(f"worse than in {revision}: {'; '.join(worse)}")
+
+
+def compare() -> None:
     """Write every report."""
     params = load_params()
     labels = manifest.read_labels()
@@ -44,7 +72,7 @@ def main() -> None:
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))
     for name, strategy in compared.items():
-        write_json(REPORTS / "confusion" / f"{name}.json", plots.confusion(strategy, labels.class_names))
+        write_json(REPORTS / "confusion" / f"{name}.json", plots.confusion(name, strategy, labels.class_names))
     logs.log.info("\n%s", table)
 
 

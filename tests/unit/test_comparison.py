@@ -213,7 +213,8 @@ def test_curves_are_those_of_every_strategy_and_a_line_where_there_are_no_epochs
     line = {"epoch": 0, "train_loss": None, "val_loss": 0.5}
     tuned = run_of("full", 0, [8], curve=[line, {**line, "epoch": 3, "val_loss": 0.4}])
     runs = {"feature_extraction": HEAD[:1], "full": [tuned]}
-    strategies = {"feature_extraction": {"runs": [{"val": {"nll": 0.6}}]}, "full": {"runs": [{"val": {"nll": 0.4}}]}}
+    strategies = {"feature_extraction": {"runs": [{"val": {"nll": 0.6, "accuracy": 0.7}}]}}
+    strategies["full"] = {"runs": [{"val": {"nll": 0.4, "accuracy": 0.8}}]}
     rows = plots.curves(runs, strategies)
     assert [(row["strategy"], row["seed"], row["epoch"], row["val_loss"]) for row in rows] == [
         ("feature_extraction", 0, 0, 0.6),
@@ -221,15 +222,16 @@ def test_curves_are_those_of_every_strategy_and_a_line_where_there_are_no_epochs
         ("full", 0, 0, 0.5),
         ("full", 0, 3, 0.4),
     ]
+    assert {tuple(row) for row in rows} == {("strategy", "seed", *plots.CURVE)}, "DVC would draw nothing"
 
 
 def test_plots_hold_counts_and_bins_rather_than_images(details: dict[str, Any]):
     strategies = details["strategies"]
-    assert plots.confusion(strategies["full"], ["cat", "dog"]) == [
-        {"actual": "cat", "predicted": "cat", "count": 15},
-        {"actual": "cat", "predicted": "dog", "count": 1},
-        {"actual": "dog", "predicted": "cat", "count": 1},
-        {"actual": "dog", "predicted": "dog", "count": 15},
+    assert plots.confusion("full", strategies["full"], ["cat", "dog"]) == [
+        {"strategy": "full", "actual": "cat", "predicted": "cat", "count": 15},
+        {"strategy": "full", "actual": "cat", "predicted": "dog", "count": 1},
+        {"strategy": "full", "actual": "dog", "predicted": "cat", "count": 1},
+        {"strategy": "full", "actual": "dog", "predicted": "dog", "count": 15},
     ]
     assert [row["strategy"] for row in plots.reliability(strategies)] == list(strategies)
     costs = {

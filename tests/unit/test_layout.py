@@ -44,6 +44,8 @@ ORDER: list[str] = [
         "comparison",
         "plots",
         "idx",
+        "plots_page",
+        "pull_request",
         "datasets",
         "sweep",
         "predict",

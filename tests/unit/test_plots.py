@@ -1,0 +1,78 @@
+"""The templates that DVC's plots are drawn with, and the page they are shown on."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vl_convert
+from ruamel.yaml import YAML
+
+from pipeline import plots_page
+from pipeline.plots import VEGA_LITE
+
+TEMPLATES = Path(".dvc/plots")
+STAGE = YAML(typ="safe", pure=True).load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["compare"]
+PLOTS = {Path(name).stem: options for plot in STAGE["plots"] for name, options in plot.items()}
+COST = {"train_flops": 10**12, "trainable_params": 1, "base_passes": 1, "cached_bytes": 1}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "curves": [
+        {"strategy": name, "seed": seed, "epoch": epoch, "val_loss": 0.5 - epoch / 10, "val_accuracy": 0.8}
+        for name in ("head", "full")
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ],
+    "cost": [{"strategy": name, "accuracy": 0.85, "low": 0.8, "high": 0.9, **COST} for name in ("head", "full")],
+    "reliability": [{"strategy": "full", "confidence": 0.7, "accuracy": 0.75, "weight": 1.0}],
+    "confusion": [
+        {"strategy": "full", "actual": "cat", "predicted": "cat", "count": 30},
+        {"strategy": "full", "actual": "cat", "predicted": "dog", "count": 10},
+        {"strategy": "full", "actual": "dog", "predicted": "dog", "count": 7},
+    ],
+}
+
+
+def drawn(name: str) -> str:
+    """SVG of the rows at two revisions, the template filled as DVC fills it."""
+    rows = [{"rev": rev, **row} for rev in ("main", "workspace") for row in ROWS[name]]
+    text = (TEMPLATES / f"{PLOTS[name]['template']}.json").read_text(encoding="utf-8")
+    filled = text.replace('"<DVC_METRIC_DATA>"', json.dumps(rows)).replace("<DVC_METRIC_TITLE>", PLOTS[name]["title"])
+    assert "<DVC" not in filled
+    return vl_convert.vegalite_to_svg(filled, vl_version=VEGA_LITE)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_is_drawn_with_its_title_and_both_revisions(name: str):
+    picture = drawn(name)
+    assert PLOTS[name]["title"] in picture
+    assert ">main<" in picture
+    assert ">workspace<" in picture
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_the_fields_that_dvc_checks_are_in_the_rows(name: str):
+    assert {PLOTS[name]["x"], PLOTS[name]["y"]} <= ROWS[name][0].keys()
+
+
+def test_confusion_is_normalised_by_the_actual_class():
+    assert sorted(re.findall(r">(\d+%)</text>", drawn("confusion"))) == sorted(
+        [*("75%", "25%", "100%") * 2, *("0%", "20%", "40%", "60%", "80%", "100%")]
+    )
+
+
+def test_every_strategy_has_its_curve_for_every_seed():
+    lines = re.findall(r'aria-roledescription="line mark"', drawn("curves"))
+    assert len(lines) == 2 * 2 * 2
+
+
+def test_the_page_is_what_its_module_makes_and_loads_nothing():
+    page = plots_page.PAGE.read_text(encoding="utf-8")
+    assert page == plots_page.page(), "run: make plots-page"
+    assert page.count("{plot_divs}") == 1
+    assert "{scripts}" not in page, "DVC would put scripts from the web there"
+    assert not re.findall(r'<script[^>]+src=|<link[^>]+href="http', page)
+
+
+def test_dvc_is_told_of_the_page():
+    assert "html_template = plots/page.html" in Path(".dvc/config").read_text(encoding="utf-8")
