@@ -11,7 +11,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import openvino
 import torch
 
-from benchmarks import boundary, extract, head, label_suspects, store
+from benchmarks import boundary, extract, head, index, label_suspects, store
 from benchmarks.common import show
 from pipeline.files import write_text
 
@@ -42,6 +42,7 @@ def main() -> None:
     print(machine(), flush=True)
     lines = []
     for part in (
+        index.measure(is_quick=is_quick),
         extract.measure(is_quick=is_quick),
         store.measure(is_quick=is_quick),
         head.measure(),

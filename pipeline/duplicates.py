@@ -26,7 +26,8 @@ class Near:
     """Near-duplicates among n pictures.
 
     `component` (n,) int64: pictures connected by pairs share a number. `closest` (k, 3) int64: pairs (a, b) of
-    different pictures and their distance (bits), the nearest first. `n_pairs`: how many there are.
+    different pictures and their distance (bits), the nearest first; the first of those with one hash stands for all.
+    `n_pairs`: how many there are.
     """
 
     component: np.ndarray

@@ -198,6 +198,6 @@ def _recall(place: Path) -> Memory:
 
 def _remember(place: Path, memory: Memory) -> None:
     with replacing(place) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(
+        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(
             chain([name], stamp, inspected) for name, (stamp, inspected) in sorted(memory.items())
         )

@@ -62,7 +62,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_bits: 
         "n_near_duplicates": near.n_pairs,
         "warnings": [*listing.warnings, *_misnamed(kept), *_differing(kept, pairs)],
     }
-    return Inventory(kept, sorted(rejected + conflicts), conflicts, _groups(kept["sha256"], near), summary)
+    return Inventory(kept, sorted(rejected + conflicts), conflicts, _groups(list(kept["sha256"]), near), summary)
 
 
 def _conflict(group: pd.DataFrame, row: int) -> str:
@@ -73,22 +73,23 @@ def _conflict(group: pd.DataFrame, row: int) -> str:
 def _near(kept: pd.DataFrame, bits: int) -> tuple[Near, list[dict[str, Any]]]:
     """Near-duplicates by row of `kept` (a flat picture, and a further copy, is alone), and the nearest pairs."""
     rows = np.flatnonzero((kept["phash"] != "") & ~kept["sha256"].duplicated())
-    hashes = np.array([int(kept["phash"][row], 16) for row in rows], np.uint64)
+    hashes = np.array([int(phash, 16) for phash in kept["phash"].iloc[rows]], np.uint64)
     near = duplicates.near(hashes, bits, SHOWN_PAIRS)
     component = np.arange(len(kept)) + len(rows)
     component[rows] = near.component
-    pairs = [
-        {"a": kept["path"][rows[a]], "b": kept["path"][rows[b]], "bits": distance}
-        for a, b, distance in near.closest.tolist()
-    ]
+    path = list(kept["path"].iloc[rows])
+    pairs = [{"a": path[a], "b": path[b], "bits": distance} for a, b, distance in near.closest.tolist()]
     return Near(component, near.closest, near.n_pairs), pairs
 
 
-def _groups(sha256: pd.Series, near: Near) -> list[str]:
+def _groups(sha256: list[str], near: Near) -> list[str]:
     """A name for each group of pictures that are connected, copies included; empty for those that are alone."""
-    component = pd.Series(near.component).groupby(sha256.to_numpy()).transform("min")
-    pictures = sha256.groupby(component)
-    return list(("near_" + pictures.transform("min").str[:12]).where(pictures.transform("nunique") > 1, ""))
+    component: dict[str, int] = {}
+    pictures: dict[int, set[str]] = {}
+    for name, number in zip(sha256, near.component.tolist(), strict=True):
+        pictures.setdefault(component.setdefault(name, number), set()).add(name)
+    names = {number: f"near_{min(same)[:12]}" if len(same) > 1 else "" for number, same in pictures.items()}
+    return [names[component[name]] for name in sha256]
 
 
 def _counts(values: pd.Series) -> dict[str, int]:

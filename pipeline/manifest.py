@@ -3,6 +3,7 @@
 All are in the order of `image_id` (POSIX path below the dataset directory).
 """
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Split:
 
 def write_images(images: Images, path: Path = IMAGES) -> None:
     """Write images.csv."""
-    _write(path, pd.DataFrame(vars(images)))
+    write_csv(path, pd.DataFrame(vars(images)))
 
 
 def read_images(path: Path = IMAGES) -> Images:
@@ -74,7 +75,7 @@ def read_images(path: Path = IMAGES) -> Images:
 def write_labels(labels: Labels, path: Path = LABELS) -> None:
     """Write labels.csv: the label by name, the weight as the shortest decimal that reads back."""
     frame = pd.DataFrame({column: values for column, values in vars(labels).items() if column != "class_names"})
-    _write(path, frame.assign(label=[labels.class_names[index] for index in labels.label]))
+    write_csv(path, frame.assign(label=[labels.class_names[index] for index in labels.label]))
 
 
 def read_labels(path: Path = LABELS) -> Labels:
@@ -88,7 +89,7 @@ def read_labels(path: Path = LABELS) -> Labels:
 
 def write_split(split: Split, directory: Path = SPLITS) -> None:
     """Write seed_<s>.csv."""
-    _write(directory / f"seed_{split.seed}.csv", pd.DataFrame({"image_id": split.image_id, "split": split.split}))
+    write_csv(directory / f"seed_{split.seed}.csv", pd.DataFrame({"image_id": split.image_id, "split": split.split}))
 
 
 def read_split(seed: int, image_id: Sequence[str], directory: Path = SPLITS) -> Split:
@@ -106,8 +107,12 @@ def read_splits(image_id: Sequence[str], directory: Path = SPLITS) -> list[Split
     return [read_split(seed, image_id, directory) for seed in seeds]
 
 
-def _write(path: Path, frame: pd.DataFrame) -> None:
-    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table with a header, without the index."""
+    text = frame.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # in a name it would end a row, and it is quoted only if everything is
+        text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    write_text(path, text)
 
 
 def _read(path: Path, record: type) -> pd.DataFrame:

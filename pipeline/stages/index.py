@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import indexing, inventory, listing, logs, manifest
-from pipeline.files import write_json, write_text
+from pipeline.files import write_json
 from pipeline.inventory import Inventory
 from pipeline.manifest import Images, Labels
 from pipeline.params import Dataset, load_params
@@ -33,7 +33,7 @@ def main() -> None:
     inspected = indexing.inspect(directory, names, params.runtime.workers, is_verifying=is_verifying)
     found = inventory.take(listed, inspected, params.dataset.near_duplicate_bits)
     rejected = pd.DataFrame(found.rejected, columns=["path", "reason"])
-    write_text(REPORTS / "rejected.csv", rejected.to_csv(index=False, lineterminator="\n"))
+    manifest.write_csv(REPORTS / "rejected.csv", rejected)
     write_json(REPORTS / "summary.json", found.summary)
     for warning in found.summary["warnings"]:
         logs.log.warning("%s: %s", directory, warning)
