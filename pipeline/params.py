@@ -1,6 +1,8 @@
 """params.yaml -> frozen, validated Params. No default stands here: params.yaml shows every number."""
 
+import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +25,12 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     if not 0 < bounds[0] <= bounds[1]:
         raise ValueError("expected [low, high] with 0 < low <= high")
     return bounds
+
+
+def _network(name: str) -> str:
+    if not re.fullmatch(r"(torchvision|timm)/[A-Za-z0-9_.]+", name):
+        raise ValueError("expected torchvision/<name> or timm/<name>")
+    return name
 
 
 def _boundary(where: object) -> object:
@@ -85,7 +93,7 @@ class Splitting(Record):
 class BackboneChoice(Record):
     """Which network, and which weights."""
 
-    name: Annotated[str, Field(pattern=r"^(torchvision|timm)/[A-Za-z0-9_.]+$")]
+    name: Annotated[str, AfterValidator(_network)]
     weights: Text
     seed: Natural
 
@@ -308,11 +316,25 @@ def load_params(path: Path = PARAMS) -> Params:
         raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
 
 
+SAID = {  # of pydantic's words those that a user of YAML would not know
+    "too_short": "expected at least one entry",
+    "string_too_short": "expected a word",
+    "string_pattern_mismatch": "expected letters, digits and _ only",
+    "tuple_type": "expected a list, e.g. [0, 1]",
+    "model_type": "expected a section with keys",
+    "dict_type": "expected a section with keys",
+}
+
+
 def _mistake(mistake: dict) -> str:
     key = "".join(f"{part}: " for part in [".".join(map(str, mistake["loc"]))] if part)
     if mistake["type"] == "missing":
         return f"{key}is missing"
     if mistake["type"] == "extra_forbidden":
-        return f"{key}unknown key; expected only those of the params.yaml in git"
+        records = [record for record in Record.__subclasses__() if record.__module__ == __name__]
+        known = {field for record in records for field in record.model_fields}
+        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        return f"{key}unknown key; expected {'only those of the params.yaml in git' if not near else near[0]}"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
-    return key + found + mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
+    said = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
+    return key + found + SAID.get(mistake["type"], said)
