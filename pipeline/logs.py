@@ -1,14 +1,32 @@
-"""Logging, progress bars, and how a stage ends: 0 when done, one line and 1 on a mistake."""
+"""Logging, progress bars, and how a stage ends: 0 when done, one line and 1 on a mistake.
 
+A stage that is done leaves reports/timings/<stage>[-<arguments>].json, which git and DVC do not know: it differs from
+run to run.
+"""
+
+import contextlib
 import logging
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from pipeline.files import write_json
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 T = TypeVar("T")
+
+TIMINGS = Path("reports/timings")
+STAGES = "pipeline.stages."
 
 log = logging.getLogger("pipeline")
 
@@ -22,8 +40,10 @@ def run(main: Callable[[], None]) -> None:
     for noisy in ("httpx", "httpx2", "timm", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
     try:
         main()
+        note_timing(time.perf_counter() - start)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # HDF5 tells a full disk in ten lines
@@ -34,6 +54,23 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: a process that decodes images was killed, as happens when memory is full ({error})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def note_timing(wall_seconds: float) -> None:
+    """Write what the stage that this process runs took; nothing where it runs something else.
+
+    `peak_memory_bytes` is of the main process, None where the system does not say it.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith(STAGES):
+        return
+    words = [spec.name.removeprefix(STAGES), *sys.argv[1:]]
+    name = "-".join(re.sub(r"\W+", "_", word, flags=re.ASCII) for word in words)[:100]
+    peak = None
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with contextlib.suppress(OSError):  # what was computed counts, not how long it took
+        write_json(TIMINGS / f"{name}.json", {"wall_seconds": round(wall_seconds, 2), "peak_memory_bytes": peak})
 
 
 def progress(items: Iterable[T], total: int, unit: str, description: str = "") -> Iterable[T]:

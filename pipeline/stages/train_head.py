@@ -83,7 +83,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         "boundary": made["computation"]["cut"],
         "largest_rounding": made["largest_rounding"],
     }
-    chosen = {"strength": fitted.strength}
+    chosen = {"strength": fitted.strength, "val_nll": {f"{s}": nll for s, nll in fitted.val_nll.items()}}
     artifacts.save_run(Run(HEAD_ONLY, split.seed, cost, chosen, network, curve=[], **said))
     logs.log.info("head %d: strength %g, val loss %.4f", split.seed, fitted.strength, min(fitted.val_nll.values()))
 
