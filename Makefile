@@ -1,4 +1,4 @@
-# make repro   set up .venv and run the whole pipeline
+# make repro   set up .venv, run the whole pipeline, write reports/report.html
 # make test    set up .venv and run every test
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -6,6 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: repro test check venv lock fresh plots-page bench bench-quick elpv
 repro: venv
 	dvc repro
+	python -m pipeline.report
 
 test: venv
 	python -m pytest

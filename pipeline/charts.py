@@ -4,6 +4,7 @@ A chart is as wide as its place and takes its colours from the theme, so that on
 phone and desk. What the colours stand for is said beside a chart, in HTML, where it can wrap.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,4 +226,13 @@ def _colour(field: str, domain: Sequence[str]) -> alt.Color:
 
 def _spec(chart: alt.Chart | alt.LayerChart | alt.FacetChart, height: int) -> Spec:
     described = chart.properties(width="container", height=height).to_dict()
-    return {key: value for key, value in described.items() if key not in ("config", "$schema")}
+    return {key: _speakable(value) for key, value in described.items() if key not in ("config", "$schema")}
+
+
+def _speakable(value: Any) -> Any:  # noqa: ANN401
+    """Without the two line separators that JSON allows in a text and Vega's parser of expressions does not."""
+    if isinstance(value, dict):
+        return {key: _speakable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_speakable(inner) for inner in value]
+    return re.sub("[\u2028\u2029]", " ", value) if isinstance(value, str) else value

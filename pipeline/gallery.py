@@ -19,7 +19,7 @@ from pipeline.manifest import Labels
 from pipeline.pictures import Album
 
 Json = dict[str, Any]
-N_SHOWN = 12  # images of a kind
+N_SHOWN = {"errors": 16, "hits": 8}
 N_SUSPECTS = 24
 N_PAIRS = 12
 N_ROWS = 20  # of a list of files
@@ -70,7 +70,9 @@ def mistakes(verdicts: Verdicts, labels: Labels, album: Album) -> dict[str, list
     is_wrong = verdicts.predicted != labels.label[verdicts.rows]
     order = np.argsort(verdicts.confidence, kind="stable")
     chosen = {"errors": [i for i in order[::-1] if is_wrong[i]], "hits": [i for i in order if not is_wrong[i]]}
-    return {kind: [_example(i, verdicts, labels, album) for i in found[:N_SHOWN]] for kind, found in chosen.items()}
+    return {
+        kind: [_example(i, verdicts, labels, album) for i in found[: N_SHOWN[kind]]] for kind, found in chosen.items()
+    }
 
 
 def _example(i: int, verdicts: Verdicts, labels: Labels, album: Album) -> Example:
@@ -140,8 +142,8 @@ def rejected(path: Path) -> list[Json]:
     return _read_csv(path, ("path", "reason"))
 
 
-def data_summary(path: Path) -> Json:
-    """reports/data/summary.json; empty where there is none."""
+def read_object(path: Path) -> Json:
+    """A JSON object; empty where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

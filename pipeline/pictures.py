@@ -60,17 +60,20 @@ class Album:
         self._made: dict[str, str | None] = {}
 
     def thumbnail(self, image_id: str) -> str | None:
-        """A data URI, or None where the file is gone, is another than was indexed, or was not indexed."""
+        """A data URI, or None where the file is gone, or is another than was indexed."""
         if image_id not in self._made:
             image = self.open(image_id)
             self._made[image_id] = _thumbnail(image) if image else None
         return self._made[image_id]
 
     def open(self, image_id: str) -> Image.Image | None:
-        """The image, decoded."""
+        """The image, decoded; one that was left out of the index counts if it lies in the directory."""
+        path = self._directory / image_id
         try:
-            content = (self._directory / image_id).read_bytes() if image_id in self._digests else b""
-            if images.sha256(content) != self._digests.get(image_id):
+            if not path.resolve().is_relative_to(self._directory.resolve()):
+                return None
+            content = path.read_bytes()
+            if image_id in self._digests and images.sha256(content) != self._digests[image_id]:
                 return None
             return images.decode(content)
         except (OSError, ValueError):

@@ -173,10 +173,11 @@ def _network(inputs: Inputs, album: Album | None, errors: dict[str, list[gallery
 
 def _data(album: Album | None) -> Json:
     """The data section, from what `index` and `label_suspects` wrote."""
-    summary = gallery.data_summary(REPORTS / "data" / "summary.json")
+    summary = gallery.read_object(REPORTS / "data" / "summary.json")
     album = album or Album(Path(), Images([], [], [], []))
     return {
         "summary": summary,
+        "splits": gallery.read_object(REPORTS / "splits.json"),
         "class_counts": gallery.class_counts(summary),
         "rejected": gallery.rejected(REPORTS / "data" / "rejected.csv"),
         "exact": gallery.groups(summary.get("exact_duplicates") or [], album),

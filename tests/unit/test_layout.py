@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).parents[2]
 ORDER: list[str] = [
     *(
         "params",
-        "logs",
         "files",
+        "logs",
         "manifest",
         "listing",
         "decoding",
@@ -49,6 +49,12 @@ ORDER: list[str] = [
         "datasets",
         "sweep",
         "predict",
+        "charts",
+        "pictures",
+        "provenance",
+        "evidence",
+        "gallery",
+        "report",
     ),
 ]
 STAGES = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
