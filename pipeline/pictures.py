@@ -1,6 +1,6 @@
 """Pictures for the page, as data URIs: thumbnails of images, filters, feature maps; and a map of the features.
 
-Image files are read through images.decode, and only if they still are the bytes that were indexed.
+Image files are read through decoding.decode, and only if they still are the bytes that were indexed.
 """
 
 import base64
@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline import backbones, cuts, images
+from pipeline import backbones, cuts, decoding, images
 from pipeline.backbones import Backbone
 from pipeline.hdf5 import Features
 from pipeline.manifest import Images
@@ -73,9 +73,9 @@ class Album:
             if not path.resolve().is_relative_to(self._directory.resolve()):
                 return None
             content = path.read_bytes()
-            if image_id in self._digests and images.sha256(content) != self._digests[image_id]:
+            if image_id in self._digests and decoding.sha256(content) != self._digests[image_id]:
                 return None
-            return images.decode(content)
+            return decoding.decode(content)
         except (OSError, ValueError):
             return None
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline import artifacts, backbones, hdf5, images, manifest
+from pipeline import artifacts, backbones, decoding, hdf5, manifest
 from pipeline.artifacts import Cost, Run
 from pipeline.files import write_json, write_text
 from pipeline.manifest import Labels, Split
@@ -56,7 +56,7 @@ def dataset(directory: Path) -> Labels:
     sha256 = []
     for i, name in enumerate(names):
         Image.new("RGB", (40, 30), (10 * i, 255 - 10 * i, 40 * (i % 3))).save(directory / name)
-        sha256.append(images.sha256((directory / name).read_bytes()))
+        sha256.append(decoding.sha256((directory / name).read_bytes()))
     manifest.write_images(manifest.Images(names, sha256, [40] * N, [30] * N))
     labels = Labels(
         image_id=names,
