@@ -89,7 +89,8 @@ class Share:
 
 def share_of_environment() -> Share:
     """RANK and WORLD_SIZE, as torchrun sets them; everything where they are not set."""
-    found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    of_all = os.environ.get("WORLD_SIZE", "1")
+    found = {"RANK": os.environ.get("RANK", "0" if of_all == "1" else ""), "WORLD_SIZE": of_all}
     rank, world_size = (int(value) if value.isdecimal() else -1 for value in found.values())
     if not 0 <= rank < world_size:
         raise ValueError(f"environment: found {found}, expected 0 <= RANK < WORLD_SIZE, as torchrun sets them")

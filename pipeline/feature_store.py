@@ -233,7 +233,7 @@ def _directories() -> list[_Directory]:
 def _size_and_time(path: Path) -> tuple[int, float]:
     """Bytes, and seconds since the epoch of the last change; of a file that is gone, 0 bytes now."""
     try:
-        found = path.stat()
+        found = path.lstat()
     except FileNotFoundError:
         return 0, time.time()
     return found.st_size, found.st_mtime
@@ -299,20 +299,23 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
         if is_asked and input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
-    except EOFError:
+    except (EOFError, RuntimeError):  # RuntimeError: there is no standard input at all
         raise ValueError("gc asks before it removes anything, and nobody answered; expected --yes") from None
     still_unused = {directory.path for directory in _directories() if directory.is_unused(days)}
     for directory in unused:
         if directory.path in still_unused:  # no run began to use it since
             _remove(directory.path)
     for path in left_overs:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-
-
-def _remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)  # another process may take files away meanwhile
-    if directory.exists():
-        raise OSError(f"{directory} could not be removed: it is not ours to write, or a run just began to use it")
+        return
+    shutil.rmtree(path, ignore_errors=True)  # another process may take files away meanwhile
+    if path.exists():
+        raise OSError(f"{path} could not be removed: it is not ours to write, or a run just began to use it")
 
 
 def _size(n_bytes: int) -> str:

@@ -20,6 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk, the system says no name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ A shard is named by the SHA-256 of its bytes, so that a damaged one is noticed b
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ def write_shard(directory: Path, key: str, rows: Sequence[Row], values: np.ndarr
 
 def read_shard(path: Path) -> Shard:
     """Check a shard and read what it says of its rows; ValueError if it is not, byte for byte, what was written."""
+    _check_plain(path)
     with path.open("rb") as content:
         if hashlib.file_digest(content, "sha256").hexdigest() != path.stem:
             raise ValueError("its bytes do not have the SHA-256 that it is named by")
@@ -74,6 +76,7 @@ def read_shard(path: Path) -> Shard:
 
 def parse_shard(path: Path) -> Shard:
     """As read_shard, but takes it on trust that no byte of the values has changed."""
+    _check_plain(path)
     try:
         with h5py.File(path, "r") as file:
             arrays, key = _checked(file, {"features", "rounding", "sha256", "view"}, "key")
@@ -91,6 +94,12 @@ def parse_shard(path: Path) -> Shard:
         raise
     except (OSError, KeyError, RuntimeError, TypeError) as error:  # what h5py raises; TypeError: a scalar has no length
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def _check_plain(path: Path) -> None:
+    """ValueError for a directory, a link, or a pipe, which would be waited for."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no plain file")
 
 
 def write_features(

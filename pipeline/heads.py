@@ -20,7 +20,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
@@ -280,41 +280,64 @@ def _linear_path(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Path:
     x.apply(head[0])
     linear, ratio = cast(nn.Linear, head[-1]), _l1_ratio(options)
     n_classes, width = linear.weight.shape
-    size = n_classes * width
-    # With l1, W = P - N with P, N >= 0, so that |W|_1 = sum(P + N) is smooth; without, W = P.
+    # W = B U. Without l1 the optimum sums to 0 over the classes; of two, one vector of the same length is left to find,
+    # which halves the products with the rows.
+    basis = torch.tensor([[1.0], [-1.0]]).double() / math.sqrt(2) if n_classes == 2 and not ratio else None
+    n_vectors = basis.shape[1] if basis is not None else n_classes
+    # With l1, U = P - N with P, N >= 0, so that |U|_1 = sum(P + N) is smooth; without, U = P.
     signs = np.array([1.0, -1.0] if ratio else [1.0])
-    bounds = [(0, None)] * (2 * size) + [(None, None)] * n_classes if ratio else None
+    least = np.concatenate([np.full(len(signs) * n_vectors * width, 0.0 if ratio else -np.inf), [-np.inf] * n_vectors])
 
-    def matrix(point: np.ndarray) -> np.ndarray:
-        return (signs @ point[:-n_classes].reshape(len(signs), size)).reshape(n_classes, width)
+    def parts(point: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors = (signs @ point[:-n_vectors].reshape(len(signs), -1)).reshape(n_vectors, width)
+        return torch.from_numpy(vectors), torch.from_numpy(point[-n_vectors:])
 
     def objective(point: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
-        weights = torch.from_numpy(matrix(point)).to(x.label.device)
-        bias = torch.from_numpy(point[-n_classes:]).to(x.label.device)
-        smooth = strength * (1 - ratio) / 2 * weights.square().sum()
-        slope, bias_slope = strength * (1 - ratio) * weights, torch.zeros_like(bias)
-        for rows, chunk in x.chunks():
-            log_probability = F.log_softmax((chunk @ weights.float().T).double() + bias, dim=1)
-            w, own = x.weight[rows, None], x.label[rows, None]
-            smooth = smooth - (w * log_probability.gather(1, own)).sum()
-            residual = log_probability.exp()
-            residual = w * residual.scatter(1, own, residual.gather(1, own) - 1)
-            slope = slope + residual.T.float().contiguous() @ chunk  # several times faster than chunk.T @ residual
-            bias_slope = bias_slope + residual.sum(0)
-        l1 = strength * ratio * np.abs(point[:-n_classes]).sum()
-        gradient = np.outer(signs, slope.cpu().numpy()).ravel() + strength * ratio
-        return smooth.item() + l1, np.concatenate([gradient, bias_slope.cpu().numpy()])
+        vectors, bias = parts(point)
+        loss, slope, bias_slope = _weighted_nll(x, vectors, bias, basis)
+        loss += strength * ((1 - ratio) / 2 * vectors.square().sum().item() + ratio * point[:-n_vectors].sum())
+        gradient = np.outer(signs, slope + strength * (1 - ratio) * vectors.numpy()).ravel() + strength * ratio
+        return loss, np.concatenate([gradient, bias_slope])
 
-    point = np.zeros(len(signs) * size + n_classes)
-    settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 1e-6, "maxcor": 20}
+    point = before = np.zeros_like(least)
+    settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30}
     for strength in sorted(options.strengths, reverse=True):
+        start = np.maximum(2 * point - before, least)  # as far again as the last strength moved it
         with threadpool_limits(1, "blas"):  # or scipy's threads and torch's wait for each other: 16 times as long
-            found = minimize(objective, point, (strength,), "L-BFGS-B", jac=True, bounds=bounds, options=settings)
-        point = found.x
+            found = minimize(
+                *(objective, start, (strength,), "L-BFGS-B"),
+                jac=True,
+                bounds=Bounds(least) if ratio else None,  # pyright: ignore[reportArgumentType]
+                options=settings,
+            )
+        before, point = point, found.x
         with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(matrix(point)))
-            linear.bias.copy_(torch.from_numpy(point[-n_classes:]))
+            for parameter, value in zip((linear.weight, linear.bias), parts(point), strict=True):
+                parameter.copy_(value if basis is None else basis @ value)
         yield strength, head, found.nfev
+
+
+def _weighted_nll(
+    x: _Rows, vectors: torch.Tensor, bias: torch.Tensor, basis: torch.Tensor | None
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Weighted NLL of the head with the weights B `vectors` (k, d) and the biases B `bias` (k,), and both slopes.
+
+    All in float64 but for the products with the rows.
+    """
+    device = x.label.device
+    u, c, b = vectors.float().to(device), bias.to(device), None if basis is None else basis.to(device)
+    loss, slope, bias_slope = 0.0, torch.zeros(u.shape, dtype=torch.float64, device=device), torch.zeros_like(c)
+    for rows, chunk in x.chunks():
+        logits = (chunk @ u.T).double() + c
+        log_probability = F.log_softmax(logits if b is None else logits @ b.T, dim=1)
+        w, own = x.weight[rows, None], x.label[rows, None]
+        loss = loss - (w * log_probability.gather(1, own)).sum()
+        residual = log_probability.exp()
+        residual = w * residual.scatter(1, own, residual.gather(1, own) - 1)
+        residual = residual if b is None else residual @ b
+        slope = slope + residual.T.float().contiguous() @ chunk  # several times faster than chunk.T @ residual
+        bias_slope = bias_slope + residual.sum(0)
+    return float(loss), slope.cpu().numpy(), bias_slope.cpu().numpy()
 
 
 def _minibatch_path(head: nn.Sequential, x: _Rows, val: Examples, evaluation_views: int, options: HeadOptions) -> Path:

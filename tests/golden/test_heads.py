@@ -25,7 +25,9 @@ FEATURES = (RANDOM.normal(size=(150, 10)) + np.eye(3, 10)[LABEL]).astype(np.floa
 WEIGHTS = {"equal": np.ones(150), "unequal": RANDOM.uniform(0.2, 3, 150)}
 
 
-def fitted_head(penalty: Any, strength: float, weight: np.ndarray, class_weights: Any = "none") -> nn.Linear:
+def fitted_head(
+    penalty: Any, strength: float, weight: np.ndarray, class_weights: Any = "none", label: np.ndarray = LABEL
+) -> nn.Linear:
     options = HeadOptions(
         kind="linear",
         hidden=(),
@@ -41,8 +43,10 @@ def fitted_head(penalty: Any, strength: float, weight: np.ndarray, class_weights
         batch_size=8,
         threads=1,
     )
-    rows = Examples(FEATURES[:, None], LABEL, weight)
-    return cast(nn.Linear, heads.fit(rows, rows, 3, 1, options, nn.Identity(), 0, torch.device("cpu")).head[-1])
+    rows = Examples(FEATURES[:, None], label, weight)
+    return cast(
+        nn.Linear, heads.fit(rows, rows, len({*label}), 1, options, nn.Identity(), 0, torch.device("cpu")).head[-1]
+    )
 
 
 def scikit_learns(penalty: str, strength: float, weight: np.ndarray) -> LogisticRegression:
@@ -97,6 +101,18 @@ def test_balanced_class_weights_are_scikit_learns_on_weighted_counts(weight: np.
     assert np.allclose(counted, rare * class_weight[LABEL])
     assert np.isclose(counted.sum(), rare.sum())
     linear, reference = fitted_head("l2", 0.1, rare, "balanced"), scikit_learns("l2", 0.1, rare * class_weight[LABEL])
+    with torch.no_grad():
+        probability = linear(torch.from_numpy(FEATURES)).softmax(1).numpy()
+    assert np.abs(probability - reference.predict_proba(FEATURES.astype(float))).max() < 1e-3
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.01])
+def test_a_head_of_two_classes_predicts_what_scikit_learns_optimum_predicts(strength: float):
+    label, weight = (LABEL > 0).astype(np.int64), WEIGHTS["unequal"]
+    linear = fitted_head("l2", strength, weight, label=label)
+    # Of two classes it has one weight vector, the difference of ours, and so half the penalty
+    reference = LogisticRegression(C=2 / (strength * weight.sum()), tol=1e-6, max_iter=10_000)
+    reference.fit(FEATURES.astype(float), label, sample_weight=weight)
     with torch.no_grad():
         probability = linear(torch.from_numpy(FEATURES)).softmax(1).numpy()
     assert np.abs(probability - reference.predict_proba(FEATURES.astype(float))).max() < 1e-3

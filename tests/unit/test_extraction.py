@@ -465,6 +465,13 @@ def test_the_share_is_that_of_the_environment(
     assert extraction.share_of_environment() == share
 
 
+def test_a_rank_that_was_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"environment: found .*expected 0 <= RANK < WORLD_SIZE"):
+        extraction.share_of_environment()
+
+
 @pytest.mark.parametrize("found", ["2 2", "x 2", "-1 2", "0 0", "0 x", "1 1"])
 def test_ranks_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     for name, value in zip(("RANK", "WORLD_SIZE"), found.split(), strict=True):

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,44 @@ def hide_a_link_and_name_it_rightly(shard: Path) -> None:
     shard.rename(shard.with_stem(hashlib.sha256(shard.read_bytes()).hexdigest()))
 
 
+def put_a_directory(shard: Path) -> None:
+    shard.unlink()
+    shard.mkdir()
+
+
+def put_a_pipe(shard: Path) -> None:
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def link_to_it(shard: Path) -> None:
+    shard.rename(shard.with_suffix(".elsewhere"))
+    shard.symlink_to(shard.with_suffix(".elsewhere"))
+
+
+def link_to_itself(shard: Path) -> None:
+    shard.unlink()
+    shard.symlink_to(shard)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        *(put_a_directory, put_a_pipe, link_to_it, link_to_itself),
         *(flip_a_bit, truncate, bring_one_of_another_key, write_another_width, write_another_type),
         *(write_views_that_belong_elsewhere, hide_a_link_and_name_it_rightly),
     ],
 )
 def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
-    caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+    caplog: pytest.LogCaptureFixture, run: Run, damage: Callable[[Path], None]
 ) -> None:
     fill(key())
     directory = feature_store.root() / key().name(0)
     victim = next(path for path in directory.glob("*.h5") if hdf5.read_shard(path).rows == ROWS[:4])
     damage(victim)
+    assert run("status")
+    with suppress(ValueError):  # verify knows no widths
+        run("verify")
     with caplog.at_level(logging.WARNING, "pipeline"):
         store = Store(key())
     assert store.missing(ROWS) == ROWS[:4]
@@ -172,6 +197,9 @@ def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
     assert "its rows are computed again" in caplog.text
     assert len(list(directory.glob("*.h5"))) == 2
     store.write(ROWS[:4], VALUES[:4])
+    assert np.array_equal(Store(key()).read(ROWS), VALUES)
+    run("gc", "--days", "1", "--yes")
+    assert not [*directory.glob("*.damaged")]
     assert np.array_equal(Store(key()).read(ROWS), VALUES)
 
 
@@ -308,6 +336,15 @@ def test_file_that_a_run_takes_away_while_we_look_is_no_error(
     assert run("status")
     assert run("verify")
     assert run("gc", "--days", "30", "--yes")
+
+
+def test_gc_removes_nothing_without_a_standard_input(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(key())
+    monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "0"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match=r"nobody answered; expected --yes"):
+        feature_store.main()
+    assert Store(key()).missing(ROWS) == []
 
 
 def test_gc_removes_nothing_if_nobody_answers(run: Run, root: Path) -> None:

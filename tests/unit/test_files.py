@@ -1,6 +1,8 @@
 """Files are whole or absent."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,12 @@ def test_a_digest_depends_on_values_but_not_on_the_order_of_keys():
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest([1, 2]) != digest([2, 1])
     assert digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*features\.h5'"),
+        replacing(tmp_path / "features.h5"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not [*tmp_path.iterdir()]
