@@ -62,8 +62,8 @@ def note_timing(wall_seconds: float) -> None:
     `peak_memory_bytes` is of the main process, None where the system does not say it.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or not spec.name.startswith(STAGES):
-        return
+    if spec is None or not spec.name.startswith(STAGES) or any(word.startswith("-") for word in sys.argv[1:]):
+        return  # dvc.yaml calls no stage with an option
     words = [spec.name.removeprefix(STAGES), *sys.argv[1:]]
     name = "-".join(re.sub(r"\W+", "_", word, flags=re.ASCII) for word in words)[:100]
     peak = None

@@ -33,7 +33,7 @@ def make(root: Path) -> None:
             manifest.write_split(Split(seed, labels.image_id, part))
             for strategy in ("feature_extraction", "partial_freeze") if seed == 0 else ("feature_extraction",):
                 artifacts.save_run(run(strategy, seed, labels, part, random))
-        compare.main()
+        compare.compare()
         data_reports(labels)
 
 

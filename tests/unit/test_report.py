@@ -309,6 +309,9 @@ def test_only_stages_note_their_timing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", _module("pipeline.cuts"))
     logs.note_timing(1.0)
+    monkeypatch.setitem(sys.modules, "__main__", _module("pipeline.stages.compare"))
+    monkeypatch.setattr("sys.argv", ["compare.py", "--against", "main"])
+    logs.note_timing(1.0)
     assert not logs.TIMINGS.exists()
 
 
