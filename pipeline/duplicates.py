@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 
 SIDE, KEPT = 32, 8  # px of the reduced picture, and frequencies kept of each direction
 COSINES = np.asarray(dct(np.eye(SIDE), axis=0, norm="ortho"))[:KEPT]
-ENOUGH = 8 * SIDE  # px of the shorter side from which a picture is reduced from every k-th pixel alone
-FLAT = 2.0  # grey levels of deviation below which a picture has nothing to compare
+PICKED = 4  # rows and columns of the picture that are averaged for each of these pixels
+FLAT = 1.0  # grey levels of deviation in these frequencies below which there is nothing to compare
 BLOCK = 2**17  # pairs of rows that are compared at a time: what a cache holds
 
 
@@ -37,16 +37,25 @@ class Near:
 
 def perceptual_hash(image: Image.Image) -> int | None:
     """The 64 bits of an 8-bit image (L or RGB); None for a flat picture, which would resemble every other."""
-    step = min(image.size) // ENOUGH
-    if step > 1:
-        image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
-    grey = image.resize((SIDE, SIDE), Image.Resampling.BOX).convert("L")
-    pixels = np.asarray(grey, np.float64)
-    if pixels.std() < FLAT:
-        return None
+    return hashes_of([reduced(image)])[0]
+
+
+def reduced(image: Image.Image) -> np.ndarray:
+    """The 32 x 32 grey pixels (uint8) that the hash is about."""
+    picked = image.resize((SIDE * PICKED, SIDE * PICKED), Image.Resampling.NEAREST)
+    return np.asarray(picked.reduce(PICKED).convert("L"))
+
+
+def hashes_of(pixels: Sequence[np.ndarray]) -> list[int | None]:
+    """Hashes of what `reduced` gives, of many pictures at a time: ten times as fast as one by one."""
+    if not pixels:
+        return []
     # Rounded, or noise of the last digit would decide where a frequency is absent
-    low = np.round(COSINES @ pixels @ COSINES.T, 2)
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
+    low = np.round(COSINES @ np.stack(pixels).astype(np.float64) @ COSINES.T, 2).reshape(len(pixels), -1)
+    is_flat = np.square(low[:, 1:]).sum(axis=1) < (FLAT * SIDE) ** 2
+    bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
+    values = bits.view(">u8").ravel().tolist()
+    return [None if flat else value for flat, value in zip(is_flat.tolist(), values, strict=True)]
 
 
 def exact(sha256: Sequence[str]) -> list[list[int]]:

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import PIL
 
 from pipeline import decoding, duplicates
@@ -93,24 +94,37 @@ def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying
 
 def inspect_file(path: str) -> Inspected:
     """Read and fully decode one file."""
+    return _inspect_chunk([path])[0]
+
+
+def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
+    read = [_inspect(path) for path in paths]
+    hashes = iter(duplicates.hashes_of([pixels for _, pixels in read if pixels is not None]))
+    return [
+        inspected if pixels is None or (phash := next(hashes)) is None else inspected._replace(phash=f"{phash:016x}")
+        for inspected, pixels in read
+    ]
+
+
+def _inspect(path: str) -> tuple[Inspected, np.ndarray | None]:
+    """All but the hash, and the pixels that it is about."""
     try:
         content = _read(path)
     except (OSError, ValueError) as error:
-        return Inspected(f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error))
+        return Inspected(f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)), None
     sha256 = decoding.sha256(content)
     try:
         decoded = decoding.examine(content)
     except ValueError as error:
-        return Inspected(str(error), sha256)
-    image, phash = decoded.image, duplicates.perceptual_hash(decoded.image)
-    size = str(image.width), str(image.height)
-    hexadecimal = "" if phash is None else f"{phash:016x}"
-    return Inspected("", sha256, decoded.format, decoded.mode, *size, str(decoded.orientation), hexadecimal)
+        return Inspected(str(error), sha256), None
+    image = decoded.image
+    told = decoded.format, decoded.mode, str(image.width), str(image.height), str(decoded.orientation)
+    return Inspected("", sha256, *told), duplicates.reduced(image)
 
 
 def _read(path: str) -> bytes:
     # Without O_NONBLOCK, a pipe that took the file's place would never end
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", 0) as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("not a file any more")
@@ -157,10 +171,6 @@ def _one_by_one(paths: Sequence[str]) -> Iterator[Inspected]:
             yield Inspected("ended the process that decoded it (a crash, or too little memory)")
             pool = _pool(1)
     pool.shutdown()
-
-
-def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
-    return [inspect_file(path) for path in paths]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
