@@ -97,13 +97,16 @@ def test_influence_is_the_derivative_by_the_weight(n_classes: int):
 
 
 @pytest.mark.parametrize("n_classes", [2, 4, 12])
-def test_standard_errors_are_those_of_a_bootstrap(n_classes: int):
+def test_standard_errors_and_widths_are_those_of_a_bootstrap(n_classes: int):
     logits, label, weight = answers(n_classes, 600)
     random = np.random.default_rng(1)
     resampled = [values(logits[i], label[i], weight[i]) for i in random.integers(0, 600, (400, 600))]
+    found = intervals([Predictions(np.arange(600), logits)], label, weight)
     for name, linear in linearise(logits, label, weight).items():
-        expected = np.std([value[name] for value in resampled], ddof=1)
+        expected, interval = np.std([value[name] for value in resampled], ddof=1), found[name]
         assert standard_error(linear) == pytest.approx(expected, rel=0.15), name
+        assert interval is not None
+        assert interval.high - interval.low == pytest.approx(2 * 1.96 * expected, rel=0.17), name
 
 
 def test_auroc_has_delongs_variance():

@@ -133,6 +133,27 @@ def test_few_images_of_one_class_give_numbers(n: int, n_classes: int):
             assert 0 <= interval.low <= interval.value <= interval.high
 
 
+def test_classes_of_one_image_each_leave_as_much_room_as_there_is_in_all():
+    label, said = np.arange(50), np.where(np.arange(50) < 35, np.arange(50), np.arange(50) - 35)
+    found = intervals([Predictions(label, np.eye(50)[said])], label, np.ones(50))
+    accuracy, balanced, f1 = (found[name] for name in ("accuracy", "balanced_accuracy", "macro_f1"))
+    assert accuracy is not None
+    assert balanced is not None
+    assert f1 is not None
+    assert vars(balanced) == pytest.approx(vars(accuracy), abs=0.005)
+    assert f1.high - f1.low > 0.9 * (accuracy.high - accuracy.low)
+
+
+@pytest.mark.parametrize(("n_classes", "top"), [(2, 1), (3, 2)])
+def test_the_brier_score_of_the_sure_and_wrong_is_the_most_there_is(n_classes: int, top: int):
+    logits = np.zeros((20, n_classes))
+    logits[:, 1] = 50
+    found = intervals([Predictions(np.arange(20), logits)], np.zeros(20, int), np.ones(20))["brier"]
+    assert found is not None
+    assert (found.value, found.high) == pytest.approx((top, top))
+    assert found.low == pytest.approx(top * accuracy_of(np.full(20, True)).low)
+
+
 @pytest.mark.parametrize("n_images", [1, 2, 20])
 def test_no_difference_is_a_gain_of_0_with_p_1_and_a_finite_interval(n_images: int):
     runs = [hits_as_run(np.arange(n_images) % 3 > 0)] * 2
