@@ -164,6 +164,13 @@ def good() -> dict[str, Good]:
         "transparent_grey.png": Good(encoded(GREY, "PNG", transparency=7), np.where(GREY == 7, 255, GREY)),
         "grey16.png": Good(encoded(DEEP, "PNG"), np.round(DEEP / 257)),
         "rgb16.png": Good(png(6, 4, 16, 2, b"".join(b"\0" + row.tobytes() for row in wide)), wide[..., 0], 1),
+        "transparent_grey16.png": Good(
+            png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 65535), (b"tRNS", struct.pack(">H", 1000))),
+            np.array([[255, 255]]),
+        ),
+        "transparent_rgb16.png": Good(
+            png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 257, 514, 771), (b"tRNS", struct.pack(">3H", 1, 65535, 300)))
+        ),
         "grey16.tif": Good(encoded(DEEP, "TIFF"), np.round(DEEP / 257)),
         "grey16_big_endian.pgm": Good(b"P5 16 12 65535\n" + DEEP.astype(">u2").tobytes(), np.round(DEEP / 257)),
         "white_is_zero16.tif": Good(tiff(DEEP.tobytes(), 16, 12, 16, photometric=0), np.round((65535 - DEEP) / 257), 1),
