@@ -11,7 +11,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import openvino
 import torch
 
-from benchmarks import boundary, extract, head, index, label_suspects, store
+from benchmarks import boundary, compare, extract, head, index, label_suspects, store
 from benchmarks.common import show
 from pipeline.files import write_text
 
@@ -47,6 +47,7 @@ def main() -> None:
         store.measure(is_quick=is_quick),
         head.measure(),
         boundary.measure(is_quick=is_quick),
+        compare.measure(is_quick=is_quick),
         label_suspects.measure(is_quick=is_quick),
     ):
         lines += show(part)
