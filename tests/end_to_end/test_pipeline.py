@@ -55,6 +55,7 @@ EVERY_STAGE = {
     "label_suspects",
     "compare",
 }
+TUNED = ("partial_freeze", "full_retrain")
 MINE = Path("data/mine")
 
 
@@ -258,6 +259,50 @@ def test_repro_leaves_nothing_that_git_should_not_see(base: Repository) -> None:
     tracked = base.git("ls-files").splitlines()
     assert not [path for path in tracked if path.startswith(("models/", "reports/runs/", "data/splits", "data/mine/"))]
     assert "reports/comparison.json" in tracked
+
+
+def test_plots_are_drawn_without_a_network(repository: Repository) -> None:
+    repository.dvc("plots", "show")
+    page = (repository.root / "dvc_plots" / "index.html").read_text()
+    drawn = re.findall(r"vegaEmbed\('#(\w+)'", page)
+    names = ("curves", "cost", "reliability", *(f"confusion_{name}" for name in ("feature_extraction", *TUNED)))
+    assert sorted(drawn) == sorted(f"reports_{name}_json" for name in names)
+    assert not re.findall(r"<script[^>]+src=", page)
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--enable-logging=stderr")
+    network = "--host-resolver-rules=MAP * ~NOTFOUND"
+    where = (repository.root / "dvc_plots" / "index.html").as_uri()
+    shown = subprocess.run([chromium, *options, network, "--dump-dom", where], capture_output=True, text=True)
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    assert shown.stdout.count('class="marks"') == len(names)
+
+
+def test_pull_request_is_written_and_its_guard_fails(repository: Repository) -> None:
+    compare = ("python", "-m", "pipeline.stages.compare", "--against", "HEAD")
+    written = repository.run(*compare, "--pictures", "pictures")
+    assert "No metric differs." in written
+    assert "**Recommendation: " in written
+    pictures = re.findall(r"!\[\w+\]\((.+)\)", written)
+    assert sorted(pictures) == [f"pictures/{name}.png" for name in ("cost", "curves", "reliability")]
+    assert all((repository.root / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+    path = repository.root / "reports" / "comparison.json"
+    comparison = json.loads(path.read_text())
+    comparison["full_retrain"]["test"]["accuracy"] -= 0.02
+    path.write_text(json.dumps(comparison))
+    said = repository.run(*compare, is_checked=False)
+    assert "error: worse than in HEAD: full_retrain.test.accuracy by 0.02 (tolerance 0.01)\n" in said
+    assert "Traceback" not in said
+
+
+def test_clone_without_any_data_can_tell_whether_the_lock_is_fresh(base: Repository, tmp_path: Path) -> None:
+    base.run("git", "clone", "--quiet", str(base.root), str(tmp_path / "clone"))
+    cloned = at(tmp_path / "clone", base.environment)
+    assert "Running stage" not in cloned.dvc("repro", "--dry", "--allow-missing")
+    with cloned.params() as params:
+        params["compare"]["confidence"] = 0.9
+    assert "Running stage 'compare'" in cloned.dvc("repro", "--dry", "--allow-missing")
 
 
 def test_second_repro_runs_no_stage(repository: Repository) -> None:
