@@ -32,8 +32,8 @@ lock: venv
 
 # Whether dvc.lock and the committed reports are those of the committed code, parameters and data; runs no stage.
 fresh: venv
-	@announced=$$(dvc repro --dry --allow-missing) || { echo "$$announced"; exit 1; }; \
-	if echo "$$announced" | grep '^Running stage'; then echo 'dvc.lock is stale: dvc repro, and commit'; exit 1; fi
+	@announced=$$(dvc repro --dry --allow-missing) && ! echo "$$announced" | grep '^Running stage' \
+		|| { echo 'dvc.lock is stale: dvc repro, and commit'; exit 1; }
 
 # The page that `dvc plots show` fills, from vl-convert; run it again when that changes.
 plots-page: venv
