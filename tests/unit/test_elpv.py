@@ -1,5 +1,7 @@
 """The ELPV study: which stages run again, and what is reported of their logits."""
 
+import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ def test_validation_reads_nothing_of_the_test_images(labels: Labels):
 
 def test_the_table_stands_beside_the_published_figures(labels: Labels):
     results = {"full_retrain": elpv.score([trained(seed, labels) for seed in (3, 4)], labels, "test")}
-    lines = elpv.as_markdown(results).splitlines()
+    lines = elpv.as_markdown(results, elpv.PUBLISHED).splitlines()
     assert [line.split("|")[1:3] for line in lines[2:]] == [
         [" full_retrain ", " all "],
         ["  ", " monocrystalline "],
@@ -185,3 +187,10 @@ def test_other_code_runs_again_what_imports_it(monkeypatch: pytest.MonkeyPatch, 
     training = (elpv.REPOSITORY / "pipeline" / "training.py").read_bytes()
     monkeypatch.setattr(elpv, "sha256", lambda content: "other" if content == training else sha256(content))
     assert in_repository(monkeypatch, SHORT, tmp_path) == CELLS
+
+
+def test_the_table_in_the_readme_is_that_of_the_committed_run():
+    readme = (elpv.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- elpv -->\n(.*?)<!-- /elpv -->", readme, re.DOTALL)
+    results = json.loads(elpv.RESULTS.read_text(encoding="utf-8"))
+    assert shown.strip() == elpv.as_markdown(results, elpv.PUBLISHED).strip()
