@@ -84,7 +84,8 @@ def accuracy_against_cost(rows: Rows, names: Sequence[str]) -> Spec:
             alt.Tooltip("train_flops:Q", format=".3s"),
         ],
     )
-    return _spec(whiskers + points, 280)
+    has_intervals = any(row.get("low") is not None for row in rows)
+    return _spec(whiskers + points if has_intervals else points, 280)
 
 
 def learning_curves(rows: Rows, names: Sequence[str]) -> Spec:

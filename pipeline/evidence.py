@@ -189,7 +189,12 @@ def calibration(details: Json, names: Sequence[str]) -> list[Json]:
 
 def class_rows(details: Json, names: Sequence[str]) -> list[Json]:
     """Precision, recall, F1 and support by class and strategy."""
-    return [{"strategy": name, **row} for name in names for row in _test(details, name).get("classes") or []]
+    keys = ("class", "support", "precision", "recall", "f1")
+    return [
+        {"strategy": name} | {key: row[key] for key in keys}
+        for name in names
+        for row in _test(details, name).get("classes") or []
+    ]
 
 
 def against_cost(comparison: Json) -> Figure:

@@ -33,7 +33,14 @@ Json = dict[str, Any]
 REPORTS = Path("reports")
 PAGE = REPORTS / "report.html"
 HERE = Path(__file__).parent  # where the template, the style and the script lie
-MISSING = (OSError, ValueError, LookupError, TypeError, RuntimeError)  # what reading something absent or odd can raise
+MISSING = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+)  # what reading something absent or odd can raise
 
 
 @dataclass(frozen=True)
@@ -97,19 +104,19 @@ def assemble(inputs: Inputs) -> Json:
         "summary": comparison[best],
         "gain": evidence.gain(comparison[best].get("vs_baseline")),
         "table": evidence.table(comparison, details),
-        "every_metric": evidence.every_metric(details, names),
+        "every_metric": _attempt(lambda: evidence.every_metric(details, names), []),
         "costs": evidence.costs(comparison),
         "timings": provenance.timings(),
-        "against_cost": evidence.against_cost(comparison),
-        "learning": evidence.learning(details, inputs.curves, names),
-        "penalty": evidence.penalty(details),
-        "confusions": evidence.confusions(details, names),
-        "reliability": evidence.reliabilities(details, names),
-        "calibration": evidence.calibration(details, names),
-        "per_class": evidence.per_class(details, names),
-        "class_rows": evidence.class_rows(details, names),
-        "subsets": evidence.breakdown(details, names, "subsets"),
-        "groups": evidence.breakdown(details, names, "groups"),
+        "against_cost": _drawn("Accuracy against cost", lambda: evidence.against_cost(comparison)),
+        "learning": _drawn("Learning curves", lambda: evidence.learning(details, inputs.curves, names)),
+        "penalty": _drawn("The head's penalty", lambda: evidence.penalty(details)),
+        "confusions": _attempt(lambda: evidence.confusions(details, names), []),
+        "reliability": _drawn("Reliability", lambda: evidence.reliabilities(details, names)),
+        "calibration": _attempt(lambda: evidence.calibration(details, names), []),
+        "per_class": _drawn("Class by class", lambda: evidence.per_class(details, names)),
+        "class_rows": _attempt(lambda: evidence.class_rows(details, names), []),
+        "subsets": _attempt(lambda: evidence.breakdown(details, names, "subsets"), []),
+        "groups": _attempt(lambda: evidence.breakdown(details, names, "groups"), []),
         "errors": errors,
         "n_judged": len(verdicts.rows) if verdicts else 0,
         "maps": _maps(inputs.features, labels, verdicts),
@@ -242,6 +249,13 @@ def _csp_digest(script: str) -> str:
 
 def _json(name: str) -> Any:  # noqa: ANN401
     return json.loads((REPORTS / name).read_text(encoding="utf-8"))
+
+
+def _drawn(title: str, make: Callable[[], Figure]) -> Figure:
+    try:
+        return make()
+    except MISSING:
+        return Figure(title, "The reports are damaged, or of another version; run: dvc repro.")
 
 
 def _attempt(make: Callable[[], T], otherwise: T) -> T:

@@ -203,6 +203,15 @@ def no_penalties() -> None:
     write_json(Path("reports/details.json"), details)
 
 
+def other_version() -> None:
+    write_json(Path("reports/curves.json"), [{"run": "partial_freeze-0", "epoch": 0, "val_loss": 0.4}])
+    details = json.loads(Path("reports/details.json").read_text())
+    for strategy in details["strategies"].values():
+        strategy["test"] = {"classes": [{}], "confusion": 1, "reliability": 2, "subsets": [1], "temperature": 3}
+        strategy["runs"] = [1]
+    write_json(Path("reports/details.json"), details)
+
+
 def garbage() -> None:
     for name in ("details.json", "curves.json", "data/summary.json", "splits.json", "timings/extract.json"):
         write_text(Path("reports") / name, "[1, {")
@@ -225,6 +234,7 @@ def garbage() -> None:
         (without("data/images.csv", "data/labels.csv"), "There are no features of these images"),
         (without("reports/timings", "dvc.lock"), "No stage has left its times"),
         (without("reports/data", "reports/label_suspects.csv", "reports/splits.json"), "no reports/data/summary.json"),
+        (other_version, "The reports are damaged, or of another version"),
         (garbage, "reports/details.json holds none"),
     ],
 )
