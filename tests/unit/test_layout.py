@@ -8,54 +8,13 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+import pipeline
+
 REPOSITORY = Path(__file__).parents[2]
-ORDER: list[str] = [
-    *(
-        "params",
-        "files",
-        "logs",
-        "manifest",
-        "listing",
-        "decoding",
-        "duplicates",
-        "indexing",
-        "inventory",
-        "units",
-        "splits",
-        "metrics",
-        "influence",
-        "resampling",
-        "statistics",
-        "images",
-        "backbones",
-        "engine",
-        "cuts",
-        "hdf5",
-        "feature_store",
-        "extraction",
-    ),
-    *(
-        "heads",
-        "suspects",
-        "training",
-        "artifacts",
-        "tables",
-        "recommendation",
-        "comparison",
-        "plots",
-        "idx",
-        "plots_page",
-        "pull_request",
-        "datasets",
-        "sweep",
-        "predict",
-        "charts",
-        "pictures",
-        "provenance",
-        "evidence",
-        "gallery",
-        "report",
-    ),
+ORDER = [
+    name
+    for line in re.findall(r"^    .+?   (.*)$", str(pipeline.__doc__), re.MULTILINE)
+    for name in line.strip().split(", ")
 ]
 STAGES = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
