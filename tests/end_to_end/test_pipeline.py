@@ -414,6 +414,64 @@ def test_added_seed_trains_the_new_runs_only(repository: Repository) -> None:
     assert seeds == {"feature_extraction": 2, "partial_freeze": 2, "full_retrain": 2, "feature_extraction_all_seeds": 3}
 
 
+def test_a_growing_data_set_split_by_hash_moves_no_image_and_computes_the_new_ones_only(repository: Repository) -> None:
+    growing = Path("data/growing")
+
+    def add(rows: list[dict[str, str]], **split: Any) -> tuple[set[str], str]:
+        """Have the data set hold these digits, and repro: the stages that ran, and what they said."""
+        for row in rows:
+            target = repository.root / growing / row["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(digits / row["path"], target)
+        with (repository.root / growing / "labels.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        repository.dvc("add", "--quiet", growing.as_posix())
+        with repository.params() as params:
+            params["dataset"].update({"path": growing.as_posix()})
+            params["split"].update(split)
+            params["fine_tune"]["run"] = []
+        command = [sys.executable, "-m", "dvc", "repro"]
+        done = subprocess.run(command, cwd=repository.root, env=repository.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        return set(re.findall(r"^Running stage '([^']+)'", done.stdout, re.MULTILINE)), said
+
+    def parts(seed: int) -> dict[str, str]:
+        with (repository.root / "data" / "splits" / f"seed_{seed}.csv").open(newline="") as file:
+            return {row["image_id"]: row["split"] for row in csv.DictReader(file)}
+
+    with repository.params() as params:
+        params["dataset"]["fetch"] = ["digits"]
+    repository.dvc("repro", "--quiet", "fetch@digits")
+    digits = repository.root / "data" / "raw" / "digits"
+    with (digits / "labels.csv").open(newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: Path(row["path"]).name)[:330]
+    _, said = add(rows[:300], method="hash", test_fraction=0.3, val_fraction=0.2)
+    assert "0 rows reused, 600 computed" in said
+    before = {seed: parts(seed) for seed in (0, 1)}
+    ran, said = add(rows)
+    assert "600 rows reused, 60 computed" in said
+    assert {"index", "split", "extract", "train_head", "compare"} <= ran
+    for seed, old in before.items():
+        now = parts(seed)
+        assert len(now) == 330
+        assert {image: now[image] for image in old} == old
+    assert before[0] != before[1]
+
+    given = [row | {"split": ("train", "train", "test", "val")[number % 4]} for number, row in enumerate(rows)]
+    ran, said = add(given, method="given")
+    assert "extract" not in ran
+    assert parts(0) == parts(1) == {row["path"]: row["split"] for row in given}
+    assert repository.read_json("reports/splits.json")["sizes"]["0"] == {
+        "train": 166,
+        "val": 82,
+        "test": 82,
+        "unused": 0,
+    }
+
+
 def test_removed_strategy_leaves_no_trace_here_or_in_a_clone(repository: Repository, tmp_path: Path) -> None:
     with repository.params() as params:
         params["fine_tune"]["run"] = ["partial_freeze"]
