@@ -143,8 +143,8 @@ def test_rows_by_subset_and_by_group_count_an_image_once():
     assert mono["value"] == pytest.approx((1 - 5 / 15 + 1 - 4 / 5) / 2)
     assert mono["low"] < mono["value"] < mono["high"]
     assert set(found["groups"]) == {f"patient {i}" for i in range(8, 32)}
-    many = labels(group=[f"patient {i}" for i in range(N)] + ["more"] * 11)
-    assert comparison._of_test(HEAD, many)["groups"] != {}
+    fifty = labels(group=[f"patient {i}" for i in range(50)])
+    assert comparison._of_test(HEAD, fifty)["groups"] != {}
     fifty_one = labels(group=[f"patient {i}" for i in range(51)])
     assert comparison._of_test(HEAD, fifty_one)["groups"] == {}
 
@@ -203,7 +203,7 @@ def test_one_seed_has_no_deviation_and_a_loss_has_its_sign():
 
 
 def test_numbers_are_written_with_the_digits_that_are_needed():
-    assert [tables.p_value(value) for value in (0.04, 0.0004, 1.0)] == ["0.040", "< 0.001", "1.000"]
+    assert [tables.p_value(value) for value in (0.04, 0.002, 0.0004, 1.0)] == ["0.040", "0.002", "< 0.001", "1.000"]
     assert [tables.teraflops(flops) for flops in (435_806_787_365_040, 9_540_000_000_000, 15_000_000)] == [
         *("436", "9.5", "1.5e-05")
     ]
@@ -233,6 +233,8 @@ def test_plots_hold_counts_and_bins_rather_than_images(details: dict[str, Any]):
         {"strategy": "full", "actual": "dog", "predicted": "cat", "count": 1},
         {"strategy": "full", "actual": "dog", "predicted": "dog", "count": 15},
     ]
+    without = {"test": {"confusion": [[3, 0], [0, 4]]}}
+    assert [row["count"] for row in plots.confusion("full", without, ["cat", "dog"])] == [3, 4]
     assert [row["strategy"] for row in plots.reliability(strategies)] == list(strategies)
     costs = {
         row["strategy"]: (row["low"] < row["accuracy"] < row["high"], row["train_flops"])
