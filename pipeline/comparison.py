@@ -102,8 +102,12 @@ def against_baseline(runs: Mapping[str, Sequence[Run]], baseline: str, labels: L
         said_of = {name: [said(run, part) for run in these] for name, these in runs.items()}
         gains = {name: statistics.gain(said_of[name], said_of[baseline], labels.label, labels.weight) for name in found}
         corrected = statistics.holm([gain.p_value for gain in gains.values()])
+        by_t = {name: gain.corrected_t_p_value for name, gain in gains.items() if part == "test"}
+        by_t = {name: p_value for name, p_value in by_t.items() if p_value is not None}
+        by_t = dict(zip(by_t, statistics.holm([*by_t.values()]), strict=True))
         for (name, gain), p_value in zip(gains.items(), corrected, strict=True):
-            found[name][part] = {**asdict(gain), "p_value": p_value, "p_value_uncorrected": gain.p_value}
+            p_values = {"p_value": p_value, "p_value_uncorrected": gain.p_value, "corrected_t_p_value": by_t.get(name)}
+            found[name][part] = asdict(gain) | p_values
     return found
 
 
@@ -127,12 +131,14 @@ def summarise(strategy: Json) -> Json:
 
 
 def rounded(value: Any) -> Any:  # noqa: ANN401
-    """JSON with every float to 6 digits."""
+    """JSON with every float to 6 digits, of small ones the first that are not 0."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(inner) for inner in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.4g}")
+    return value
 
 
 def _part(part: str, runs: Sequence[Run], scored: Sequence[Json], labels: Labels) -> Json:
@@ -195,7 +201,9 @@ def _by(column: Sequence[str], runs: Sequence[Run], labels: Labels) -> dict[str,
         if not parts:
             continue
         intervals = statistics.intervals([Predictions(*part) for part in parts], labels.label, labels.weight)
-        figures = {name: one for name in ROW_METRICS if (one := intervals.get(name)) is not None}
+        n_classes = len(np.unique(labels.label[np.concatenate([rows for rows, _ in parts])]))
+        names = [name for name in ROW_METRICS if name != "macro_f1" or n_classes == len(labels.class_names)]
+        figures = {name: one for name in names if (one := intervals.get(name)) is not None}
         n = len(np.unique(np.concatenate([rows for rows, _ in parts])))
         found[value] = {"n": n, **{name: asdict(interval) for name, interval in figures.items()}}
     return found

@@ -147,7 +147,7 @@ def cost_text(key: str, value: int | None) -> str:
 
 def scaled(value: float, unit: str) -> str:
     """5.2e12 -> 5.2 TFLOP."""
-    power = min(int(math.log10(max(value, 1)) // 3), len(PREFIXES) - 1)
+    power = min(int(math.log10(max(float(f"{value:.3g}"), 1)) // 3), len(PREFIXES) - 1)
     return f"{value / 1000**power:.3g}\u00a0{PREFIXES[power]}{unit}"
 
 
@@ -221,6 +221,8 @@ def learning(details: Json, curves: list[Json], names: Sequence[str]) -> Figure:
                 is_chosen = kind == "validation" and chosen.get("epoch") == epoch
                 rows.append(about | {"kind": kind, "loss": line[key], "is_chosen": is_chosen})
     title = "Learning curves"
+    if not curves:
+        return Figure(title, "There is no reports/curves.json; run: dvc repro.")
     if not any(row["kind"] == "training" for row in rows):
         return Figure(title, "No strategy was fine-tuned, so there is no curve: fine_tune.run is empty.")
     n = len({row["run"] for row in rows if row["kind"] == "training"})

@@ -15,6 +15,7 @@ from typing import Any
 
 import vl_convert
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.params import HIGHER_IS_BETTER, PARAMS
 from pipeline.plots import VEGA_LITE
@@ -65,7 +66,10 @@ def here() -> tuple[State, str]:
     for path in (COMPARISON, DETAILS):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found; run: dvc repro")
-    recommendation = json.loads(DETAILS.read_text(encoding="utf-8"))["recommendation"]["text"]
+    try:
+        recommendation = json.loads(DETAILS.read_text(encoding="utf-8"))["recommendation"]["text"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{DETAILS}: damaged, or of another version; run: dvc repro") from None
     return _state(PARAMS.read_text(encoding="utf-8"), COMPARISON.read_text(encoding="utf-8")), recommendation
 
 
@@ -83,7 +87,7 @@ def at(revision: str) -> State:
             raise ValueError(f"--against {revision}: that commit has no {path}; run `dvc repro` there and commit")
     try:
         return _state(str(shown[PARAMS]), str(shown[COMPARISON]))
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise ValueError(f"--against {revision}: {' '.join(str(error).split())}") from None
 
 
@@ -99,7 +103,7 @@ def as_markdown(revision: str, before: State, after: State, recommendation: str,
             verdict.name,
             _value(verdict.before),
             _value(verdict.after),
-            _value(verdict.tolerance),
+            f"{verdict.tolerance:,g}",
             "holds" if verdict.holds else "**worse**",
         )
         for verdict in verdicts

@@ -1,8 +1,9 @@
 """Which strategy to take, by a rule on the validation images, in words.
 
 The rule: the cheapest strategy (training FLOPs) whose validation accuracy is, with the stated one-sided confidence, not
-worse than the best one's by more than the margin. A cheaper one that is shown neither not-worse nor worse leaves the
-question undecided; then the images that would decide it are estimated. Test figures are looked at afterwards.
+worse than the best one's by more than the margin. What leaves the question undecided is a cheaper one that is shown
+neither not-worse nor worse, and a dearer one than the best that may be better by more than the margin; then the images
+that would decide it are estimated. Test figures are looked at afterwards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import statistics
+from pipeline.params import HEAD_ALL_SEEDS
 from pipeline.statistics import Predictions
 from pipeline.tables import p_value, percent, points, teraflops
 
@@ -20,7 +22,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """On a strategy cheaper than the best: its accuracy less the best one's, with one-sided bounds on either side."""
+    """On another strategy than the best: its accuracy less the best one's, with one-sided bounds on either side."""
 
     strategy: str
     difference: float
@@ -32,9 +34,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`is_decided` unless a strategy cheaper than `strategy` may be as good; `verdicts` from the cheapest on.
+    """`is_decided` unless a strategy cheaper than `strategy` may be as good, or one of the `rivals` may be better.
 
-    `n_val` images of validation per seed; `images_needed` settle every cheaper one, None if no number would.
+    `verdicts` are on those cheaper than the best, `rivals` on those dearer that may be better than it by more than the
+    margin; both from the cheapest on. `n_val` images of validation per seed; `images_needed` settle every open one,
+    None if no number would.
     """
 
     strategy: str
@@ -45,6 +49,7 @@ class Recommendation:
     images_needed: int | None
     n_val: int
     verdicts: list[Verdict]
+    rivals: list[Verdict]
 
 
 def recommend(
@@ -58,11 +63,17 @@ def recommend(
     """Apply the rule to what each strategy's runs, on the same seeds, say of the validation images."""
     accuracy = {name: _accuracy(these, label, weight) for name, these in runs.items()}
     best = min(runs, key=lambda name: (-accuracy[name], train_flops[name]))
-    cheaper = [name for name in sorted(runs, key=train_flops.__getitem__) if train_flops[name] < train_flops[best]]
-    verdicts = []
-    for name in cheaper:
+    by_cost = sorted((name for name in runs if name != best), key=train_flops.__getitem__)
+    cheaper = [name for name in by_cost if train_flops[name] < train_flops[best]]
+    verdicts, rivals = [], []
+    for name in by_cost:
         low = statistics.lower_bound(runs[name], runs[best], label, weight, confidence)
         high = -statistics.lower_bound(runs[best], runs[name], label, weight, confidence)
+        if name not in cheaper:
+            if high > margin:
+                needed = statistics.images_needed(runs[best], runs[name], label, weight, margin, confidence)
+                rivals.append(Verdict(name, accuracy[name] - accuracy[best], low, high, "undecided", needed))
+            continue
         finding, needed = "not worse" if low >= -margin else "worse", None
         if low < -margin <= high:  # by what is seen, more images would show the one or the other
             finding = "undecided"
@@ -71,10 +82,10 @@ def recommend(
         verdicts.append(Verdict(name, accuracy[name] - accuracy[best], low, high, finding, needed))
     chosen = next((verdict.strategy for verdict in verdicts if verdict.finding == "not worse"), best)
     before = verdicts[: cheaper.index(chosen)] if chosen in cheaper else verdicts
-    counts = [verdict.images_needed for verdict in before if verdict.finding == "undecided"]
+    counts = [verdict.images_needed for verdict in (*before, *rivals) if verdict.finding == "undecided"]
     needed = None if None in counts else max((n for n in counts if n), default=None)
     n_val = round(np.mean([len(run.rows) for run in runs[best]]))
-    return Recommendation(chosen, best, not counts, margin, confidence, needed, n_val, verdicts)
+    return Recommendation(chosen, best, not counts, margin, confidence, needed, n_val, verdicts, rivals)
 
 
 def as_json(recommendation: Recommendation, strategies: Mapping[str, Json]) -> Json:
@@ -86,7 +97,7 @@ def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     """Two paragraphs: what validation says, and what the chosen strategy reaches on the test images."""
     rule = (
         f"the cheapest strategy whose validation accuracy is, with {100 * found.confidence:g} % confidence, at most "
-        f"{100 * found.margin:g} points below the best"
+        f"{_points(found.margin)} below the best"
     )
     reason = _reason(found, strategies)
     doubt = "" if found.is_decided else f" {_doubt(found, strategies)}"
@@ -104,6 +115,8 @@ def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
             f"{cost} TFLOPs in place of {most}."
         )
     best = f"It is best on validation, {100 * accuracy[found.best]:.1f} %"
+    if len(strategies.keys() - {HEAD_ALL_SEEDS}) == 1:
+        return f"{best}; nothing was compared with it, fine_tune.run is empty."
     if not found.verdicts:
         return f"{best}, and none is cheaper."
     worse = [verdict.strategy for verdict in found.verdicts if verdict.finding == "worse"]
@@ -111,7 +124,7 @@ def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
 
 
 def _doubt(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    """Which cheaper strategies may be as good, and what would tell."""
+    """Which cheaper strategies may be as good, which dearer ones better, and what would tell."""
     chosen_flops = strategies[found.strategy]["cost"]["train_flops"]
     may_do = [
         f"{verdict.strategy} ({100 * verdict.difference:+.1f} points from {found.best}, between "
@@ -124,10 +137,22 @@ def _doubt(found: Recommendation, strategies: Mapping[str, Json]) -> str:
         if found.images_needed is not None
         else "no number of images would, if the difference is what it seems"
     )
-    return (
-        f"**The {found.n_val:,} validation images cannot decide** whether something cheaper is as good: "
-        f"{'; '.join(may_do)}; {images}."
-    )
+    may_be_better = [
+        f"{rival.strategy} (up to {100 * rival.high:+.1f} points from {found.best})" for rival in found.rivals
+    ]
+    questions = [
+        f"whether something {what}: {'; '.join(these)}"
+        for what, these in (
+            ("cheaper is as good", may_do),
+            (f"dearer is better by more than {_points(found.margin)}", may_be_better),
+        )
+        if these
+    ]
+    return f"**The {found.n_val:,} validation images cannot decide** {'; or '.join(questions)}; {images}."
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
 
 
 def _tested(name: str, strategies: Mapping[str, Json]) -> str:

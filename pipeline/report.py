@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from safetensors import SafetensorError
 
 from pipeline import artifacts, charts, evidence, gallery, hdf5, logs, manifest, pictures, provenance
 from pipeline.evidence import Figure
@@ -40,6 +41,7 @@ MISSING = (
     TypeError,
     RuntimeError,
     AttributeError,
+    SafetensorError,
 )  # what reading something absent or odd can raise
 
 

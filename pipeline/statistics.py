@@ -48,7 +48,8 @@ class Gain:
     """Accuracy over the baseline's, on the same images of the common seeds.
 
     `by_seed` has one gain per distinct pair of runs, and `seeds` is their number. `method`: "exact McNemar" or
-    "sign-flip permutation by image". `corrected_t_p_value` is None below five seeds.
+    "sign-flip permutation by image". `corrected_t_p_value` is None below five seeds, and where all test on the same
+    images: the variance over seeds does not know that others might have been drawn.
     """
 
     baseline_accuracy: float
@@ -111,6 +112,7 @@ def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np
         method, p_value = "sign-flip permutation by image", resampling.sign_flip(pairs.by_image())
     by_seed = [part.value for part in pairs.differences]
     n_test = float(np.mean([len(rows) for rows in pairs.rows]))
+    is_redrawn = any(not np.array_equal(rows, pairs.rows[0]) for rows in pairs.rows)
     return Gain(
         baseline_accuracy=pairs.accuracy(1),
         accuracy=pairs.accuracy(0),
@@ -119,7 +121,7 @@ def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np
         high=high,
         p_value=p_value,
         method=method,
-        corrected_t_p_value=corrected_t(by_seed, n_test, np.count_nonzero(weight) - n_test),
+        corrected_t_p_value=corrected_t(by_seed, n_test, np.count_nonzero(weight) - n_test) if is_redrawn else None,
         by_seed=by_seed,
         seeds=len(by_seed),
     )

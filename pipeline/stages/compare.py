@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from pipeline import artifacts, comparison, logs, manifest, plots, pull_request, tables
 from pipeline.artifacts import Run
@@ -88,7 +89,12 @@ def delete_unlisted(listed: dict[str, set[int]]) -> None:
 
 def read_run(name: str, split: Split) -> Run:
     """Read a run; ValueError if it is about other images than the split says."""
-    run = artifacts.read_run(name, split.seed)
+    try:
+        run = artifacts.read_run(name, split.seed)
+    except (SafetensorError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{artifacts.RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro"
+        ) from None
     for rows, part in ((run.val_rows, "val"), (run.test_rows, "test")):
         if not np.array_equal(rows, split.rows(part)):
             raise ValueError(f"{name}, seed {split.seed}: other {part} images than in the split; run: dvc repro")

@@ -87,8 +87,8 @@ def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(
     ]
     assert recommendation == ["**Recommendation: full_retrain** (a rule)."]
     assert guard[2:4] == [
-        "| feature_extraction.test.nll | 0.3400 | 0.3400 | 0.0200 | holds |",
-        "| full_retrain.test.accuracy | 0.8700 | 0.8812 | 0.0100 | holds |",
+        "| feature_extraction.test.nll | 0.3400 | 0.3400 | 0.02 | holds |",
+        "| full_retrain.test.accuracy | 0.8700 | 0.8812 | 0.01 | holds |",
     ]
 
 
@@ -103,8 +103,8 @@ def test_a_guarded_metric_that_is_worse_is_shown_and_fails(
     assert "feature_extraction.test.nll by 0.03 (tolerance 0.02)" in str(error.value)
     assert "\n" not in str(error.value)
     shown = capsys.readouterr().out
-    assert "| full_retrain.test.accuracy | 0.8700 | 0.8599 | 0.0100 | **worse** |" in shown
-    assert "| feature_extraction.test.nll | 0.3400 | 0.3700 | 0.0200 | **worse** |" in shown
+    assert "| full_retrain.test.accuracy | 0.8700 | 0.8599 | 0.01 | **worse** |" in shown
+    assert "| feature_extraction.test.nll | 0.3400 | 0.3700 | 0.02 | **worse** |" in shown
 
 
 @pytest.mark.usefixtures("branch")

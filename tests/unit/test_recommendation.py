@@ -107,6 +107,7 @@ def test_the_only_strategy_is_recommended():
     runs = {"cheap": right_on(ROWS[:350])}
     found = recommend(runs)
     assert (found.strategy, found.is_decided, found.images_needed, found.n_val) == ("cheap", True, None, N)
+    assert "nothing was compared with it" in words(found, runs)
     assert words(found, runs).endswith("; it is the baseline.")
 
 
@@ -125,3 +126,24 @@ def test_record_and_words_go_into_details_together():
     found = recommendation.as_json(recommend(runs), {"cheap": strategy})
     assert {"strategy", "is_decided", "text", "margin", "confidence", "images_needed"} <= found.keys()
     assert "90.0 ± 1.0 (80.0 to 95.0) %" in found["text"]
+
+
+def test_what_looks_best_by_chance_leaves_the_dearer_one_open():
+    # cheap is half a point ahead, on 40 images for and 38 against
+    runs = {"cheap": right_on(ROWS[:350]), "dear": right_on(np.r_[0:310, 350:388])}
+    found = recommend(runs)
+    assert (found.strategy, found.best, found.is_decided, found.verdicts) == ("cheap", "cheap", False, [])
+    (rival,) = found.rivals
+    assert rival.strategy == "dear"
+    assert rival.high > 0.01
+    assert found.images_needed is not None
+    assert found.images_needed > N
+    text = words(found, runs)
+    assert "cannot decide** whether something dearer is better by more than 1 point: dear (up to +" in text
+    assert "at most 1 point below the best" in text
+    assert "cheaper is as good" not in text
+
+
+def test_a_dearer_one_that_is_shown_no_better_leaves_nothing_open():
+    runs = {"cheap": right_on(ROWS[:360]), "dear": right_on(ROWS[:352])}
+    assert (recommend(runs).is_decided, recommend(runs).rivals) == (True, [])
