@@ -28,6 +28,7 @@ EXTENSIONS = {  # of the formats that are read, none of which runs a program
 }
 FORMATS = tuple(kind for kind in EXTENSIONS if kind != "MPO")  # as Pillow opens them; MPO comes as a kind of JPEG
 MAX_ASPECT = 50  # of an image: resizing the shorter side makes the longer one so many times as long
+MOST_SCANNED = 2e10  # px that all scans of a JPEG pass over, about a minute; cameras' files have ten scans
 TURNS = {  # what makes a picture upright, by the orientation that its EXIF block states
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -75,12 +76,14 @@ def examine(content: bytes) -> Decoded:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 kind, mode = str(image.format), image.mode
-                _check_header(image)
+                _check_header(image, content)
                 orientation = _orientation(image)
                 image.load()
                 pixels = _eight_bits(image)
     except UnidentifiedImageError:  # whose text holds an address in memory
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except MemoryError:  # which says nothing of the file
+        raise
     # Pillow's decoders raise almost anything on broken input; whatever it is, the file is at fault
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
@@ -89,7 +92,7 @@ def examine(content: bytes) -> Decoded:
     return Decoded(pixels, kind, mode, orientation)
 
 
-def _check_header(image: Image.Image) -> None:
+def _check_header(image: Image.Image, content: bytes) -> None:
     width, height = image.size
     if not width or not height:
         raise ValueError(f"{width} x {height} px; expected at least one pixel")
@@ -97,8 +100,10 @@ def _check_header(image: Image.Image) -> None:
         raise ValueError(f"{width} x {height} px; expected a side at most {MAX_ASPECT} times the other")
     # The other pictures of a camera's MPO are previews and second views of the first
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        frames = getattr(image, "n_frames", 1)
-        raise ValueError(f"{frames} frames or pages; expected a single picture")
+        raise ValueError("several frames or pages; expected a single picture")  # to count thousands takes long
+    # Each scan of a progressive JPEG passes over all pixels, and takes few bytes
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") * width * height > MOST_SCANNED:
+        raise ValueError(f"a JPEG of {width} x {height} px in too many scans")
 
 
 def _orientation(image: Image.Image) -> int:

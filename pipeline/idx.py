@@ -19,7 +19,7 @@ import numpy as np
 NAME = re.compile(r"(.*?)images[-.]idx3[-.]ubyte(\.gz)?$", re.IGNORECASE)
 PARTS = {"train": "train", "t10k": "test", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 LARGEST_RATIO = 200  # of images to their gzipped file; MNIST's is 5, that of a decompression bomb 1,000
-LARGEST_IMAGE = 89_000_000  # pixels, as in images.decode
+LARGEST_IMAGE = 89_000_000  # pixels, as in decoding
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,6 @@ class _Batches(Dataset):
                 if sha256(content) != name:
                     raise ValueError("other bytes than were indexed; run: dvc repro")
                 parts.extend(views(decode(content), name, which, self.preprocessing, self.augmentation))
-            except (OSError, ValueError) as error:
-                return ValueError(f"{path}: {error}")
+            except (OSError, ValueError, MemoryError) as error:
+                return ValueError(f"{path}: {error or 'needs more memory than there is'}")
         return default_collate([torch.from_numpy(part) for part in parts])  # in a worker, right into shared memory

@@ -1,7 +1,7 @@
 """Read image files once, in parallel, and remember what was read: paths -> what each file is, or why it is refused.
 
-The memory is a CSV file per directory in <root>/data/.index/. A file of the same path, size, modification time and
-inode as remembered is not read again. Deleting the memory costs time, never a result.
+The memory is a CSV file per directory in <root>/data/.index/. A file of the same path, size, times of change and inode
+as remembered is not read again. Deleting the memory costs time, never a result.
 """
 
 import csv
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ from pipeline import decoding, duplicates
 from pipeline.files import digest, replacing
 from pipeline.logs import log, progress
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 1024**3  # bytes of an image file
-CHUNK = 32  # files that a process is handed at a time
+CHUNK = 8  # files that a process is handed at a time
 YOUNG = 100_000_000  # ns: a file changed so shortly before it was read could change again at the same time stamp
 
 
@@ -49,10 +49,14 @@ class Inspected(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """By which an unchanged file is known."""
+    """By which an unchanged file is known.
+
+    ctime, which no tool sets back, notices what keeps size, mtime and inode: an edit in place, or a file written anew.
+    """
 
     size: str
     mtime_ns: str
+    ctime_ns: str
     inode: str
 
 
@@ -82,7 +86,7 @@ def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying
         new = {
             name: (stamp, found[name])
             for name, stamp in stamps.items()
-            if name in found and found[name].sha256 and (name in known or int(stamp.mtime_ns) < start - YOUNG)
+            if name in found and found[name].sha256 and (name in known or int(stamp.ctime_ns) < start - YOUNG)
         }
         if new != memory:
             _remember(place, new)
@@ -117,6 +121,8 @@ def _inspect(path: str) -> tuple[Inspected, np.ndarray | None]:
         decoded = decoding.examine(content)
     except ValueError as error:
         return Inspected(str(error), sha256), None
+    except MemoryError:  # not remembered: another time there may be more
+        return Inspected("needs more memory than there was"), None
     image = decoded.image
     told = decoded.format, decoded.mode, str(image.width), str(image.height), str(decoded.orientation)
     return Inspected("", sha256, *told), duplicates.reduced(image)
@@ -157,6 +163,10 @@ def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[lis
     pool = _pool(min(workers, len(chunks)))
     try:
         yield from pool.map(_inspect_chunk, chunks)
+    except BaseException:  # interrupted; what is handed out already could take minutes
+        for process in active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -191,14 +201,14 @@ def _stamp(path: Path) -> Stamp | None:
         info = path.stat()
     except OSError:
         return None
-    return Stamp(str(info.st_size), str(info.st_mtime_ns), str(info.st_ino))
+    return Stamp(str(info.st_size), str(info.st_mtime_ns), str(info.st_ctime_ns), str(info.st_ino))
 
 
 def _recall(place: Path) -> Memory:
     try:
         with place.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, strict=True))
-        return {row[0]: (Stamp(*row[1:4]), Inspected(*row[4:])) for row in rows}
+        return {row[0]: (Stamp(*row[1:5]), Inspected(*row[5:])) for row in rows}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, IndexError, csv.Error) as error:

@@ -107,6 +107,10 @@ def _rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[
         if header.count(column) != 1:
             found = f"is missing; found {', '.join(header)}" if column not in header else "is there twice"
             raise ValueError(f"{table}: column {column!r} {found}; expected path and label, separated by commas")
+    for column in header:
+        plain = column.strip().casefold()
+        if plain in OPTIONAL and (column != plain or header.count(column) > 1):
+            raise ValueError(f"{table}: column {column!r}; expected {plain!r}, once")
     for number, fields in enumerate(reader, start=2):
         if len(fields) != len(header) and fields:
             raise ValueError(f"{table}: row {number}: {len(fields)} fields; expected {len(header)}, as in row 1")
@@ -177,16 +181,24 @@ def _find_parts(directory: Path) -> dict[str, str]:
     """The part that each sub-directory is, by its name; empty if they are classes."""
     folders = _folders(directory)
     parts = {name: PART_NAMES[name.casefold()] for name in folders if name.casefold() in PART_NAMES}
-    if "train" not in parts.values() or (len(parts) == 1 and len(folders) > 1):
+    others = [name for name in folders if name not in parts]
+    is_like = any(_is_like(directory, part, other) for part in parts for other in others)
+    is_alone = len(parts) == 1 and bool(others) and not is_like
+    if "train" not in parts.values() or is_alone:
         return {}  # there may be a class of trains
     problem = None
-    if others := [name for name in folders if name not in parts]:
+    if others:
         problem = f"{others[0]}/ lies beside {', '.join(f'{name}/' for name in parts)}"
     elif len(set(parts.values())) < len(parts):
         problem = f"{', '.join(f'{name}/' for name in parts)} are not one of each part"
     if problem:
         raise ValueError(f"{directory}: {problem}; expected train/, val/ and test/ only, or classes, or a labels.csv")
     return parts
+
+
+def _is_like(directory: Path, one: str, other: str) -> bool:
+    """Whether two sub-directories hold some of the same sub-directories, as parts of a data set do."""
+    return bool({*_folders(directory / one)} & {*_folders(directory / other)})
 
 
 def _class_folders(directory: Path, parts: dict[str, str]) -> list[str]:

@@ -337,4 +337,4 @@ def _mistake(mistake: dict) -> str:
         return f"{key}unknown key; expected {'only those of the params.yaml in git' if not near else near[0]}"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
     said = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
-    return key + found + SAID.get(mistake["type"], said)
+    return f"{key}{found}{SAID.get(mistake['type'], said)}"

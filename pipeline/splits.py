@@ -41,7 +41,8 @@ def _deal(labels: Labels, units: list[list[int]], shares: dict[str, float], seed
     """Deal the units of each stratum out to the parts of `shares`, and to train, in random order.
 
     A unit belongs to the stratum (class and `stratum` column) of most of its images. What a stratum's share lacks of
-    a whole image is carried on to the next stratum, so that each part has its size to within one unit.
+    a whole image is carried on to the next stratum, so that small strata add up to the shares; no more than that is, or
+    the large groups of one class would take the next one's places.
     """
     strata = defaultdict(list)
     for unit in units:
@@ -49,15 +50,16 @@ def _deal(labels: Labels, units: list[list[int]], shares: dict[str, float], seed
         name = min(labels.image_id[row] for row in unit)
         strata[max(sorted(kinds), key=lambda kind: kinds[kind])].append((digest([seed, name]), unit))
     split = np.full(len(labels.image_id), "train", dtype="<U6")
-    seen, taken = 0, dict.fromkeys(shares, 0)
+    owed = dict.fromkeys(shares, 0.0)  # images, by part
     for stratum in sorted(strata):
         pool = [unit for _, unit in sorted(strata[stratum])]
-        seen += sum(map(len, pool))
+        n_images = sum(map(len, pool))
         for part, share in shares.items():
+            owed[part] = min(max(owed[part], -0.5), 0.5) + share * n_images
             left = []
             for unit in pool:  # one that is too large for a part leaves it to the smaller ones behind
-                if taken[part] + len(unit) / 2 <= share * seen:
-                    taken[part] += len(unit)
+                if len(unit) / 2 <= owed[part]:
+                    owed[part] -= len(unit)
                     split[unit] = part
                 else:
                     left.append(unit)

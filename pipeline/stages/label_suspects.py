@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import engine, hdf5, logs, manifest, suspects
-from pipeline.files import write_text
 from pipeline.manifest import Labels
 from pipeline.params import load_params
 from pipeline.suspects import Suspects
@@ -55,7 +54,7 @@ def write(found: Suspects, labels: Labels) -> None:
             "weight": labels.weight[found.rows],
         }
     )
-    write_text(REPORT, frame.to_csv(index=False, lineterminator="\n"))
+    manifest.write_csv(REPORT, frame)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
-def test_parts_have_their_size_to_within_one_unit(table: Table, shares: tuple[float, float], seed: int):
-    largest = max(map(len, make_units(records(table))))
+def test_parts_have_their_size_to_within_one_unit_of_a_stratum(table: Table, shares: tuple[float, float], seed: int):
+    largest = max(map(len, make_units(records(table)))) * len({row[3:] for row in table})
     counts = Counter(drawn(records(table), shares, seed).values())
     for part, share in zip(("test", "val"), shares, strict=True):
         assert abs(counts[part] - share * len(table)) <= largest
@@ -154,6 +154,15 @@ def test_one_large_group_does_not_keep_the_rest_of_its_class_out_of_test_and_val
     table = [(str(i), "video" if i < 30 else "", "", "x" if i < 50 else "y", "") for i in range(100)]
     labels = records(table)
     check_classes(draw(labels, make_units(labels), sizes("stratified", (0.25, 0.1125)), seed), labels)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_large_groups_of_one_class_take_no_places_of_the_next(seed: int):
+    table = [(str(i), str(i // 100) if i < 1000 else "", "", "x" if i < 1000 else "y", "") for i in range(1150)]
+    found = drawn(records(table), (0.25, 0.1125), seed)
+    counts = Counter(part for name, part in found.items() if int(name.removesuffix(".png")) >= 1000)
+    assert counts["test"] == pytest.approx(37.5, abs=1)
+    assert counts["val"] == pytest.approx(16.9, abs=1)
 
 
 # hash

@@ -145,3 +145,24 @@ def test_image_that_resizing_would_blow_up_is_refused(size: tuple[int, int]):
 def test_format_that_runs_a_program_is_refused():
     with pytest.raises(ValueError, match="not an image of a known format"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
+def test_a_jpeg_in_thousands_of_scans_is_refused_before_it_is_decoded():
+    stream = io.BytesIO()
+    Image.new("L", (2000, 2000)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    assert decode(content).size == (2000, 2000)
+    start = content.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="a JPEG of 2000 x 2000 px in too many scans"):
+        decode(content[:-2] + content[start:-2] * 6000 + content[-2:])
+
+
+def test_too_little_memory_says_nothing_of_the_file(monkeypatch: pytest.MonkeyPatch):
+    def fail(_image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    monkeypatch.setattr("pipeline.decoding._eight_bits", fail)
+    with pytest.raises(MemoryError):
+        decode(stream.getvalue())

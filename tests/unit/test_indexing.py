@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from pipeline import decoding, indexing
 from pipeline.indexing import Inspected, inspect
 
+YOUNG = indexing.YOUNG
 OLD = 1_600_000_000_000_000_000  # ns: long before any test
 
 
@@ -32,6 +34,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A directory `images` with a bad file among good ones, below the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(indexing, "YOUNG", -(10**12))  # nobody can make a file that changed long ago
     Path("images").mkdir()
     for number in range(4):
         Path("images", f"{number}.png").write_bytes(picture(number))
@@ -92,7 +95,7 @@ def test_unchanged_files_are_not_read_again(names: list[str], read: list[str]):
     assert read == names
 
 
-@pytest.mark.parametrize("change", ["size", "mtime", "inode", "new", "renamed"])
+@pytest.mark.parametrize("change", ["size", "mtime", "in place", "inode", "new", "renamed"])
 def test_a_file_that_changed_is_read_again_and_no_other(change: str, names: list[str], read: list[str]):
     inspect(IMAGES, names, 0)
     read.clear()
@@ -102,6 +105,10 @@ def test_a_file_that_changed_is_read_again_and_no_other(change: str, names: list
         age(path)
     elif change == "mtime":
         os.utime(path, ns=(OLD, OLD + 1))
+    elif change == "in place":  # size, mtime and inode stay
+        with path.open("r+b") as file:
+            file.write(picture(1)[:-1] + b"x")
+        age(path)
     elif change == "inode":
         (IMAGES / "other").write_bytes(picture(1))
         (IMAGES / "other").replace(path)
@@ -118,8 +125,10 @@ def test_a_file_that_changed_is_read_again_and_no_other(change: str, names: list
 
 
 def test_verifying_reads_all_and_finds_what_changed_unnoticed(
-    names: list[str], read: list[str], caplog: pytest.LogCaptureFixture
+    names: list[str], read: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    stamp = indexing._stamp  # of a file system that does not know when a file changed
+    monkeypatch.setattr(indexing, "_stamp", lambda path: (found := stamp(path)) and found._replace(ctime_ns="0"))
     before = inspect(IMAGES, names, 0)
     path = IMAGES / "2.png"
     content = bytearray(picture(2))
@@ -139,8 +148,13 @@ def test_verifying_reads_all_and_finds_what_changed_unnoticed(
     assert read == []
 
 
-def test_a_file_changed_while_it_may_be_read_is_not_remembered(names: list[str], read: list[str]):
+def test_a_file_changed_while_it_may_be_read_is_not_remembered(
+    names: list[str], read: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    inspect(IMAGES, names, 0)
+    time.sleep(2 * YOUNG / 1e9)
     os.utime(IMAGES / "3.png")
+    monkeypatch.setattr(indexing, "YOUNG", YOUNG)
     inspect(IMAGES, names, 0)
     read.clear()
     inspect(IMAGES, names, 0)

@@ -122,6 +122,7 @@ def test_train_alone_or_with_one_other_part_is_a_part_and_among_other_names_a_cl
     touch(tmp_path, "test/cat/1.png")
     assert set(find_images(tmp_path).images["split"]) == {"train", "test"}
     (tmp_path / "test").rename(tmp_path / "plane")
+    (tmp_path / "plane" / "cat").rename(tmp_path / "plane" / "jet")
     found = find_images(tmp_path).images
     assert set(found["label"]) == {"train", "plane"}
     assert set(found["split"]) == {""}
@@ -251,4 +252,20 @@ def test_a_table_in_another_encoding_is_refused(tmp_path: Path):
     with_table(tmp_path, "")
     (tmp_path / "labels.csv").write_bytes("path,label\na.png,grün\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"labels\.csv: not a CSV file in UTF-8"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["path,label,Group", "path,label, split", "path,label,group,group"])
+def test_a_mistyped_optional_column_is_an_error_and_not_left_out(tmp_path: Path, header: str):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "labels.csv").write_text(f"{header}\na.png,x{',g' * (header.count(',') - 1)}\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: column '.+'; expected '.+', once$"):
+        find_images(tmp_path)
+
+
+def test_train_beside_a_directory_with_the_same_classes_is_no_class(tmp_path: Path):
+    for name in ("train/a/1.png", "train/b/2.png", "dev/a/3.png", "dev/b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="dev/ lies beside train/"):
         find_images(tmp_path)
