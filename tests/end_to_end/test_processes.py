@@ -180,7 +180,7 @@ def test_run_that_is_killed_at_any_moment_keeps_its_shards_and_ends_with_the_sam
         store, how = f"killed-{trial}", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[trial % 3]
         process = driver.start(store, workers=trial % 2)
         process.wait_for("rows to compute")
-        n_shards = moments.randrange(50)  # of 80; what is done, and not our clock, says when on a busy machine, too
+        n_shards = moments.randrange(40)  # of 80; what is done, and not our clock, says when on a busy machine, too
         while len(driver.shards(store)) < n_shards:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.03))
@@ -200,7 +200,7 @@ def test_run_that_is_killed_at_any_moment_keeps_its_shards_and_ends_with_the_sam
         assert f"{len(rows)} rows reused, {N_IMAGES * VIEWS - len(rows)} computed" in said
         assert set(before) <= set(driver.shards(store))
         assert driver.features(store) == expected
-    assert len(set(n_kept)) > 10, "the moments differ"
+    assert len(set(n_kept)) > 5, "the moments differ"
 
 
 def test_full_disk_is_one_line_and_what_was_written_is_kept(driver: Driver, expected: bytes) -> None:

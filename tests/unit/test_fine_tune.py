@@ -120,7 +120,6 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-    monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
 
     def run(name: str, strategy: dict[str, Any], **changes: Any) -> Run:
         fine_tuning = {"strategies": {"tuned": STRATEGY | strategy}}
@@ -129,8 +128,10 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
         if is_new:
             make_images(Path("images"))
             make_weights(name)
+            monkeypatch.setattr(sys, "argv", ["index"])
             for stage in (index, split, extract, train_head):
                 stage.main()
+        monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
         fine_tune.main()
         return artifacts.read_run("tuned", 0)
 
