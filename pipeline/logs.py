@@ -6,12 +6,14 @@ run to run.
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -40,6 +42,7 @@ def run(main: Callable[[], None]) -> None:
     for noisy in ("httpx", "httpx2", "timm", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = _quiet_in_workers(os.getpid())
     start = time.perf_counter()
     try:
         main()
@@ -54,6 +57,16 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: a process that decodes images was killed, as happens when memory is full ({error})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _quiet_in_workers(main: int) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
+    """What goes wrong in a decoding worker reaches the main process; what it shows itself is that this one is gone."""
+
+    def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        if os.getpid() == main:
+            sys.__excepthook__(kind, error, where)
+
+    return show
 
 
 def note_timing(wall_seconds: float) -> None:
