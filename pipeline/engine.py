@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -149,7 +150,7 @@ def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable
 
 
 def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvino.CompiledModel:
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
         warnings.simplefilter("ignore")  # the tracer's remarks on shapes, which are constant here
         # Traced once: torch's check of the trace would run it twice more, and tests compare outputs anyway
         decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
@@ -158,6 +159,18 @@ def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvi
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
     return openvino.Core().compile_model(converted, "CPU", options)
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """`convert_model` silences the root logger, and where it fails leaves it so: no log line would follow."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters.copy(), root.handlers.copy()
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _padded(batch: torch.Tensor, size: int) -> torch.Tensor:
