@@ -27,7 +27,8 @@ from pipeline.logs import log, progress
 
 SCHEMA = 2
 LARGEST = 1024**3  # bytes of an image file
-CHUNK = 8  # files that a process is handed at a time
+CHUNK, CHUNK_BYTES = 64, 2_000_000  # files, and bytes of files, after which a process is handed no more at a time
+FEW = 8  # files for which no process is started
 YOUNG = 100_000_000  # ns: a file changed so shortly before it was read could change again at the same time stamp
 
 
@@ -77,7 +78,8 @@ def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying
     unread = [name for name in names if is_verifying or name not in known]
     start = time.time_ns()
     found = dict(known)
-    results = _inspect_all([f"{directory}/{name}" for name in unread], workers)
+    sizes = [int(stamps[name].size) if name in stamps else 0 for name in unread]
+    results = _inspect_all([f"{directory}/{name}" for name in unread], sizes, workers)
     bar = progress(results, len(unread), "images", "index") if unread else results
     try:
         for name, result in zip(unread, bar, strict=True):
@@ -142,11 +144,11 @@ def _read(path: str) -> bytes:
 # several processes
 
 
-def _inspect_all(paths: Sequence[str], workers: int) -> Iterator[Inspected]:
-    if not workers or len(paths) <= CHUNK:
+def _inspect_all(paths: Sequence[str], sizes: Sequence[int], workers: int) -> Iterator[Inspected]:
+    if not workers or len(paths) <= FEW:
         yield from map(inspect_file, paths)
         return
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    chunks = list(_chunks(paths, sizes))
     while chunks:
         n_done = 0
         try:
@@ -157,6 +159,19 @@ def _inspect_all(paths: Sequence[str], workers: int) -> Iterator[Inspected]:
             yield from _one_by_one(chunks[n_done])
             n_done += 1
         chunks = chunks[n_done:]
+
+
+def _chunks(paths: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    n_bytes = 0
+    for path, size in zip(paths, sizes, strict=True):
+        chunk.append(path)
+        n_bytes += size
+        if len(chunk) == CHUNK or n_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, n_bytes = [], 0
+    if chunk:
+        yield chunk
 
 
 def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[list[Inspected]]:

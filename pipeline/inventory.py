@@ -39,11 +39,12 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_bits: 
     is_bad = found["reason"] != ""
     rejected = [*listing.rejected, *found.loc[is_bad, ["path", "reason"]].itertuples(index=False, name=None)]
     readable = found[~is_bad].reset_index(drop=True)
+    path, label = list(readable["path"]), list(readable["label"])
     groups = duplicates.exact(list(readable["sha256"]))
-    disputed = [group for group in groups if readable["label"][group].nunique() > 1]
-    conflicts = [(readable["path"][row], _conflict(readable.loc[group], row)) for group in disputed for row in group]
+    disputed = [group for group in groups if len({label[row] for row in group}) > 1]
+    conflicts = [(path[row], _conflict(path, label, group, row)) for group in disputed for row in group]
     kept = readable.drop([row for group in disputed for row in group]).reset_index(drop=True)
-    same = [list(kept["path"][group]) for group in duplicates.exact(list(kept["sha256"]))]
+    same = [[kept["path"][row] for row in group] for group in duplicates.exact(list(kept["sha256"]))[:SHOWN_GROUPS]]
     near, pairs = _near(kept, near_duplicate_bits)
     summary = {
         "n_images": len(kept),
@@ -55,9 +56,9 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_bits: 
         "formats": _counts(kept["format"]),
         "modes": _counts(kept["mode"]),
         "orientations": _counts(kept["orientation"]),
-        "exact_duplicates": [group[:SHOWN_MEMBERS] for group in same[:SHOWN_GROUPS]],
+        "exact_duplicates": [group[:SHOWN_MEMBERS] for group in same],
         "n_exact_duplicates": len(kept) - kept["sha256"].nunique(),
-        "conflicts": [list(readable["path"][group[:SHOWN_MEMBERS]]) for group in disputed[:SHOWN_GROUPS]],
+        "conflicts": [[path[row] for row in group[:SHOWN_MEMBERS]] for group in disputed[:SHOWN_GROUPS]],
         "near_duplicates": pairs,
         "n_near_duplicates": near.n_pairs,
         "warnings": [*listing.warnings, *_misnamed(kept), *_differing(kept, pairs)],
@@ -65,9 +66,9 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_bits: 
     return Inventory(kept, sorted(rejected + conflicts), conflicts, _groups(list(kept["sha256"]), near), summary)
 
 
-def _conflict(group: pd.DataFrame, row: int) -> str:
-    other = next(other for other in group.itertuples() if other.label != group["label"][row])
-    return f"labelled {group['label'][row]!r}, but {other.path!r} with the same bytes {other.label!r}"
+def _conflict(path: list[str], label: list[str], group: list[int], row: int) -> str:
+    other = next(other for other in group if label[other] != label[row])
+    return f"labelled {label[row]!r}, but {path[other]!r} with the same bytes {label[other]!r}"
 
 
 def _near(kept: pd.DataFrame, bits: int) -> tuple[Near, list[dict[str, Any]]]:
