@@ -12,7 +12,7 @@ import openvino
 import torch
 
 from benchmarks import boundary, compare, extract, head, index, label_suspects, store
-from benchmarks.common import show
+from benchmarks.common import run, show
 from pipeline.files import write_text
 
 RESULTS = Path("reports/benchmarks.json")
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,14 @@ from pipeline import manifest
 from pipeline.images import sha256
 from pipeline.manifest import Images
 
+# A process starts with the peak memory of the one that started it, so a small one has to
+LAUNCH = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+with open("peak_kb", "w") as file:
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(status)
+"""
 REPOSITORY = Path(__file__).parents[1]
 LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
 
@@ -68,7 +76,7 @@ class Workspace:
     def start(self, *module: str) -> subprocess.Popen[bytes]:
         """Start `python -m MODULE…` in a process group of its own."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-m", *module]
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", *module]
         with (self.root / "log").open("ab") as log:
             return subprocess.Popen(
                 command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
@@ -78,10 +86,13 @@ class Workspace:
         """Run `python -m MODULE…` to its end."""
         start, process = time.perf_counter(), self.start(*module)
         printed = cast(IO[bytes], process.stdout).read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        if process.wait():
             raise RuntimeError(f"{' '.join(module)} failed:\n{(self.root / 'log').read_text()[-2000:]}")
-        return Ran(time.perf_counter() - start, usage.ru_maxrss / 1024, printed)
+        return Ran(time.perf_counter() - start, int((self.root / "peak_kb").read_text()) / 1024, printed)
+
+    def shards(self) -> list[Path]:
+        """What the store holds."""
+        return list((self.root / "data" / ".feature_store").glob("*/*.h5"))
 
     def forget(self) -> None:
         """Empty the store."""
@@ -137,3 +148,11 @@ def show(lines: Iterable[Line]) -> list[Line]:
         print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
         seen.append(line)
     return seen
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run `main`; where what it needs is not there, that is one line."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -2,7 +2,7 @@
 
 From PNG files of dataset.path to data/features.h5, one view, start-up of the process included on both sides. Needs an
 indexed data set (`dvc repro index`). The rate of the plain loop does not depend on the number of images, so it runs on
-every fifth (with --quick on every twentieth) and its loop is extended to all.
+every fifth and its loop is extended to all. With --quick few images are taken, of which start-up is a larger part.
 
 The limit is cores / (core-seconds to decode an image + core-seconds of its forward pass): of the loader alone and of
 the forward pass alone, on all cores, in the same process.
@@ -20,27 +20,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common import EXTRACT, LITE, RESNET50, Line, Workspace, show, workspace
+from benchmarks.common import EXTRACT, LITE, RESNET50, Line, Workspace, run, show, workspace
 from pipeline import backbones, engine, images, manifest
 from pipeline.images import Sample
 from pipeline.params import BackboneChoice, load_params
 
+QUICK = {LITE: 4, RESNET50: 16}  # of how many images one is taken
 TARGETS = {(LITE, "fp32"): 7, (LITE, "bf16"): 9, (RESNET50, "fp32"): 3, (RESNET50, "bf16"): 6}
 
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Lines of both networks and precisions."""
-    listed, directory = manifest.read_images(), Path(load_params().dataset.path)
-    step, n = 20 if is_quick else 5, len(listed.sha256)
+    listed, directory, step = manifest.read_images(), Path(load_params().dataset.path), 5
     for name in (LITE, RESNET50):
+        n = len(listed.sha256) // (QUICK[name] if is_quick else 1)
         with workspace(listed, directory, name) as place:
-            place.list_images(listed, slice(None, None, step))
+            place.list_images(listed, slice(0, n, step))
             plain = place.run("benchmarks.plain_loop")
             loop, theirs = float(plain.printed), read(place)
         slow = plain.seconds + loop * (n / len(theirs) - 1)
         for precision in ("fp32", "bf16"):
             title = f"{name.split('/')[1]}, {precision}"
             with workspace(listed, directory, name, precision) as place:
+                place.list_images(listed, slice(n))
                 fast, ours = place.run(EXTRACT).seconds, read(place)
                 size = place.features.stat().st_size / ours.nbytes
             print(f"  {n / fast:.0f} against {n / slow:.0f} images/s", flush=True)
@@ -69,7 +71,7 @@ def in_loop(name: str, precision: str, is_quick: bool) -> float:
         Sample(Path(params.dataset.path, path), sha256, 0)
         for path, sha256 in zip(listed.image_id, listed.sha256, strict=True)
     ]
-    n = len(samples) if name == LITE and not is_quick else 768 if name == LITE else 320
+    n = {LITE: 400 if is_quick else len(samples), RESNET50: 128 if is_quick else 320}[name]
     batches = [samples[i : i + engine.BATCH["cpu"]] for i in range(0, n - n % engine.BATCH["cpu"], engine.BATCH["cpu"])]
     how = backbone.preprocessing, params.augmentation
     pixels = torch.cat(list(images.load_batches(batches[:8], *how, 0)))
@@ -96,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

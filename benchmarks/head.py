@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from benchmarks.common import Line, show
+from benchmarks.common import Line, run, show
 from pipeline import hdf5, heads, manifest
 from pipeline.heads import Examples
 from pipeline.params import load_params
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

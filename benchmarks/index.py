@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import Line, Workspace, generate, show, workspace
+from benchmarks.common import Line, Workspace, generate, run, show, workspace
 from pipeline import decoding
 from pipeline.manifest import Images
 
@@ -28,7 +28,7 @@ LONG_AGO = 1_600_000_000
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Rate on images of the default data's size, memory on small ones, and both again."""
-    yield from rate(600 if is_quick else 4000)
+    yield from rate(1200 if is_quick else 4000)
     yield from small(5000 if is_quick else 50_000)
 
 
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

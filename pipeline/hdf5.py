@@ -139,6 +139,8 @@ def read_features(path: Path = FEATURES) -> Features:
                 raise ValueError(f"its provenance is {provenance[:80]!r}")
             mapped = np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape)
             return Features(mapped, [name.decode() for name in names[()].tolist()], said)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not there; run: dvc repro extract") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not written by this pipeline ({reason}); run: dvc repro extract") from None

@@ -5,7 +5,7 @@ All are in the order of `image_id` (POSIX path below the dataset directory).
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ def write_images(images: Images, path: Path = IMAGES) -> None:
 
 def read_images(path: Path = IMAGES) -> Images:
     """Read images.csv."""
-    frame = _read(path, Images).astype({"width": int, "height": int})
+    frame = _read(path, [field.name for field in fields(Images)], "index").astype({"width": int, "height": int})
     return Images(**{str(column): list(frame[column]) for column in frame})
 
 
@@ -80,7 +80,8 @@ def write_labels(labels: Labels, path: Path = LABELS) -> None:
 
 def read_labels(path: Path = LABELS) -> Labels:
     """Read labels.csv; class names are those that occur, sorted."""
-    frame = _read(path, Labels)
+    columns = [field.name for field in fields(Labels) if field.name != "class_names"]
+    frame = _read(path, columns, "index")
     class_names = sorted(set(frame["label"]))
     text = {str(column): list(frame[column]) for column in frame if column not in ("label", "weight")}
     label = frame["label"].map(class_names.index).to_numpy(np.int64)
@@ -95,7 +96,7 @@ def write_split(split: Split, directory: Path = SPLITS) -> None:
 def read_split(seed: int, image_id: Sequence[str], directory: Path = SPLITS) -> Split:
     """Read seed_<s>.csv; ValueError unless it is about just the images `image_id`, in this order."""
     path = directory / f"seed_{seed}.csv"
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame = _read(path, ["image_id", "split"], "split")
     if list(frame["image_id"]) != list(image_id):
         raise ValueError(f"{path}: other images than in {LABELS}; run: dvc repro split")
     return Split(seed, list(image_id), frame["split"].to_numpy(str))
@@ -115,9 +116,14 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_text(path, text)
 
 
-def _read(path: Path, record: type) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    missing = set(record.__dataclass_fields__) - {"class_names"} - set(frame.columns)
-    if missing:
-        raise ValueError(f"{path}: column {min(missing)!r} is missing; run: dvc repro index")
-    return frame
+def _read(path: Path, columns: list[str], stage: str) -> pd.DataFrame:
+    """A table that `stage` wrote, as text; ValueError, which says so, where it is not there or something else."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not there; run: dvc repro {stage}") from None
+    except ValueError as error:  # no CSV, or not UTF-8
+        raise ValueError(f"{path}: {' '.join(str(error).split())}; run: dvc repro {stage}") from None
+    if missing := set(columns) - set(frame.columns):
+        raise ValueError(f"{path}: column {min(missing)!r} is missing; run: dvc repro {stage}")
+    return frame[columns]

@@ -248,6 +248,11 @@ def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
+def test_features_that_are_not_there_are_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"features\.h5: not there; run: dvc repro extract$"):
+        hdf5.read_features(tmp_path / "features.h5")
+
+
 def test_features_without_views_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "features.h5"
     hdf5.write_features(path, (6, 4), VALUES.dtype, [VALUES.reshape(6, 4)], NAMES, {})

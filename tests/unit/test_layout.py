@@ -87,11 +87,3 @@ def test_what_dvc_caches_is_ignored_by_git_beforehand(stage: str):
         )
         is_ignored = shown.stdout.startswith(".gitignore:")
         assert is_ignored == options.get("cache", True), name
-
-
-BENCHMARKS = [path for path in REPOSITORY.glob("benchmarks/*.py") if path.stem not in ("__init__", "common")]
-
-
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_benchmark_runs_when_it_is_called(path: Path):
-    assert path.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    main()\n')

@@ -55,6 +55,17 @@ def test_a_table_of_another_version_is_refused(tmp_path: Path):
         manifest.read_labels(path)
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b'a,b\n"1,2\n', b"a\n1\n2,3\n"])
+def test_what_is_no_table_is_one_line_with_the_way_out(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "images.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^.*images\.csv: .+; run: dvc repro index$"):
+        manifest.read_images(path)
+    with pytest.raises(ValueError, match=r"^.*seed_0\.csv: not there; run: dvc repro split$"):
+        manifest.read_split(0, [], tmp_path)
+
+
 def test_splits_read_back_by_seed_as_they_were_written(tmp_path: Path):
     names = ["1", "NA", "c,d"]
     for seed, parts in ((10, ["train", "val", "test"]), (2, ["unused", "test", "train"])):
