@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # a list of them, as json indents it; in its texts a line end is \\n
 
 
 @contextmanager
@@ -34,8 +37,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
-    """Write indented JSON; NaN and infinity are refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write indented JSON, a list of numbers on one line; NaN and infinity are refused (ValueError)."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text(path, NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text))
 
 
 def digest(value: Any) -> str:  # noqa: ANN401

@@ -56,6 +56,14 @@ def test_json_reads_back_and_keeps_letters(tmp_path: Path):
     assert text.endswith("}\n")
 
 
+def test_json_holds_a_list_of_numbers_on_one_line_and_texts_as_they_are(tmp_path: Path):
+    value = {"confusion": [[10, -2], [3, 4.5e-07]], "names": ["[\n1\n]", "[ 1 ]"], "none": [], "mixed": [None, 1]}
+    write_json(tmp_path / "file.json", value)
+    text = (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert '"confusion": [\n    [10, -2],\n    [3, 4.5e-07]\n  ]' in text
+
+
 def test_a_digest_depends_on_values_but_not_on_the_order_of_keys():
     assert digest({"a": 1, "b": [2.5, None]}) == digest({"b": [2.5, None], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
