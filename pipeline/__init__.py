@@ -7,7 +7,7 @@ only from those named before it:
     images come in   listing, decoding, duplicates, indexing, inventory
     splits           units, splits
     how sure         metrics, influence, resampling, statistics
-    features         images, backbones, engine, cuts, hdf5, feature_store, extraction
+    features         images, backbones, engine, tracing, cuts, hdf5, feature_store, extraction
     training         heads, suspects, training, artifacts
     the comparison   tables, recommendation, comparison, plots, plots_page, pull_request
     tools            idx, datasets, sweep, predict

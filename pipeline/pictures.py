@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline import backbones, cuts, decoding, images
+from pipeline import backbones, cuts, decoding, images, tracing
 from pipeline.backbones import Backbone
 from pipeline.hdf5 import Features
 from pipeline.manifest import Images
@@ -115,7 +115,7 @@ def feature_maps(backbone: Backbone, pixels: np.ndarray, last: str) -> list[Pict
 
     Of each block, the channels that vary most. ValueError if the network cannot be traced, or has no maps.
     """
-    ends = {cuts.block(backbone.module, name): name for name in cuts.find(backbone)}
+    ends = {cuts.block(backbone.module, name): name for name in tracing.find(backbone)}
     names = list(ends.values())
     if last in names:
         names = names[: names.index(last) + 1]

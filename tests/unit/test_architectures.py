@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import backbones, cuts, engine
+from pipeline import backbones, cuts, engine, tracing
 from pipeline.engine import Runner
 from pipeline.params import BackboneChoice
 
@@ -101,7 +101,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
     yield
-    cuts.find.cache_clear()
+    tracing.find.cache_clear()
     gc.collect()
 
 
@@ -158,7 +158,7 @@ def test_network_can_be_cut_early_in_the_middle_and_late(name: str) -> None:
     shape = (3, *[backbone.preprocessing.crop] * 2)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     every = sorted(id(tensor) for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
-    names, sizes = list(cuts.find(backbone)), []
+    names, sizes = list(tracing.find(backbone)), []
     with torch.inference_mode():
         whole = backbone.module(x)
         assert not torch.equal(whole[0], whole[1])

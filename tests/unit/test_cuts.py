@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from pipeline import backbones, cuts, logs
+from pipeline import backbones, cuts, logs, tracing
 from pipeline.backbones import Backbone
 from pipeline.cuts import CutPoint
 from pipeline.images import Preprocessing
@@ -58,7 +58,7 @@ def images(of: Backbone, n: int = 2) -> torch.Tensor:
 @cache
 def early_middle_late(name: str) -> dict[str, list[nn.Module]]:
     """Three cuts, each with its prefix and suffix."""
-    names = list(cuts.find(backbone(name)))
+    names = list(tracing.find(backbone(name)))
     return {cut: cuts.split(backbone(name), cut) for cut in (names[0], names[len(names) // 2], names[-2])}
 
 
@@ -130,8 +130,8 @@ class Again(nn.Module):
 
 def test_exact_cut_point_wins_over_the_module_path() -> None:
     toy = wrap(Again())
-    assert list(cuts.find(toy)) == ["a", "b", "a_1", "c"]
-    assert [cuts.resolve(toy, cut) for cut in cuts.find(toy)] == ["a", "b", "a_1", "c"]
+    assert list(tracing.find(toy)) == ["a", "b", "a_1", "c"]
+    assert [cuts.resolve(toy, cut) for cut in tracing.find(toy)] == ["a", "b", "a_1", "c"]
 
 
 class VGG(nn.Module):
@@ -260,11 +260,11 @@ class Sums(nn.Module):
 
 
 def test_no_cut_where_two_values_are_alive() -> None:
-    assert list(cuts.find(wrap(Sums(is_shared=False)))) == ["first", "add", "third"]
+    assert list(tracing.find(wrap(Sums(is_shared=False)))) == ["first", "add", "third"]
 
 
 def test_no_cut_between_two_uses_of_the_same_weights() -> None:
-    assert list(cuts.find(wrap(Sums(is_shared=True)))) == ["first_1"]  # behind the last use
+    assert list(tracing.find(wrap(Sums(is_shared=True)))) == ["first_1"]  # behind the last use
 
 
 class Transposed(nn.Module):
@@ -279,14 +279,14 @@ class Transposed(nn.Module):
 
 
 def test_no_cut_where_a_row_is_no_image() -> None:
-    assert list(cuts.find(wrap(Transposed()))) == ["first", "transpose_1", "last"]
+    assert list(tracing.find(wrap(Transposed()))) == ["first", "transpose_1", "last"]
 
 
 def test_finding_cuts_leaves_the_mode_of_the_network_alone() -> None:
     for is_training in (True, False):
         toy = wrap(Sums(is_shared=False))
         toy.module.train(is_training)
-        cuts.find(toy)
+        tracing.find(toy)
         assert all(part.training is is_training for part in toy.module.modules())
 
 
@@ -308,14 +308,14 @@ class Remembers(nn.Module):
 
 def test_size_of_the_images_is_no_value_that_stays_alive() -> None:
     toy = wrap(Remembers(axis=2))
-    assert list(cuts.find(toy)) == ["first", "second", "reshape"]
+    assert list(tracing.find(toy)) == ["first", "second", "reshape"]
     prefix, suffix = cuts.split(toy, "first")
     for n in (1, 5):
         assert torch.equal(suffix(prefix(images(toy, n))), toy.module(images(toy, n)))
 
 
 def test_number_of_images_is_a_value_that_stays_alive() -> None:
-    assert list(cuts.find(wrap(Remembers(axis=0)))) == ["reshape"]
+    assert list(tracing.find(wrap(Remembers(axis=0)))) == ["reshape"]
 
 
 def torchvision_vit() -> Backbone:
@@ -441,7 +441,7 @@ def test_what_is_said_of_resnet18_is_what_is_known_of_it() -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_descriptions_grow_with_depth_and_agree_with_the_pieces(name: str) -> None:
     points = cuts.describe(backbone(name), 4)
-    assert [point.name for point in points] == list(cuts.find(backbone(name)))
+    assert [point.name for point in points] == list(tracing.find(backbone(name)))
     for key in ("params_before", "weight_layers_before", "flops_before"):
         values = [getattr(point, key) for point in points]
         assert values == sorted(values), key
