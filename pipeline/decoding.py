@@ -136,7 +136,8 @@ def _scaled(image: Image.Image) -> Image.Image:
             raise ValueError(f"{bits}-bit pixels from {pixels.min()} to {pixels.max()}; expected 0 to 65535")
         bits, is_signed = 16, False
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
-    grey = np.round((pixels.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    table = np.round(np.arange(high - low + 1) * (255 / (high - low))).astype(np.uint8)
+    grey = table[np.clip(pixels.astype(np.int32), low, high) - low]
     if tags.get(PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey
     if isinstance(transparent := image.info.get("transparency"), int):

@@ -185,7 +185,7 @@ def test_a_table_as_excel_saves_it_is_read(tmp_path: Path):
     assert list(found["label"]) == ["grün", "NA"]
 
 
-@pytest.mark.parametrize("weight", ["nan", "0", "-1", "inf", "", "heavy", "1,5"])
+@pytest.mark.parametrize("weight", ["nan", "0", "-1", "inf", "", "heavy", "1,5", "1_0"])
 def test_a_weight_is_a_number_above_zero(weight: str, tmp_path: Path):
     with pytest.raises(ValueError, match=r"labels\.csv: row 3: weight '.*'; expected a number above 0"):
         find_images(with_table(tmp_path, f'path,label,weight\na.png,cat,1\nb.png,dog,"{weight}"\n'))
