@@ -25,22 +25,11 @@ from safetensors.torch import save_file
 
 from pipeline import logs
 from pipeline.stages import extract, fine_tune, index, split, train_head
+from tests.common import carry
 
 pytestmark = pytest.mark.end_to_end
 
 SOURCE = Path(__file__).parents[2]
-CARRIED = (
-    "dvc.yaml",
-    "params.yaml",
-    "pipeline",
-    "requirements.lock",
-    ".gitignore",
-    ".dvcignore",
-    ".dvc/config",
-    ".dvc/.gitignore",
-    ".dvc/plots",
-    "data/weights/README.md",
-)
 COLOURS = {"blue": (90, 110, 150), "green": (100, 150, 95), "red": (150, 105, 90)}
 METRICS = {"accuracy", "accuracy_low", "accuracy_high", "balanced_accuracy", "macro_f1", "auroc", "nll", "brier", "ece"}
 COST = {"trainable_params", "train_flops", "base_passes", "cached_bytes"}
@@ -154,11 +143,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A repository in which `dvc repro` has run and everything is committed; tests copy it."""
     folder = tmp_path_factory.mktemp("end_to_end")
     root = folder / "base"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *CARRIED]
-    found = subprocess.run(listed, cwd=SOURCE, capture_output=True, text=True, check=True).stdout
-    for name in sorted({*found.split("\0")} - {""}):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(SOURCE / name, root / name)
+    carry(root)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "GIT", "PYTHON"))}
     person = {"NAME": "Test", "EMAIL": "test@example.org"}
     environment = inherited | {f"GIT_{who}_{key}": person[key] for who in ("AUTHOR", "COMMITTER") for key in person}

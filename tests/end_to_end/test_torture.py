@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import stat
 import struct
@@ -31,6 +30,7 @@ from ruamel.yaml import YAML
 
 from pipeline import hdf5
 from pipeline.decoding import decode
+from tests.common import carry
 
 pytestmark = pytest.mark.end_to_end
 
@@ -692,23 +692,7 @@ def test_labels_csv_as_spreadsheets_save_it_is_read(listed: Path) -> None:
 
 def test_every_good_image_reaches_the_features_through_dvc(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
-    kept = (
-        "dvc.yaml",
-        "params.yaml",
-        "pipeline",
-        "requirements.lock",
-        ".gitignore",
-        ".dvcignore",
-        ".dvc",
-        "data/weights",
-    )
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *kept],
-        cwd=SOURCE, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    for name in filter(None, tracked):
-        (repository / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(SOURCE / name, repository / name)
+    carry(repository)
     folder = make(repository / "data" / "mine")
     yaml = YAML()
     params = yaml.load(repository / "params.yaml")

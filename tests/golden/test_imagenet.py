@@ -11,24 +11,10 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights
 from pipeline import backbones
 from pipeline.backbones import Normalize
 from pipeline.images import Preprocessing, decode, sha256, views
-from pipeline.params import Augmentation, BackboneChoice
+from pipeline.params import BackboneChoice
+from tests.common import FLIPS
 
 PHOTOGRAPHS = Path(sklearn.datasets.__file__).parent / "images"
-FLIPS = Augmentation(
-    seed=0,
-    flips="both",
-    right_angles=False,
-    rotation_degrees=0.0,
-    shift_fraction=0.0,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=0.0,
-)
 
 
 def pixels_of(photograph: str, preprocessing: Preprocessing) -> torch.Tensor:

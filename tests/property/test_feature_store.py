@@ -26,24 +26,13 @@ from pipeline.extraction import Computation, Share
 from pipeline.feature_store import Store
 from pipeline.hdf5 import Row
 from pipeline.images import Preprocessing, Sample
-from pipeline.params import Augmentation, FeatureOptions
+from pipeline.params import FeatureOptions
+from tests.common import FLIPS
 
 N_IMAGES, VIEWS = 9, 3
 CPU = torch.device("cpu")
-AUGMENTATION = Augmentation(
-    seed=0,
-    flips="both",
-    right_angles=True,
-    rotation_degrees=10.0,
-    shift_fraction=0.1,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.2,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=2.0,
+AUGMENTATION = FLIPS.model_copy(
+    update={"right_angles": True, "rotation_degrees": 10.0, "shift_fraction": 0.1, "brightness": 0.2, "noise_std": 2.0}
 )
 
 

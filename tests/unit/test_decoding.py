@@ -9,20 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.decoding import decode, sha256
-
-
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def photograph() -> Image.Image:
-    return Image.fromarray(noise(7, 9, 3)).resize((36, 28), Image.Resampling.BICUBIC)
+from tests.common import encoded, noise, photograph
 
 
 def test_an_image_is_named_by_the_digest_of_its_bytes():

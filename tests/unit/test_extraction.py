@@ -21,6 +21,7 @@ from pipeline.feature_store import Store
 from pipeline.hdf5 import Row
 from pipeline.images import Preprocessing
 from pipeline.params import Augmentation, FeatureOptions
+from tests.common import FLIPS
 
 CPU = torch.device("cpu")
 N_IMAGES = 12
@@ -28,21 +29,6 @@ EVERYTHING = Share(0, 1)
 PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIONS = FeatureOptions(
     views=2, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32"
-)
-AUGMENTATION = Augmentation(
-    seed=0,
-    flips="both",
-    right_angles=False,
-    rotation_degrees=0.0,
-    shift_fraction=0.0,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=0.0,
 )
 
 
@@ -60,7 +46,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def make_computation(
-    augmentation: Augmentation = AUGMENTATION,
+    augmentation: Augmentation = FLIPS,
     *,
     seed: int = 0,
     cut: str = "all",
@@ -143,7 +129,7 @@ def test_other_augmentation_leaves_view_0_in_place(paths: dict[str, Path], compu
     rows = all_rows(paths, views=3)
     fill(make_computation(), paths, rows)
     computed.clear()
-    other = AUGMENTATION.model_copy(update={"brightness": 0.2})
+    other = FLIPS.model_copy(update={"brightness": 0.2})
     fill(make_computation(other), paths, rows)
     assert sorted(computed) == sorted(row for row in rows if row[1])
     computed.clear()

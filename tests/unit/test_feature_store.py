@@ -20,23 +20,8 @@ import pytest
 from pipeline import feature_store, files, hdf5, logs
 from pipeline.feature_store import Key, Store
 from pipeline.hdf5 import Row
-from pipeline.params import Augmentation
+from tests.common import FLIPS
 
-AUGMENTATION = Augmentation(
-    seed=0,
-    flips="both",
-    right_angles=False,
-    rotation_degrees=0.0,
-    shift_fraction=0.0,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=0.0,
-)
 ROWS: list[Row] = [(f"{number:064x}", 0) for number in range(12)]
 VALUES = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 DAY = 86_400
@@ -81,7 +66,7 @@ def key(name: str = "torchvision/resnet18", width: int = 5, store_dtype: str = "
         "engine": "openvino",
         "device": "cpu",
     }
-    return Key(description, AUGMENTATION, (width,))
+    return Key(description, FLIPS, (width,))
 
 
 def fill(which: Key, rows: list[Row] = ROWS) -> list[Path]:

@@ -17,22 +17,9 @@ from torch.nn import functional as F
 from pipeline import heads
 from pipeline.heads import Examples, Fitted, Selection, Standardize
 from pipeline.params import HeadOptions
+from tests.common import LINEAR as PLAIN_HEAD
 
-LINEAR = HeadOptions(
-    kind="linear",
-    hidden=(),
-    dropout=0.0,
-    standardize=True,
-    penalty="l2",
-    l1_ratio=0.5,
-    class_weights="none",
-    strengths=(0.1,),
-    max_iterations=500,
-    learning_rate=1e-2,
-    epochs=20,
-    batch_size=32,
-    threads=1,
-)
+LINEAR = PLAIN_HEAD.model_copy(update={"learning_rate": 1e-2, "epochs": 20, "batch_size": 32})
 MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "strengths": (1e-4,)})
 PRETRAINED = LINEAR.model_copy(
     update={"kind": "pretrained", "standardize": False, "dropout": 0.3, "strengths": (1e-4,), "epochs": 3}

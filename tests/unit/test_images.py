@@ -1,6 +1,5 @@
 """Decoding, the evaluation transform, and augmented views that depend on seed, image and number alone."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,8 @@ from PIL import Image
 from pipeline.decoding import decode, sha256
 from pipeline.images import Preprocessing, Sample, load_batches, views
 from pipeline.params import Augmentation
+from tests.common import PLAIN, encoded, noise, photograph
 
-PLAIN = Augmentation(
-    seed=0,
-    flips="none",
-    right_angles=False,
-    rotation_degrees=0.0,
-    shift_fraction=0.0,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=0.0,
-)
 KNOBS: list[dict[str, Any]] = [
     {"flips": "horizontal"},
     {"flips": "vertical"},
@@ -51,20 +36,6 @@ NAME = "0" * 64
 
 def augmentation(**changes: Any) -> Augmentation:
     return PLAIN.model_copy(update=changes)
-
-
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def photograph() -> Image.Image:
-    return Image.fromarray(noise(7, 9, 3)).resize((36, 28), Image.Resampling.BICUBIC)
 
 
 def view(k: int, options: Augmentation, image: Image.Image | None = None, name: str = NAME) -> np.ndarray:

@@ -12,41 +12,14 @@ from torch import nn
 
 from pipeline import artifacts, backbones, heads, images, predict
 from pipeline.artifacts import Card, Cost
-from pipeline.params import Augmentation, BackboneChoice, HeadOptions
+from pipeline.params import BackboneChoice
+from tests.common import LINEAR, PLAIN
 
 CLASSES = ("cat", "dog", "long-eared hedgehog")
 SIZE, VIEWS = 32, 2
 CHOICE = BackboneChoice(name="timm/test_resnet", weights="random", seed=3)
-HEAD = HeadOptions(
-    kind="mlp",
-    hidden=(6,),
-    dropout=0.5,
-    standardize=True,
-    penalty="l2",
-    l1_ratio=0.5,
-    class_weights="none",
-    strengths=(0.1,),
-    max_iterations=1,
-    learning_rate=1e-3,
-    epochs=1,
-    batch_size=8,
-    threads=1,
-)
-AUGMENTATION = Augmentation(
-    seed=0,
-    flips="horizontal",
-    right_angles=False,
-    rotation_degrees=0.0,
-    shift_fraction=0.0,
-    scale=(1.0, 1.0),
-    crop_area=(1.0, 1.0),
-    crop_aspect=(1.0, 1.0),
-    brightness=0.0,
-    contrast=0.0,
-    saturation=0.0,
-    hue=0.0,
-    noise_std=0.0,
-)
+HEAD = LINEAR.model_copy(update={"kind": "mlp", "hidden": (6,), "dropout": 0.5, "max_iterations": 1})
+AUGMENTATION = PLAIN.model_copy(update={"flips": "horizontal"})
 
 
 @pytest.fixture

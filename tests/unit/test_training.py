@@ -24,6 +24,7 @@ from pipeline.images import Preprocessing
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
 from pipeline.stages import fine_tune
 from pipeline.training import Batch, Load, Task
+from tests.common import LINEAR
 
 CPU = torch.device("cpu")
 N_CLASSES, N_IMAGES = 3, 36
@@ -33,21 +34,7 @@ WEIGHT = np.where(np.arange(N_IMAGES) % 5, 1.0, 0.5)
 RESNET, RESNET18, MOBILENET = "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"
 ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "vgg as in timm"
 
-HEAD = HeadOptions(
-    kind="linear",
-    hidden=(),
-    dropout=0.0,
-    standardize=True,
-    penalty="l2",
-    l1_ratio=0.5,
-    class_weights="none",
-    strengths=(0.1, 0.01),
-    max_iterations=200,
-    learning_rate=1e-3,
-    epochs=1,
-    batch_size=8,
-    threads=1,
-)
+HEAD = LINEAR.model_copy(update={"strengths": (0.1, 0.01), "max_iterations": 200})
 MLP = HEAD.model_copy(update={"kind": "mlp", "hidden": (8,), "dropout": 0.5})
 PRETRAINED = HEAD.model_copy(update={"kind": "pretrained", "dropout": 0.5, "standardize": False})
 STRATEGY = Strategy(
