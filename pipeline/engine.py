@@ -24,6 +24,7 @@ import openvino  # noqa: E402
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: E402
 
 BATCH = {"cpu": 8, "cuda": 64}  # rows that go through the network together
+TOLERANCE = 1e-4  # of the largest value, by which OpenVINO in fp32 may differ from torch
 log = logging.getLogger("pipeline")
 
 
@@ -63,11 +64,19 @@ class Runner:
     run: Callable[[Iterable[torch.Tensor]], Iterator[np.ndarray]]
 
 
-def prepare(engine: str, module: nn.Module, example: torch.Tensor, precision: str, device: torch.device) -> Runner:
+def prepare(
+    engine: str,
+    module: nn.Module,
+    example: torch.Tensor,
+    precision: str,
+    device: torch.device,
+    expected: np.ndarray | None = None,
+) -> Runner:
     """Make `module` ready for batches like `example`; `engine` is `features.engine`.
 
-    auto takes OpenVINO on a CPU if it can convert the network, and says so if it cannot. Raises ValueError where
-    OpenVINO is asked for and cannot run it.
+    auto takes OpenVINO on a CPU if it can convert the network, and says so if it cannot. `expected` is what torch gives
+    for the first row of `example` in fp32: with it, OpenVINO has to give the same, up to TOLERANCE. Raises ValueError
+    where OpenVINO is asked for and cannot run it.
     """
     module.eval()
     if engine == "openvino" and device.type != "cpu":
@@ -75,6 +84,8 @@ def prepare(engine: str, module: nn.Module, example: torch.Tensor, precision: st
     if engine != "torch" and device.type == "cpu":
         try:
             compiled = _compile(module, example, precision)
+            if expected is not None and precision == "fp32":
+                _compare(compiled, example, expected)
         # The converter raises errors of many kinds, all of which mean that it cannot
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
@@ -171,6 +182,13 @@ def _root_logger_kept() -> Iterator[None]:
     finally:
         root.setLevel(level)
         root.filters, root.handlers = filters, handlers
+
+
+def _compare(compiled: openvino.CompiledModel, example: torch.Tensor, expected: np.ndarray) -> None:
+    (found,) = _run_openvino(compiled, len(example), [example[:1]])
+    apart, largest = np.abs(found - expected).max(), np.abs(expected).max()
+    if not apart <= TOLERANCE * largest:  # nor where one is no number
+        raise RuntimeError(f"it differs from torch by {apart / largest:.1g} of the largest value")
 
 
 def _padded(batch: torch.Tensor, size: int) -> torch.Tensor:

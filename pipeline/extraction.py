@@ -55,10 +55,12 @@ def computation(
 ) -> Computation:
     """Prepare `module`, which is `backbone` from pixels to `cut`, pooled, and describe it."""
     engine.check_precision("features.precision", options.precision, device)
-    example = torch.zeros(engine.BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
+    torch.set_num_threads(options.threads)
+    shape = engine.BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3
+    example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        row_shape = tuple(module.eval()(example[:1]).shape[1:])
-    runner = engine.prepare(options.engine, module, example, options.precision, device)
+        expected = module.eval()(example[:1]).numpy()
+    runner = engine.prepare(options.engine, module, example, options.precision, device, expected)
     description = {
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
@@ -70,9 +72,10 @@ def computation(
         "store_dtype": options.store_dtype,
         "engine": runner.engine,
         "device": device.type,
+        "threads": options.threads if (runner.engine, device.type) == ("torch", "cpu") else None,
         "versions": {library.__name__: library.__version__ for library in LIBRARIES},
     }
-    return Computation(Key(description, augmentation, row_shape), runner, backbone.preprocessing)
+    return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ class FeatureOptions(Record):
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
     store_dtype: Literal["fp32", "fp16"]
+    threads: Count
 
     @model_validator(mode="after")
     def _base_is_not_empty(self) -> Self:

@@ -59,7 +59,7 @@ def main():
     network = Slow()
     backbone = Backbone("timm/slow", network, geometry, backbones.state_sha256(network), 50)
     module = nn.Sequential(backbones.Normalize(geometry), network)
-    features, device = FeatureOptions(views=2, **options), engine.choose_device("cpu")
+    features, device = FeatureOptions(views=2, threads=1, **options), engine.choose_device("cpu")
     made = extraction.computation(module, backbone, "all", "none", augmentation, features, device)
     share = extraction.share_of_environment()
     rows = [(name, view) for name in paths for view in range(2)]

@@ -77,7 +77,14 @@ def computation() -> tuple[Network, Computation]:
     network = Network()
     backbone = Backbone("torchvision/tiny", network, preprocessing, backbones.state_sha256(network), 5)
     options = FeatureOptions(
-        views=VIEWS, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp16"
+        views=VIEWS,
+        image_size=None,
+        cut="all",
+        pool="none",
+        engine="torch",
+        precision="fp32",
+        store_dtype="fp16",
+        threads=1,
     )
     whole = nn.Sequential(backbones.Normalize(preprocessing), network)
     return network, extraction.computation(whole, backbone, "all", "none", AUGMENTATION, options, CPU)
@@ -149,6 +156,7 @@ KEYED = {  # what can change a row: a change of each, and back, is one step of a
     "store_dtype": ("fp32", "fp16"),
     "precision": ("fp32", "bf16"),
     "engine": ("torch", "openvino"),
+    "threads": (1, 2),
     "crop": (8, 6),
     "interpolation": ("bilinear", "bicubic"),
     "mean": (0.5, 0.4),
@@ -176,7 +184,7 @@ def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
     )
     layers = network_of(int(v["seed"]), crop)
     backbone = Backbone(str(v["network"]), layers, geometry, backbones.state_sha256(layers), 5)
-    chosen = {name: v[name] for name in ("engine", "precision", "store_dtype", "cut", "pool")}
+    chosen = {name: v[name] for name in ("engine", "precision", "store_dtype", "threads", "cut", "pool")}
     options = FeatureOptions.model_validate({"views": VIEWS, "image_size": None, **chosen})
     module = nn.Sequential(backbones.Normalize(geometry), layers)
     return extraction.computation(module, backbone, str(v["cut"]), str(v["pool"]), augmentation, options, CPU)

@@ -146,6 +146,22 @@ def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
         engine.prepare("openvino", network, inputs(2), "fp32", CPU)
 
 
+def test_openvino_is_taken_only_where_it_gives_what_torch_gives(
+    network: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = inputs(4)
+    with torch.no_grad():
+        expected = network.eval()(x[:1]).numpy()
+    assert engine.prepare("auto", network, x, "fp32", CPU, expected).engine == "openvino"
+    other = expected + 2e-4 * np.abs(expected).max()
+    assert engine.prepare("auto", network, x, "bf16", CPU, other).engine == "openvino", "bf16 differs anyway"
+    assert engine.prepare("auto", network, x, "fp32", CPU, other).engine == "torch"
+    assert "torch runs it (it differs from torch by 0.0002 of the largest value)" in caplog.text
+    assert engine.prepare("auto", network, x, "fp32", CPU, np.full_like(expected, np.nan)).engine == "torch"
+    with pytest.raises(ValueError, match=r"features\.engine: openvino cannot .* differs from torch"):
+        engine.prepare("openvino", network, x, "fp32", CPU, other)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: str) -> None:
     x = inputs(12)

@@ -20,7 +20,7 @@ from pipeline.extraction import Computation, Share
 from pipeline.feature_store import Store
 from pipeline.hdf5 import Row
 from pipeline.images import Preprocessing
-from pipeline.params import Augmentation, FeatureOptions
+from pipeline.params import Augmentation, BackboneChoice, FeatureOptions
 from tests.common import FLIPS
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ N_IMAGES = 12
 EVERYTHING = Share(0, 1)
 PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIONS = FeatureOptions(
-    views=2, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32"
+    views=2, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32", threads=1
 )
 
 
@@ -52,6 +52,8 @@ def make_computation(
     cut: str = "all",
     pool: str = "none",
     store_dtype: str = "fp32",
+    engine: str = "torch",
+    threads: int = 1,
     preprocessing: Preprocessing = PREPROCESSING,
     name: str = "torchvision/tiny",
     module: nn.Module | None = None,
@@ -61,7 +63,7 @@ def make_computation(
         layers = module or nn.Sequential(nn.Flatten(), nn.Linear(3 * preprocessing.crop**2, 5))
     backbone = Backbone(name, layers, preprocessing, backbones.state_sha256(layers), 5)
     network = nn.Sequential(backbones.Normalize(preprocessing), layers)
-    options = OPTIONS.model_copy(update={"store_dtype": store_dtype})
+    options = OPTIONS.model_copy(update={"store_dtype": store_dtype, "engine": engine, "threads": threads})
     return extraction.computation(network, backbone, cut, pool, augmentation, options, CPU)
 
 
@@ -111,6 +113,30 @@ def test_rows_are_what_the_network_says_of_the_view(paths: dict[str, Path]) -> N
     with torch.no_grad():
         expected = network(backbones.Normalize(PREPROCESSING)(torch.from_numpy(views))).numpy()
     np.testing.assert_allclose(store.read([(name, 0), (name, 1)]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
+def test_rows_do_not_depend_on_the_threads_of_the_environment(kind: str) -> None:
+    backbone = backbones.load(BackboneChoice(name="torchvision/squeezenet1_1", weights="random", seed=0), 64)
+    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    options = OPTIONS.model_copy(update={"engine": kind, "threads": 2})
+    pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for threads in (1, 2):  # OMP_NUM_THREADS, which torchrun sets to 1
+        torch.set_num_threads(threads)
+        made = extraction.computation(network, backbone, "all", "none", FLIPS, options, CPU)
+        found.append(next(made.runner.run([pixels])))
+    assert np.array_equal(*found)
+
+
+def test_threads_are_in_the_key_where_they_change_what_comes_out() -> None:
+    made = {
+        (kind, threads): make_computation(engine=kind, threads=threads).key.name(0)
+        for kind in ("torch", "openvino")
+        for threads in (1, 2)
+    }
+    assert made["torch", 1] != made["torch", 2]
+    assert made["openvino", 1] == made["openvino", 2]
 
 
 def test_rows_are_read_in_the_order_asked_for(paths: dict[str, Path]) -> None:
