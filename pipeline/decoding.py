@@ -81,6 +81,10 @@ def examine(content: bytes) -> Decoded:
                 image.load()
                 pixels = _eight_bits(image)
     except UnidentifiedImageError:  # whose text holds an address in memory
+        if content.startswith((b"II*\0", b"MM\0*")):
+            raise ValueError(
+                "a TIFF of a kind that is not read; expected 8- or 16-bit grey, RGB or a palette"
+            ) from None
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except MemoryError:  # which says nothing of the file
         raise
@@ -90,6 +94,20 @@ def examine(content: bytes) -> Decoded:
     if orientation in TURNS and kind != "TIFF":  # which Pillow turns itself
         pixels = pixels.transpose(TURNS[orientation])
     return Decoded(pixels, kind, mode, orientation)
+
+
+def check_sums(content: bytes) -> None:
+    """ValueError for a PNG whose checksums say that its bytes are not those that were written; other formats have none.
+
+    Decoding does not check those of the pixels, nor that the end is there.
+    """
+    if not content.startswith(b"\x89PNG"):
+        return
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()
+    except Exception as error:  # as above
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _check_header(image: Image.Image, content: bytes) -> None:

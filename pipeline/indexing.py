@@ -25,7 +25,7 @@ from pipeline import decoding, duplicates
 from pipeline.files import digest, replacing
 from pipeline.logs import log, progress
 
-SCHEMA = 2
+SCHEMA = 3
 LARGEST = 1024**3  # bytes of an image file
 CHUNK, CHUNK_BYTES = 64, 2_000_000  # files, and bytes of files, after which a process is handed no more at a time
 FEW = 8  # files for which no process is started
@@ -121,6 +121,7 @@ def _inspect(path: str) -> tuple[Inspected, np.ndarray | None]:
     sha256 = decoding.sha256(content)
     try:
         decoded = decoding.examine(content)
+        decoding.check_sums(content)
     except ValueError as error:
         return Inspected(str(error), sha256), None
     except MemoryError:  # not remembered: another time there may be more

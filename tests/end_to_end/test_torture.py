@@ -237,6 +237,10 @@ def good() -> dict[str, Good]:
     return found | {name: Good(distinct()) for name in names}
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-40] + bytes([content[-40] ^ 1]) + content[-39:]
+
+
 def bad() -> dict[str, tuple[bytes, str]]:
     """Files that are no image, with the pattern of the reason, by name."""
     jpeg = encoded(Image.fromarray(RGB).resize((200, 150)), "JPEG")
@@ -259,6 +263,8 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "icon.ico": (encoded(RGB, "ICO"), unknown),
         "header.png": (encoded(RGB, "PNG")[:20], "Truncated"),
         "truncated.png": (encoded(RGB, "PNG")[:-200], "."),
+        "no_end.png": (encoded(RGB, "PNG")[:-12], "truncated"),
+        "a bit flipped.png": (flipped(encoded(RGB, "PNG")), "checksum"),
         "truncated.jpg": (jpeg[:-300], "truncated"),
         "half.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "truncated.tif": (encoded(RGB, "TIFF")[:-200], "."),

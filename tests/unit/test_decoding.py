@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import decoding
 from pipeline.decoding import decode, sha256
 from tests.common import encoded, noise, photograph
 
@@ -153,3 +154,21 @@ def test_too_little_memory_says_nothing_of_the_file(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("pipeline.decoding._eight_bits", fail)
     with pytest.raises(MemoryError):
         decode(stream.getvalue())
+
+
+def test_a_png_is_what_was_written_or_is_refused():
+    whole = encoded(photograph())
+    decoding.check_sums(whole)
+    decoding.check_sums(encoded(photograph(), "BMP"))  # has no checksums
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for broken in (bytes(flipped), whole[:-12]):
+        assert decode(broken).size == photograph().size, "decoding alone does not see it"
+        with pytest.raises(ValueError, match="checksum|truncated"):
+            decoding.check_sums(broken)
+
+
+@pytest.mark.parametrize("start", [b"II*\0", b"MM\0*"])
+def test_a_tiff_that_is_not_read_is_told_as_that(start: bytes):
+    with pytest.raises(ValueError, match="a TIFF of a kind that is not read"):
+        decode(start + bytes(20))
