@@ -211,7 +211,7 @@ def feature_map(rows: Rows, field: str, domain: Sequence[str], shares: Sequence[
         alt.X("x:Q", title=first).scale(zero=False, nice=False, padding=6).axis(**hidden),
         alt.Y("y:Q", title=second).scale(zero=False, nice=False, padding=6).axis(**hidden),
         _colour(field, domain),
-        tooltip=["image:N", "class:N", "verdict:N"],
+        tooltip=[alt.Tooltip("image:N", title="file"), "class:N", "verdict:N"],  # of what is called image, one is made
     )
     # Thousands of points: on a canvas, which the page chooses by this name
     return _spec(points.mark_circle(size=18, opacity=0.6), 340) | {"usermeta": {"renderer": "canvas"}}

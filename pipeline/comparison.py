@@ -4,6 +4,7 @@ Fractions, never percent. Figures are means over the seeds; runs that say the sa
 count once. Intervals are those of `statistics`: over test images, conditional on the trained runs.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,19 +21,24 @@ from pipeline.statistics import Interval, Predictions
 PARTS = ("val", "test")
 SUMMARY = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll", "brier", "ece")
 ROW_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
-MAX_GROUPS = 50
+MAX_GROUPS = 50  # of which there are rows; those with the most test images
 Json = dict[str, Any]
 
 
-def assemble(runs: Mapping[str, Sequence[Run]], every_head: Sequence[Run], labels: Labels, options: Compare) -> Json:
-    """details.json: the strategies on their common seeds, what the head gives on all of its own, and the choice."""
+def assemble(
+    runs: Mapping[str, Sequence[Run]], every_head: Sequence[Run], labels: Labels, n_train: float, options: Compare
+) -> Json:
+    """details.json: the strategies on their common seeds, what the head gives on all of its own, and the choice.
+
+    `n_train`: images that train and validate, mean over the common seeds.
+    """
     distinct = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
     scored = {key: score(run, labels) for key, run in distinct.items()}
     described = {
         name: describe(these, [scored[run.strategy, run.seed] for run in these], labels)
         for name, these in (*runs.items(), (HEAD_ALL_SEEDS, every_head))
     }
-    for name, gains in against_baseline(runs, options.baseline, labels).items():
+    for name, gains in against_baseline(runs, options.baseline, labels, n_train).items():
         described[name]["vs_baseline"] = gains
     chosen = recommendation.recommend(
         {name: [said(run, "val") for run in these] for name, these in runs.items()},
@@ -95,12 +101,15 @@ def describe(runs: Sequence[Run], scored: Sequence[Json], labels: Labels) -> Jso
     }
 
 
-def against_baseline(runs: Mapping[str, Sequence[Run]], baseline: str, labels: Labels) -> dict[str, Json]:
+def against_baseline(
+    runs: Mapping[str, Sequence[Run]], baseline: str, labels: Labels, n_train: float
+) -> dict[str, Json]:
     """The gain of every other strategy on the same seeds and images, p-values corrected over the strategies (Holm)."""
     found: dict[str, Json] = {name: {} for name in runs if name != baseline}
     for part in PARTS:
         said_of = {name: [said(run, part) for run in these] for name, these in runs.items()}
-        gains = {name: statistics.gain(said_of[name], said_of[baseline], labels.label, labels.weight) for name in found}
+        data = labels.label, labels.weight, n_train
+        gains = {name: statistics.gain(said_of[name], said_of[baseline], *data) for name in found}
         corrected = statistics.holm([gain.p_value for gain in gains.values()])
         by_t = {name: gain.corrected_t_p_value for name, gain in gains.items() if part == "test"}
         by_t = {name: p_value for name, p_value in by_t.items() if p_value is not None}
@@ -165,13 +174,15 @@ def _of_test(runs: Sequence[Run], labels: Labels) -> Json:
     rows = np.concatenate([run.test_rows for run in runs])
     logits = np.concatenate([run.test_logits for run in runs])
     label, weight = labels.label[rows], labels.weight[rows]
-    groups = set(labels.group) - {""}
+    groups = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
+    shown = {group for group, _ in sorted(groups.items(), key=lambda one: (-one[1], one[0]))[:MAX_GROUPS]}
     return {
         "classes": _classes(runs, labels),
         "confusion": metrics.confusion(logits, label).tolist(),
         "reliability": metrics.reliability(logits, label, weight),
         "subsets": _by(labels.subset, runs, labels),
-        "groups": _by(labels.group, runs, labels) if len(groups) <= MAX_GROUPS else {},
+        "groups": _by([group if group in shown else "" for group in labels.group], runs, labels),
+        "n_groups": len(groups),
     }
 
 

@@ -82,9 +82,7 @@ def examine(content: bytes) -> Decoded:
                 pixels = _eight_bits(image)
     except UnidentifiedImageError:  # whose text holds an address in memory
         if content.startswith((b"II*\0", b"MM\0*")):
-            raise ValueError(
-                "a TIFF of a kind that is not read; expected 8- or 16-bit grey, or RGB"
-            ) from None
+            raise ValueError("a TIFF of a kind that is not read; expected 8- or 16-bit grey, or RGB") from None
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except MemoryError:  # which says nothing of the file
         raise

@@ -27,9 +27,13 @@ def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) ->
 
 
 def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:
-    """Counts by actual and predicted class, those above 0."""
+    """Counts by actual and predicted class, those above 0.
+
+    DVC pastes the rows into a page as they are, so that `</script>` in the name of a class would end its script.
+    """
+    names = [name.replace("<", "\u2039") for name in class_names]
     return [
-        {"strategy": name, "actual": class_names[actual], "predicted": class_names[predicted], "count": count}
+        {"strategy": name, "actual": names[actual], "predicted": names[predicted], "count": count}
         for actual, counts in enumerate(strategy["test"]["confusion"])
         for predicted, count in enumerate(counts)
         if count

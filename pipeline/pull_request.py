@@ -21,7 +21,7 @@ from pipeline.params import HIGHER_IS_BETTER, PARAMS
 from pipeline.plots import VEGA_LITE
 
 COMPARISON, DETAILS = Path("reports/comparison.json"), Path("reports/details.json")
-PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json")
+PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json", "reports/confusion")
 Number = float | None
 
 
@@ -81,7 +81,7 @@ def at(revision: str) -> State:
             f"--against {revision}: no such commit here; expected a branch, tag or hash (git fetch brings those of a "
             "remote)"
         )
-    shown = {path: _git("show", f"{revision}:{path.as_posix()}") for path in (PARAMS, COMPARISON)}
+    shown = {path: _git("show", f"{revision}:./{path.as_posix()}") for path in (PARAMS, COMPARISON)}
     for path, text in shown.items():
         if text is None:
             raise ValueError(f"--against {revision}: that commit has no {path}; run `dvc repro` there and commit")
@@ -133,14 +133,17 @@ def draw(revision: str, directory: Path) -> str:
     lines = ["### Pictures", ""]
     for name, plots in json.loads(done.stdout)["data"].items():
         for plot in plots:
-            path = directory / f"{Path(name).stem}.png"
+            title = "_".join(Path(name).with_suffix("").parts[1:])
+            path = directory / f"{title}.png"
             path.write_bytes(vl_convert.vegalite_to_png(plot["content"], vl_version=VEGA_LITE, scale=2))
-            lines.append(f"![{Path(name).stem}]({path.as_posix()})")
+            lines.append(f"![{title}]({path.as_posix()})")
     return "\n".join(lines) + "\n"
 
 
 def _state(params: str, comparison: str) -> State:
     metrics = _flat(json.loads(comparison))
+    if strange := [name for name, value in metrics.items() if not isinstance(value, float | int | None)]:
+        raise ValueError(f"{COMPARISON}: {strange[0] or 'all of it'} is no number; expected what dvc repro writes")
     return State(_flat(YAML(typ="safe", pure=True).load(io.StringIO(params))), metrics)
 
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from safetensors import SafetensorError
 
-from pipeline import artifacts, charts, evidence, gallery, hdf5, logs, manifest, pictures, provenance
+from pipeline import artifacts, charts, evidence, gallery, hdf5, logs, manifest, pictures, provenance, tables
 from pipeline.evidence import Figure
 from pipeline.files import write_text
 from pipeline.gallery import Verdicts
@@ -106,6 +106,7 @@ def assemble(inputs: Inputs) -> Json:
         "summary": comparison[best],
         "gain": evidence.gain(comparison[best].get("vs_baseline")),
         "table": evidence.table(comparison, details),
+        "tested": _attempt(lambda: tables.tested(details), ""),
         "every_metric": _attempt(lambda: evidence.every_metric(details, names), []),
         "costs": evidence.costs(comparison),
         "timings": provenance.timings(),
@@ -119,6 +120,7 @@ def assemble(inputs: Inputs) -> Json:
         "class_rows": _attempt(lambda: evidence.class_rows(details, names), []),
         "subsets": _attempt(lambda: evidence.breakdown(details, names, "subsets"), []),
         "groups": _attempt(lambda: evidence.breakdown(details, names, "groups"), []),
+        "n_groups": _attempt(lambda: details["strategies"][best]["test"]["n_groups"], 0),
         "errors": errors,
         "n_judged": len(verdicts.rows) if verdicts else 0,
         "maps": _maps(inputs.features, labels, verdicts),

@@ -98,9 +98,16 @@ def ece_interval(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndar
     return Interval(*resampling.ece_interval(confidence, is_right, weights))
 
 
-def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> Gain:
+def gain(
+    runs: Sequence[Predictions],
+    baseline: Sequence[Predictions],
+    label: np.ndarray,
+    weight: np.ndarray,
+    n_train: float = 0,
+) -> Gain:
     """The gain over the baseline with its interval and p-value; runs[i] and baseline[i] are about the same images.
 
+    `n_train`: images per seed that train and validate, for the corrected t; 0: without it.
     One distinct pair of runs and equal weights: McNemar's exact test (McNemar 1947, "Note on the sampling error of
     the difference between correlated proportions"). Otherwise the signs of the images' differences are flipped.
     """
@@ -121,7 +128,7 @@ def gain(runs: Sequence[Predictions], baseline: Sequence[Predictions], label: np
         high=high,
         p_value=p_value,
         method=method,
-        corrected_t_p_value=corrected_t(by_seed, n_test, np.count_nonzero(weight) - n_test) if is_redrawn else None,
+        corrected_t_p_value=corrected_t(by_seed, n_test, n_train) if is_redrawn else None,
         by_seed=by_seed,
         seeds=len(by_seed),
     )
@@ -172,8 +179,8 @@ def corrected_t(by_seed: Sequence[float], n_test: float, n_train: float) -> floa
     """Two-sided p-value of the corrected resampled t-test (Nadeau & Bengio 2003, "Inference for the generalization
     error", section 5): the variance over seeds times 1 / seeds + n_test / n_train, since splits overlap.
 
-    None with fewer than five seeds, and where all differ by the same, not 0. `n_train` counts all that is not tested
-    on, validation too, for it chooses.
+    None with fewer than five seeds, and where all differ by the same, not 0. `n_train` counts validation too, for it
+    chooses.
     """
     if len(by_seed) < FEWEST_SEEDS_FOR_T or n_train <= 0:
         return None

@@ -12,12 +12,12 @@ def as_markdown(details: Json) -> str:
     """The table for people, and the recommendation in words."""
     strategies, baseline = details["strategies"], details["baseline"]
     n_test = sorted({n for strategy in strategies.values() for n in strategy["test"]["n"]})
-    methods = sorted({one["vs_baseline"]["test"]["method"] for one in strategies.values() if one["vs_baseline"]})
-    tested = f" Gain over {baseline}; p: {' or '.join(methods)}, Holm-corrected." if methods else ""
+    methods = tested(details)
+    gains = f" Gain over {baseline}; {methods}" if methods else ""
     lines = [
         f"Test accuracy in %, weighted by the images' weights, on {_range(n_test)} test images a seed, with its 95 % "
         f"interval over images; ± is the standard deviation over n seeds. Compared on "
-        f"seed{'s' * (len(details['common_seeds']) > 1)} {', '.join(map(str, details['common_seeds']))}.{tested}",
+        f"seed{'s' * (len(details['common_seeds']) > 1)} {', '.join(map(str, details['common_seeds']))}.{gains}",
         "",
         f"| strategy | n | accuracy | gain over {baseline} | p | balanced accuracy | NLL (nats) | trained parameters "
         "| training TFLOPs |",
@@ -29,6 +29,19 @@ def as_markdown(details: Json) -> str:
         details["recommendation"]["text"],
     ]
     return "\n".join(lines) + "\n"
+
+
+def tested(details: Json) -> str:
+    """The tests that the p-values are of, in words, and what the corrected t says where it applies."""
+    found = {name: one["vs_baseline"]["test"] for name, one in details["strategies"].items() if one.get("vs_baseline")}
+    methods = sorted({test["method"] for test in found.values()})
+    by_t = [
+        f"{name} {p_value(test['corrected_t_p_value'])}"
+        for name, test in found.items()
+        if test["corrected_t_p_value"] is not None
+    ]
+    over_seeds = f" By the corrected t over seeds (Nadeau and Bengio): {', '.join(by_t)}." if by_t else ""
+    return f"p: {' or '.join(methods)}, Holm-corrected.{over_seeds}" if methods else ""
 
 
 def percent(figure: Json) -> str:

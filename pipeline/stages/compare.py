@@ -11,6 +11,7 @@ or a clean clone would see other runs than this one.
 """
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -55,14 +56,15 @@ def compare() -> None:
     """Write every report."""
     params = load_params()
     labels = manifest.read_labels()
-    splits = {split.seed: split for split in manifest.read_splits(labels.image_id)}
+    splits = {seed: manifest.read_split(seed, labels.image_id) for seed in sorted(params.split.seeds)}
     names = [HEAD_ONLY, *params.fine_tune.run]
     common = list(params.fine_tune.seeds if params.fine_tune.run else splits)
+    n_train = float(np.mean([np.isin(splits[seed].split, ("train", "val")).sum() for seed in common]))
     delete_unlisted({name: set(common) for name in names} | {HEAD_ONLY: set(splits)})
     runs = {name: [read_run(name, splits[seed]) for seed in common] for name in names}
     every_head = [read_run(HEAD_ONLY, split) for split in splits.values()]
 
-    details = comparison.rounded(comparison.assemble(runs, every_head, labels, params.compare))
+    details = comparison.rounded(comparison.assemble(runs, every_head, labels, n_train, params.compare))
     strategies, table = details["strategies"], tables.as_markdown(details)
     summary = {name: comparison.summarise(strategy) for name, strategy in strategies.items()}
     write_json(REPORTS / "comparison.json", summary)
@@ -80,7 +82,8 @@ def compare() -> None:
 def delete_unlisted(listed: dict[str, set[int]]) -> None:
     """Delete runs and models of other strategies and seeds than those listed."""
     for path in [*artifacts.RUNS.glob("*/seed_[0-9]*"), *artifacts.MODELS.glob("*/seed_[0-9]*")]:
-        if int(path.name.removeprefix("seed_").partition(".")[0]) not in listed.get(path.parent.name, ()):
+        seed = re.fullmatch(r"seed_(\d+)(\.\w+)?", path.name)
+        if seed and int(seed[1]) not in listed.get(path.parent.name, ()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for folder in [*artifacts.RUNS.glob("*"), *artifacts.MODELS.glob("*")]:
         if folder.is_dir() and not any(folder.iterdir()):
@@ -95,7 +98,9 @@ def read_run(name: str, split: Split) -> Run:
         raise ValueError(
             f"{artifacts.RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro"
         ) from None
-    for rows, part in ((run.val_rows, "val"), (run.test_rows, "test")):
+    for rows, logits, part in ((run.val_rows, run.val_logits, "val"), (run.test_rows, run.test_logits, "test")):
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{name}, seed {split.seed}: {part} logits that are not finite; it has diverged")
         if not np.array_equal(rows, split.rows(part)):
             raise ValueError(f"{name}, seed {split.seed}: other {part} images than in the split; run: dvc repro")
     return run

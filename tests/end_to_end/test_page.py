@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from pipeline import report
@@ -92,6 +93,24 @@ def test_every_chart_is_drawn_without_a_word_on_the_console(browser: webdriver.C
     assert browser.get_log("browser") == []
     broken = "return [...document.images].filter((image) => !image.naturalWidth).map((image) => image.alt);"
     assert browser.execute_script(broken) == []
+
+
+def test_a_point_of_the_map_says_its_file_without_asking_for_it(browser: webdriver.Chrome, page: Path):
+    show(browser, page)
+    canvas = browser.find_element("css selector", "[data-chart] canvas")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'});", canvas)
+    right, down = canvas.size["width"] // 2, canvas.size["height"] // 2
+    tip = ""
+    for x, y in itertools.product(
+        range(8 - right, right - 8, 6), range(20 - down, down - 40, 9)
+    ):  # until a point is met
+        ActionChains(browser, duration=0).move_to_element_with_offset(canvas, x, y).perform()
+        tip = browser.execute_script("return document.querySelector('#vg-tooltip-element.visible')?.textContent ?? '';")
+        if tip:
+            break
+    assert ".png" in tip
+    assert browser.execute_script("return document.querySelectorAll('#vg-tooltip-element img').length") == 0
+    assert browser.get_log("browser") == []
 
 
 def test_no_request_leaves(browser: webdriver.Chrome, page: Path):

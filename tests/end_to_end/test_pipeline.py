@@ -270,7 +270,9 @@ def test_pull_request_is_written_and_its_guard_fails(repository: Repository) -> 
     assert "No metric differs." in written
     assert "**Recommendation: " in written
     pictures = re.findall(r"!\[\w+\]\((.+)\)", written)
-    assert sorted(pictures) == [f"pictures/{name}.png" for name in ("cost", "curves", "reliability")]
+    confusions = [f"confusion_{path.stem}" for path in (repository.root / "reports" / "confusion").iterdir()]
+    assert confusions
+    assert sorted(pictures) == sorted(f"pictures/{name}.png" for name in ("cost", "curves", "reliability", *confusions))
     assert all((repository.root / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
     path = repository.root / "reports" / "comparison.json"
     comparison = json.loads(path.read_text())

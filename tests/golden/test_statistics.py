@@ -242,7 +242,7 @@ def test_a_gain_knows_the_sizes_of_test_and_training_part():
     random = np.random.default_rng(3)
     rows = [np.sort(random.permutation(400)[:100]) for _ in range(6)]
     runs = [[run_of(random.random(100) < accuracy, row) for row in rows] for accuracy in (0.9, 0.8)]
-    found = gain(runs[0], runs[1], np.zeros(400, int), np.ones(400))
+    found = gain(runs[0], runs[1], np.zeros(400, int), np.ones(400), n_train=300)
     plain = np.mean(found.by_seed) / np.sqrt(np.var(found.by_seed, ddof=1) / 6)
     corrected = plain * np.sqrt((1 / 6) / (1 / 6 + 100 / 300))
     assert found.corrected_t_p_value == pytest.approx(2 * stats.t.sf(abs(corrected), 5))

@@ -8,7 +8,8 @@ import pytest
 from pipeline import artifacts
 from pipeline.artifacts import Cost, Run
 from pipeline.manifest import Labels, Split
-from pipeline.stages.compare import delete_unlisted, read_run
+from pipeline.stages.compare import compare, delete_unlisted, read_run
+from tests import study
 
 LABELS = Labels(
     image_id=["a", "b", "c", "d"],
@@ -49,6 +50,33 @@ def test_runs_and_models_that_are_not_listed_are_deleted(tmp_path: Path, monkeyp
     }
     assert not (artifacts.RUNS / "removed").exists()
     assert not (artifacts.MODELS / "removed").exists()
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    mine = artifacts.RUNS / "feature_extraction" / "seed_0_backup" / "run.json"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    delete_unlisted({"feature_extraction": {0}})
+    assert mine.exists()
+
+
+def test_without_a_split_nothing_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("data/splits/seed_1.csv").unlink()
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(ValueError, match=r"data/splits/seed_1\.csv: not there; run: dvc repro split"):
+        compare()
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_logits_that_are_not_finite_are_told_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    artifacts.save_run(run_of([[0.0, 1.0], [0.0, -np.inf], [1.0, 0.0]]))
+    split = Split(0, LABELS.image_id, np.array(["test", "test", "test", "val"]))
+    with pytest.raises(ValueError, match=r"feature_extraction, seed 0: test logits that are not finite"):
+        read_run("feature_extraction", split)
 
 
 def models(strategy: str, seed: int) -> list[Path]:

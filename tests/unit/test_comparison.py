@@ -1,5 +1,6 @@
 """What details.json and comparison.json say of runs, checked by hand on a few images."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ TUNED = [run_of("full", 0, [8], 9 * 10**12), run_of("full", 1, [17], 10 * 10**12
 
 @pytest.fixture(scope="module")
 def details() -> dict[str, Any]:
-    return comparison.assemble({"feature_extraction": HEAD, "full": TUNED}, HEAD, LABELS, OPTIONS)
+    return comparison.assemble({"feature_extraction": HEAD, "full": TUNED}, HEAD, LABELS, 8, OPTIONS)
 
 
 def test_a_run_is_scored_on_validation_and_test_with_weights():
@@ -92,7 +93,7 @@ def test_a_metric_is_the_mean_over_seeds_with_interval_and_deviation(details: di
 
 def test_gain_over_the_baseline_is_on_the_same_images_and_corrected_over_strategies():
     runs = {"feature_extraction": HEAD, "full": TUNED, "other": HEAD}
-    found = comparison.against_baseline(runs, "feature_extraction", LABELS)
+    found = comparison.against_baseline(runs, "feature_extraction", LABELS, 8)
     assert list(found) == ["full", "other"]
     full, other = found["full"]["test"], found["other"]["test"]
     assert full["baseline_accuracy"] == pytest.approx((15 / 20 + 16 / 20) / 2)
@@ -105,7 +106,7 @@ def test_gain_over_the_baseline_is_on_the_same_images_and_corrected_over_strateg
 
 def test_another_baseline_turns_the_gain_round():
     runs = {"feature_extraction": HEAD, "full": TUNED}
-    found = comparison.assemble(runs, HEAD, LABELS, OPTIONS.model_copy(update={"baseline": "full"}))["strategies"]
+    found = comparison.assemble(runs, HEAD, LABELS, 8, OPTIONS.model_copy(update={"baseline": "full"}))["strategies"]
     assert found["full"]["vs_baseline"] is None
     assert found["feature_extraction"]["vs_baseline"]["test"]["gain"] == pytest.approx(-3 / 20)
     assert found[HEAD_ALL_SEEDS]["vs_baseline"] is None
@@ -143,10 +144,17 @@ def test_rows_by_subset_and_by_group_count_an_image_once():
     assert mono["value"] == pytest.approx((1 - 5 / 15 + 1 - 4 / 5) / 2)
     assert mono["low"] < mono["value"] < mono["high"]
     assert set(found["groups"]) == {f"patient {i}" for i in range(8, 32)}
-    fifty = labels(group=[f"patient {i}" for i in range(50)])
-    assert comparison._of_test(HEAD, fifty)["groups"] != {}
-    fifty_one = labels(group=[f"patient {i}" for i in range(51)])
-    assert comparison._of_test(HEAD, fifty_one)["groups"] == {}
+    assert found["n_groups"] == 24
+
+
+def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(comparison, "MAX_GROUPS", 3)
+    # Tested are images 8 to 31: three of a, one each of the others
+    data = labels(group=["a" if i in (9, 10, 30) else f"b{i:02}" for i in range(N)])
+    found = comparison._of_test(HEAD, data)
+    assert list(found["groups"]) == ["a", "b08", "b11"]
+    assert [row["n"] for row in found["groups"].values()] == [3, 1, 1]
+    assert found["n_groups"] == 22
 
 
 def test_a_metric_that_one_seed_lacks_is_none():
@@ -196,7 +204,7 @@ def test_the_table_says_what_is_known_and_how_sure_it_is(details: dict[str, Any]
 
 def test_one_seed_has_no_deviation_and_a_loss_has_its_sign():
     runs = {"feature_extraction": TUNED[:1], "full": HEAD[:1]}
-    lines = tables.as_markdown(comparison.assemble(runs, TUNED[:1], LABELS, OPTIONS)).splitlines()
+    lines = tables.as_markdown(comparison.assemble(runs, TUNED[:1], LABELS, 8, OPTIONS)).splitlines()
     assert "Compared on seed 0." in lines[0]
     assert lines[4].split(" | ")[2].startswith("90.0 (")
     assert lines[5].split(" | ")[3].startswith("-15.0 (")
@@ -241,3 +249,22 @@ def test_plots_hold_counts_and_bins_rather_than_images(details: dict[str, Any]):
         for row in plots.cost(strategies)
     }
     assert costs["full"] == (True, 9_500_000_000_000)
+
+
+def test_images_that_are_not_used_do_not_count_as_training():
+    runs, heads = ([run_of(name, seed, [8 + seed]) for seed in (0, 1) * 3] for name in ("full", "feature_extraction"))
+    runs = [replace(run, test_logits=run.test_logits * (1 + i)) for i, run in enumerate(runs)]
+    runs[1] = replace(runs[1], test_logits=-runs[1].test_logits)
+    found = [
+        comparison.against_baseline({"feature_extraction": heads, "full": runs}, "feature_extraction", LABELS, n_train)
+        for n_train in (8, 24)
+    ]
+    few, many = (one["full"]["test"]["corrected_t_p_value"] for one in found)
+    assert many < few < 1
+
+
+def test_the_table_says_what_the_corrected_t_says(details: dict[str, Any]):
+    assert "corrected t" not in tables.tested(details)
+    test = {**details["strategies"]["full"]["vs_baseline"]["test"], "corrected_t_p_value": 0.248}
+    strategies = {**details["strategies"], "full": {**details["strategies"]["full"], "vs_baseline": {"test": test}}}
+    assert tables.tested({**details, "strategies": strategies}).endswith("(Nadeau and Bengio): full 0.248.")

@@ -9,7 +9,7 @@ import pytest
 import vl_convert
 from ruamel.yaml import YAML
 
-from pipeline import plots_page
+from pipeline import plots, plots_page
 from pipeline.plots import VEGA_LITE
 
 TEMPLATES = Path(".dvc/plots")
@@ -76,3 +76,10 @@ def test_the_page_is_what_its_module_makes_and_loads_nothing():
 
 def test_dvc_is_told_of_the_page():
     assert "html_template = plots/page.html" in Path(".dvc/config").read_text(encoding="utf-8")
+
+
+def test_the_name_of_a_class_cannot_end_a_script():
+    strategy = {"test": {"confusion": [[1, 2], [0, 3]]}}
+    rows = plots.confusion("full", strategy, ["</script><script>alert(1)</script>", "a < b"])
+    assert len(rows) == 3
+    assert "<" not in json.dumps(rows)

@@ -152,6 +152,29 @@ def test_reports_of_here_that_are_missing_are_one_line(monkeypatch: pytest.Monke
         run(monkeypatch, "--against", "main")
 
 
+@pytest.mark.usefixtures("branch")
+def test_a_project_in_a_sub_directory_of_its_repository_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name in ("params.yaml", "reports"):
+        Path(name).rename(inner / name)
+    git("add", "--all")
+    git("commit", "-m", "moved")
+    monkeypatch.chdir(inner)
+    run(monkeypatch, "--against", "HEAD")
+    assert "No metric differs." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("content", [[], {}, "text", {"a": {"b": "c"}}, {"a": {"test": {}}}, {"a": [1]}])
+def test_a_comparison_of_another_shape_is_one_line(monkeypatch: pytest.MonkeyPatch, content: Any):
+    write("reports/comparison.json", content)
+    with pytest.raises(ValueError, match=r"reports/comparison\.json: .+ is no number; expected what dvc repro writes"):
+        run(monkeypatch, "--against", "main")
+
+
 def state(**metrics: float | None) -> State:
     return State({}, {name.replace("__", "."): value for name, value in metrics.items()})
 

@@ -173,7 +173,7 @@ def test_always_better_is_a_gain_of_1():
 def test_the_method_depends_on_seeds_and_weights():
     runs, others, label, weight = runs_of(2, 5)
     same = np.full(len(weight), 0.4)
-    found = [gain(runs[:n], others[:n], label, w) for n, w in ((1, same), (1, weight), (5, same))]
+    found = [gain(runs[:n], others[:n], label, w, n_train=10) for n, w in ((1, same), (1, weight), (5, same))]
     assert [result.method for result in found] == ["exact McNemar", *["sign-flip permutation by image"] * 2]
     assert [result.corrected_t_p_value is None for result in found] == [True, True, False]
 
