@@ -6,14 +6,17 @@ Units (units.make_units) are parted by nobody but the data set itself, with `met
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
 from pipeline.files import digest
 from pipeline.manifest import Labels, Split
 from pipeline.params import Splitting
-from pipeline.units import ties_of
+from pipeline.units import make_units, ties_of
 
+UNTIED = "add images, or raise split.test_fraction and split.val_fraction"
+TIED = "a class needs three groups (by group, equal bytes or near-duplicates), one for each part: add images of others"
 RANKED = ("test", "val", "train")  # where tied images disagree, the first of these counts
 
 
@@ -34,22 +37,22 @@ def draw(labels: Labels, units: list[list[int]], options: Splitting, seed: int) 
 
 
 def _stratified(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
-    return _deal(labels, units, {"test": options.test_fraction, "val": options.val_fraction}, seed)
+    split = np.full(len(labels.image_id), "train", dtype="<U6")
+    _deal(labels, units, {"test": options.test_fraction, "val": options.val_fraction}, seed, split)
+    return split
 
 
-def _deal(labels: Labels, units: list[list[int]], shares: dict[str, float], seed: int) -> np.ndarray:
-    """Deal the units of each stratum out to the parts of `shares`, and to train, in random order.
+def _deal(labels: Labels, units: list[list[int]], shares: dict[str, float], seed: int, split: np.ndarray) -> None:
+    """Deal the units of each stratum, which are train in `split`, out to the parts of `shares`, in random order.
 
     A unit belongs to the stratum (class and `stratum` column) of most of its images. What a stratum's share lacks of
     a whole image is carried on to the next stratum, so that small strata add up to the shares; no more than that is, or
-    the large groups of one class would take the next one's places.
+    the large groups of one class would take the next one's places. Then classes get what they miss (_fill).
     """
     strata = defaultdict(list)
     for unit in units:
         kinds = Counter((labels.class_names[labels.label[row]], labels.stratum[row]) for row in unit)
-        name = min(labels.image_id[row] for row in unit)
-        strata[max(sorted(kinds), key=lambda kind: kinds[kind])].append((digest([seed, name]), unit))
-    split = np.full(len(labels.image_id), "train", dtype="<U6")
+        strata[max(sorted(kinds), key=lambda kind: kinds[kind])].append((_lot(labels, unit, seed), unit))
     owed = dict.fromkeys(shares, 0.0)  # images, by part
     for stratum in sorted(strata):
         pool = [unit for _, unit in sorted(strata[stratum])]
@@ -64,7 +67,46 @@ def _deal(labels: Labels, units: list[list[int]], shares: dict[str, float], seed
                 else:
                     left.append(unit)
             pool = left
-    return split
+    _fill(labels, units, ("train", *shares), seed, split)
+
+
+def _lot(labels: Labels, unit: list[int], seed: int) -> str:
+    return digest([seed, min(labels.image_id[row] for row in unit)])
+
+
+def _fill(labels: Labels, units: list[list[int]], parts: Sequence[str], seed: int, split: np.ndarray) -> None:
+    """Move units so that no class misses one of `parts`, as far as that can be done without another missing one.
+
+    To each part that a class misses goes the smallest unit with images of it that is not, of any class, all that its
+    present part has: of equal ones, one from where the class has most images. A complete split stays as it is.
+    """
+    n_classes = len(labels.class_names)
+    held = {part: np.bincount(labels.label[split == part], minlength=n_classes) for part in parts}
+    units_of = defaultdict(list)
+    for unit in units if any((counts == 0).any() for counts in held.values()) else ():
+        for label in set(labels.label[unit].tolist()):
+            units_of[label].append(unit)
+
+    def taken(unit: list[int]) -> np.ndarray:
+        return np.bincount(labels.label[unit], minlength=n_classes)
+
+    def is_spare(unit: list[int]) -> bool:
+        return bool(np.all((held[str(split[unit[0]])] > taken(unit)) | (taken(unit) == 0)))
+
+    def rank(unit: list[int], label: int) -> tuple[int, int, str]:
+        return len(unit), -held[str(split[unit[0]])][label], _lot(labels, unit, seed)
+
+    is_moving = True
+    while is_moving:  # what one class has got, another may spare
+        is_moving = False
+        for part, label in product(parts, range(n_classes)):
+            spare = [] if held[part][label] else [unit for unit in units_of[label] if is_spare(unit)]
+            if spare:
+                unit = min(spare, key=lambda unit: rank(unit, label))
+                held[str(split[unit[0]])] -= taken(unit)
+                held[part] += taken(unit)
+                split[unit] = part
+                is_moving = True
 
 
 def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
@@ -107,10 +149,8 @@ def _as_given(labels: Labels, units: list[list[int]], options: Splitting, seed: 
         if blank and not highest:
             free.append(blank)
     pool = free or [unit for unit in units if set(split[unit]) == {"train"}]
-    shares = _shares_to_draw(split, options)
-    dealt = _deal(labels, pool, shares, seed)
-    for unit in pool if shares else ():
-        split[unit] = dealt[unit]
+    if shares := _shares_to_draw(split, options):
+        _deal(labels, pool, shares, seed, split)
     return split
 
 
@@ -147,17 +187,24 @@ def find_leaks(labels: Labels, split: Split) -> list[Leak]:
 
 def check_classes(split: Split, labels: Labels) -> None:
     """ValueError that names every class without an image in train, val or test."""
-    problems = []
-    for index, name in enumerate(labels.class_names):
-        counts = Counter(split.split[labels.label == index])
-        absent = [part for part in ("train", "val", "test") if not counts[part]]
-        if absent:
-            problems.append(f"class {name!r} has {counts.total()} images, none of them in {' and '.join(absent)}")
-    if problems:
-        raise ValueError(
-            f"split, seed {split.seed}: {'; '.join(problems)}; add images, merge the class with another, raise "
-            "split.test_fraction and split.val_fraction, or leave the class out"
+    counts = [Counter(split.split[labels.label == index]) for index in range(len(labels.class_names))]
+    short = [index for index, found in enumerate(counts) if not all(found[part] for part in RANKED)]
+    if not short:
+        return
+    n_groups = Counter(label for unit in make_units(labels) for label in set(labels.label[unit].tolist()))
+    problems, advice = [], []
+    for index in short:
+        n, absent = counts[index].total(), [part for part in ("train", "val", "test") if not counts[index][part]]
+        is_tied = n_groups[index] < 3 <= n
+        tied = f" in {n_groups[index]} groups that stay together" if is_tied else ""
+        problems.append(
+            f"class {labels.class_names[index]!r} has {n} images{tied}, none of them in {' and '.join(absent)}"
         )
+        advice.append(TIED if is_tied else UNTIED)
+    raise ValueError(
+        f"split, seed {split.seed}: {'; '.join(problems)}; {'; '.join(sorted(set(advice)))}; or merge the class with "
+        "another, or leave it out"
+    )
 
 
 def small_classes(splits: Sequence[Split], labels: Labels, least: int) -> dict[str, int]:

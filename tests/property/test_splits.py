@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline import splits
 from pipeline.manifest import Labels, Split
 from pipeline.params import Splitting
 from pipeline.splits import RANKED, check_classes, draw, find_leaks
@@ -59,6 +60,13 @@ def drawn(labels: Labels, shares: tuple[float, float], seed: int, method: str = 
     assert split.seed == seed
     assert split.image_id == labels.image_id
     return dict(zip(split.image_id, split.split.tolist(), strict=True))
+
+
+def dealt(labels: Labels, shares: tuple[float, float], seed: int) -> dict[str, str]:
+    """A stratified split before classes are given the parts that they miss."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "_fill", lambda *_: None)
+        return drawn(labels, shares, seed)
 
 
 def tied_parts(table: Table, parts: list[str]) -> list[set[str]]:
@@ -125,7 +133,7 @@ def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares
 @given(tables(), SHARES, SEEDS)
 def test_parts_have_their_size_to_within_one_unit_of_a_stratum(table: Table, shares: tuple[float, float], seed: int):
     largest = max(map(len, make_units(records(table)))) * len({row[3:] for row in table})
-    counts = Counter(drawn(records(table), shares, seed).values())
+    counts = Counter(dealt(records(table), shares, seed).values())
     for part, share in zip(("test", "val"), shares, strict=True):
         assert abs(counts[part] - share * len(table)) <= largest
 
@@ -133,7 +141,7 @@ def test_parts_have_their_size_to_within_one_unit_of_a_stratum(table: Table, sha
 @settings(deadline=None)
 @given(tables(ties=False), SHARES, SEEDS)
 def test_every_stratum_has_its_share_of_every_part(table: Table, shares: tuple[float, float], seed: int):
-    parts = list(drawn(records(table), shares, seed).values())
+    parts = list(dealt(records(table), shares, seed).values())
     for stratum in {row[3:] for row in table}:
         counts = Counter(part for part, row in zip(parts, table, strict=True) if row[3:] == stratum)
         assert abs(counts["test"] - shares[0] * counts.total()) <= 1
@@ -163,6 +171,49 @@ def test_large_groups_of_one_class_take_no_places_of_the_next(seed: int):
     counts = Counter(part for name, part in found.items() if int(name.removesuffix(".png")) >= 1000)
     assert counts["test"] == pytest.approx(37.5, abs=1)
     assert counts["val"] == pytest.approx(16.9, abs=1)
+
+
+def classes_of(*group_sizes: list[int]) -> Labels:
+    """For each class images in groups of these sizes; an image alone is tied to none."""
+    return records(
+        [
+            (f"{label} {group} {i}", f"{label} {group}" if n > 1 else "", "", f"class {label:02}", "")
+            for label, counts in enumerate(group_sizes)
+            for group, n in enumerate(counts)
+            for i in range(n)
+        ]
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=9), min_size=1, max_size=8), SHARES, SEEDS)
+def test_a_class_of_three_groups_or_more_has_one_in_every_part(
+    group_sizes: list[list[int]], shares: tuple[float, float], seed: int
+):
+    labels = classes_of(*group_sizes)
+    check_classes(draw(labels, make_units(labels), sizes("stratified", shares), seed), labels)
+
+
+@pytest.mark.parametrize(
+    "group_sizes", [[[15] * 4] * 2, [[10] * 3, [1] * 90], [[1] * 8] * 10, [[1] * 5] * 10, [[1] * 3, [1] * 900]]
+)
+def test_few_groups_and_tiny_classes_give_a_split_with_the_default_fractions(group_sizes: list[list[int]]):
+    labels = classes_of(*group_sizes)
+    for seed in range(10):
+        check_classes(draw(labels, make_units(labels), sizes("stratified", (0.25, 0.1125)), seed), labels)
+
+
+@settings(deadline=None)
+@given(tables(), SHARES, SEEDS)
+def test_classes_get_what_they_miss_by_a_unit_each_and_no_class_loses_its_last(
+    table: Table, shares: tuple[float, float], seed: int
+):
+    labels = records(table)
+    before, after = dealt(labels, shares, seed), drawn(labels, shares, seed)
+    held, now = ({(labels.label[row], part) for row, part in enumerate(found.values())} for found in (before, after))
+    assert held <= now
+    moved = [unit for unit in make_units(labels) if before[labels.image_id[unit[0]]] != after[labels.image_id[unit[0]]]]
+    assert len(moved) <= len(now - held)
 
 
 # hash
@@ -314,6 +365,17 @@ def test_a_class_that_misses_a_part_is_named(absent: str):
     complete.split[parts.index(absent)] = "unused"
     with pytest.raises(ValueError, match=f"seed 3: class 'rare' has 3 images, none of them in {absent}; add images"):
         check_classes(complete, labels)
+
+
+def test_a_class_in_fewer_than_three_groups_is_told_so_and_not_to_add_images():
+    labels = classes_of([10, 20], [1] * 30)
+    for seed in range(5):
+        with pytest.raises(
+            ValueError, match="class 'class 00' has 30 images in 2 groups that stay together, "
+        ) as error:
+            check_classes(draw(labels, make_units(labels), sizes("stratified", (0.25, 0.1125)), seed), labels)
+        assert "a class needs three groups" in str(error.value)
+        assert "add images, " not in str(error.value)
 
 
 def test_every_class_that_misses_a_part_is_named_in_one_message():
