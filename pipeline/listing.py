@@ -51,8 +51,8 @@ def find_images(directory: Path) -> Listing:
     If the sub-directories are train/ and val/ or test/ (also training/, valid/, validation/, testing/, in any case),
     theirs are the classes, and `split` is train, val or test. In labels.csv these names will do, too.
 
-    Raises ValueError for a mistake in labels.csv (a missing column; a path that is absent, no file or leads out of
-    the directory; a weight that is no number above 0), and for a class without a file.
+    Raises ValueError for a mistake in labels.csv (a missing column, a path twice, a weight that is no number above 0),
+    and for a class without a file. A path in it that is absent, no file or leads out of the directory is rejected.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
@@ -90,14 +90,25 @@ def _from_csv(table: Path) -> Listing:
         raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
     seen: dict[str, int] = {}
     for number, row in rows:
-        if problem := _mistake(row, table.parent, root, real):
+        if problem := _mistake(row):
             raise ValueError(f"{table}: row {number}: {problem}")
         if (first := seen.setdefault(row["path"], number)) != number:
             raise ValueError(f"{table}: row {number}: {row['path']!r} is in row {first} already; expected it once")
+    found = [(number, row, _path_problem(row["path"], table.parent, root, real)) for number, row in rows]
+    kept = [row for _, row, problem in found if not problem]
+    rejected = [(row["path"], problem) for _, row, problem in found if problem]
+    labels = {row["label"] for row in kept}
+    for number, row, problem in found:
+        if row["label"] not in labels:  # then all its rows are rejected, this one first
+            whose = f"of class {row['label']!r} " if kept else ""
+            n_lost = sum(other["label"] == row["label"] for _, other in rows) if kept else len(rows)
+            raise ValueError(
+                f"{table}: no row {whose}can be used (of {n_lost}), first row {number}: {row['path']!r} {problem}"
+            )
     columns = [column for column in ("path", "label", *OPTIONAL) if rows and column in rows[0][1]]
     unlisted = sum(path not in seen for path, _ in _walk(table.parent, []) if path != table.name)
     warnings = [f"{unlisted} files are not listed in labels.csv and were left out"] if unlisted else []
-    return Listing(pd.DataFrame([row for _, row in rows], columns=columns, dtype=str), [], warnings)
+    return Listing(pd.DataFrame(kept, columns=columns, dtype=str), rejected, warnings)
 
 
 def _rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -118,13 +129,17 @@ def _rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[
             yield number, dict(zip(header, fields, strict=True))
 
 
-def _mistake(row: dict[str, str], directory: Path, root: str, real: Real) -> str | None:
-    name = row["path"]
+def _path_problem(name: str, directory: Path, root: str, real: Real) -> str | None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name or name == ".":
-        return f"path {name!r}; expected a plain path below the directory, with / between its parts"
-    if problem := _problem(f"{directory}/{name}", root, real):
-        return f"path {name!r} {problem}{_other_spelling(directory, name)}"
+    if path.is_absolute() or ".." in path.parts:
+        return "leads out of the directory; expected a path below it"
+    if "\\" in name or "\0" in name or str(path) != name or name == ".":
+        return "is no plain path below the directory, with / between its parts"
+    problem = _problem(f"{directory}/{name}", root, real)
+    return problem and problem + _other_spelling(directory, name)
+
+
+def _mistake(row: dict[str, str]) -> str | None:
     if not row["label"].strip():
         return "label is empty"
     if row.get("split", "").casefold() not in ("", *PART_NAMES):
@@ -282,11 +297,11 @@ def _problem(path: str, root: str, real: Real) -> str | None:
     """Why `path` is no file within `root` (as realpath gives it), None if it is one."""
     folder, name = os.path.split(path)
     target, is_link = os.path.join(real(folder), name), False
+    inside = f"{root.rstrip('/')}/"
     try:
-        info = os.lstat(target)
-        if is_link := stat.S_ISLNK(info.st_mode):
+        if target.startswith(inside) and (is_link := stat.S_ISLNK(os.lstat(target).st_mode)):
             target = os.path.realpath(target)
-        if not target.startswith(f"{root.rstrip('/')}/"):
+        if not target.startswith(inside):
             return "is a link that leads out of the directory"
         info = os.stat(target)
     except (FileNotFoundError, NotADirectoryError):

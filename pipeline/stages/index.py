@@ -8,6 +8,7 @@ Unchanged files are known from before (data/.index/); `python -m pipeline.stages
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -50,8 +51,9 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
     n_all = len(found.kept) + len(found.rejected)
     if len(unreadable) > options.max_rejected_fraction * n_all:
         path, reason = unreadable[0]
+        first = _on_one_line(os.path.join(options.path, path))
         raise ValueError(
-            f"{len(unreadable)} of {n_all} images cannot be read, first {options.path}/{path} ({reason}); all are in "
+            f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in "
             f"{where}; mend or remove them, or raise dataset.max_rejected_fraction"
         )
     if disputed and options.on_conflict == "error":
@@ -64,6 +66,10 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
         raise ValueError(f"{options.path}: no image of class {min(lost)!r} can be used; see {where}")
     if len(classes) < 2:
         raise ValueError(f"{options.path}: one class only ({min(classes)}); expected two or more")
+
+
+def _on_one_line(path: str) -> str:
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in path)
 
 
 def write_tables(found: Inventory, *, is_grouped: bool) -> None:

@@ -612,19 +612,6 @@ def listed(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (rows(*PLAIN, "/etc/passwd,cat"), "row 4: path '/etc/passwd'; expected a plain path"),
-        (rows(*PLAIN, "../outside/c.png,cat"), "row 4: path '../outside/c.png'; expected a plain path"),
-        (rows("images/../../outside/c.png,cat"), "row 2: path 'images/../../outside/c.png'; expected a plain path"),
-        (rows(*PLAIN, "out/c.png,cat"), "row 4: path 'out/c.png' is a link that leads out of the directory"),
-        (rows(*PLAIN, "out.png,cat"), "row 4: path 'out.png' is a link that leads out of the directory"),
-        (rows(*PLAIN, "broken.png,cat"), "row 4: path 'broken.png' is a broken link"),
-        (rows(*PLAIN, "pipe.png,cat"), "row 4: path 'pipe.png' is a pipe"),
-        (rows(*PLAIN, "images,cat"), "row 4: path 'images' is a directory"),
-        (rows(*PLAIN, "images\\a.png,cat"), "row 4: path 'images\\\\a.png'; expected a plain path"),
-        (rows(*PLAIN, "C:\\a.png,cat"), "row 4: path 'C:\\\\a.png'; expected a plain path"),
-        (rows(*PLAIN, "images/a\0.png,cat"), "row 4: path 'images/a\\x00.png'; expected a plain path"),
-        (rows(*PLAIN, f"{'x' * 5000},cat"), "row 4: path 'xxx"),
-        (rows(*PLAIN, "images/nowhere.png,cat"), "row 4: path 'images/nowhere.png' does not exist"),
         (rows(*PLAIN, "images/a.png,dog"), "row 4: 'images/a.png' is in row 2 already"),
         (rows("images/a.png,", "images/b.png,dog"), "row 2: label is empty"),
         (rows("images/a.png,cat,heavy", start="path,label,weight"), "row 2: weight 'heavy'"),
@@ -647,6 +634,41 @@ def test_a_mistake_in_labels_csv_is_one_line_with_its_row(
     line = refused(listed, monkeypatch)
     assert expected in line
     assert line.startswith(f"error: {listed}")
+
+
+def test_a_row_of_what_is_no_image_below_the_directory_is_rejected_with_a_reason(listed: Path) -> None:
+    expected = {
+        "/etc/passwd": "leads out of the directory",
+        "../outside/c.png": "leads out of the directory",
+        "images/../../outside/c.png": "leads out of the directory",
+        "out/c.png": "is a link that leads out of the directory",
+        "out.png": "is a link that leads out of the directory",
+        "broken.png": "is a broken link",
+        "pipe.png": "is a pipe",
+        "images": "is a directory",
+        "images\\a.png": "is no plain path",
+        "C:\\a.png": "is no plain path",
+        "images/a\0.png": "is no plain path",
+        "x" * 5000: "cannot be read: File name too long",
+        "images/nowhere.png": "does not exist",
+        "": "is no plain path",
+    }
+    (listed / "labels.csv").write_bytes(rows(*PLAIN, *(f"{path},cat" for path in expected)))
+    workspace = listed.parent / "workspace"
+    done = index(workspace)
+    assert done.returncode == 0, done.stderr
+    assert [row["image_id"] for row in table(workspace / "data" / "images.csv")] == ["images/a.png", "images/b.png"]
+    found = {row["path"]: row["reason"] for row in table(workspace / "reports" / "data" / "rejected.csv")}
+    assert found.keys() == expected.keys()
+    for path, reason in expected.items():
+        assert found[path].startswith(reason)
+
+
+def test_too_many_such_rows_are_one_line(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(listed.parent / "workspace", listed, max_rejected_fraction=0.1)
+    (listed / "labels.csv").write_bytes(rows(*PLAIN, '"new\nline.png",cat'))
+    assert "1 of 3 images cannot be read, first" in (line := refused(listed, monkeypatch))
+    assert "set/new\\nline.png (does not exist)" in line
 
 
 def refused(listed: Path, monkeypatch: pytest.MonkeyPatch) -> str:

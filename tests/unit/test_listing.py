@@ -195,28 +195,68 @@ def test_a_weight_is_a_number_above_zero(weight: str, tmp_path: Path):
     ("path", "problem"),
     [
         ("c.png", "does not exist"),
-        ("", "expected a plain path"),
-        ("../a.png", "expected a plain path"),
-        ("x/../a.png", "expected a plain path"),
-        ("./a.png", "expected a plain path"),
-        ("a.png/", "expected a plain path"),
-        ("/etc/passwd", "expected a plain path"),
-        ("x\\a.png", "expected a plain path"),
+        ("", "is no plain path"),
+        ("../a.png", "leads out of the directory"),
+        ("x/../a.png", "leads out of the directory"),
+        ("./a.png", "is no plain path"),
+        ("a.png/", "is no plain path"),
+        ("/etc/passwd", "leads out of the directory"),
+        ("x\\a.png", "is no plain path"),
+        ("a\0.png", "is no plain path"),
         ("folder", "is a directory; expected a file"),
+        ("broken.png", "is a broken link"),
+        ("circle/c.png", "is a link that runs in a circle"),
+        ("pipe.png", "is a pipe; expected a file"),
         ("out.png", "a link that leads out of the directory"),
         ("out/secret.png", "a link that leads out of the directory"),
+        ("out/nowhere.png", "a link that leads out of the directory"),
     ],
 )
-def test_a_path_that_is_absent_or_leads_out_is_named_with_its_row(path: str, problem: str, tmp_path: Path):
+def test_a_path_that_is_absent_or_leads_out_is_rejected_with_a_reason(path: str, problem: str, tmp_path: Path):
     directory, outside = tmp_path / "data", tmp_path / "outside"
     touch(outside, "secret.png")
     touch(directory, "folder/x.png")
     (directory / "out.png").symlink_to(outside / "secret.png")
     (directory / "out").symlink_to(outside)
-    with pytest.raises(ValueError, match=r"labels\.csv: row 3: path ") as error:
-        find_images(with_table(directory, f"path,label\na.png,cat\n{path},dog\n"))
-    assert repr(path) in str(error.value)
-    assert problem in str(error.value)
+    (directory / "broken.png").symlink_to("nowhere")
+    (directory / "circle").symlink_to("circle")
+    os.mkfifo(directory / "pipe.png")
+    found = find_images(with_table(directory, f"path,label\na.png,cat\n{path},dog\nb.png,dog\n"))
+    assert list(found.images["path"]) == ["a.png", "b.png"]
+    ((rejected, reason),) = found.rejected
+    assert rejected == path
+    assert problem in reason
+
+
+def test_a_class_all_of_whose_rows_are_rejected_is_named_with_the_first(tmp_path: Path):
+    table = "path,label\na.png,cat\nx.png,dog\ny.png,cat\n/z.png,dog\n"
+    with pytest.raises(
+        ValueError, match=r"labels\.csv: no row of class 'dog' can be used \(of 2\), first row 3: 'x"
+    ) as e:
+        find_images(with_table(tmp_path, table))
+    assert str(e.value).endswith("first row 3: 'x.png' does not exist")
+
+
+def test_a_table_all_of_whose_rows_are_rejected_says_so(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"labels\.csv: no row can be used \(of 2\), first row 2: '\.\./a\.png' leads out"
+    ):
+        find_images(with_table(tmp_path, "path,label\n../a.png,cat\nx.png,dog\n"))
+
+
+def test_nothing_outside_is_looked_at_for_a_path_that_leads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looked, outside = [], tmp_path / "outside"
+    touch(outside, "secret.png")
+    directory = with_table(tmp_path / "data", "path,label\na.png,cat\n../outside/secret.png,cat\nout/secret.png,cat\n")
+    (directory / "out").symlink_to(outside)
+    for name in ("stat", "lstat", "open"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *a, real=real, **k: (looked.append(os.fspath(path)), real(path, *a, **k))[1]
+        )
+    assert len(find_images(directory).rejected) == 2
+    assert str(directory / "a.png") in looked
+    assert str(outside / "secret.png") not in looked
 
 
 def test_a_link_within_the_directory_is_an_image(tmp_path: Path):
@@ -239,7 +279,9 @@ def test_a_link_within_the_directory_is_an_image(tmp_path: Path):
         ("path,label\n\na.png,cat\n\nb.png\n", "row 5: 1 fields; expected 2, as in row 1"),
         ('path,label\n"a.png,cat\n', "not a CSV file in UTF-8"),
         ("path,label\na.png, \n", "row 2: label is empty"),
-        ("path,label\na\0.png,cat\n", "row 2: path 'a\\x00.png'"),
+        ("path,label\n/a.png,\n", "row 2: label is empty"),
+        ("path,label,weight\n/a.png,cat,0\n", "row 2: weight '0'"),
+        ("path,label\na.png,cat\n/b.png,cat\n/b.png,cat\n", "row 4: '/b.png' is in row 3 already"),
     ],
 )
 def test_a_table_with_a_mistake_is_refused(table: str, problem: str, tmp_path: Path):
