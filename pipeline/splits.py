@@ -132,8 +132,8 @@ def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: i
 def _as_given(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
     """The parts that the data set gives; test or validation is drawn, stratified, where it gives none.
 
-    What is drawn comes from the images without a part, or, if there are none, from train; the rest of them is train.
-    An image without a part that is tied to one with a part goes with it.
+    Images without a part are train, but for one that is tied to one with a part, which goes with it. What is drawn
+    comes from train, be it given or not.
     """
     if not any(labels.given_split):
         raise ValueError(
@@ -141,14 +141,10 @@ def _as_given(labels: Labels, units: list[list[int]], options: Splitting, seed: 
             "column in its labels.csv, or train/, val/ and test/ with the classes below; or choose stratified or hash"
         )
     split = np.array(labels.given_split, dtype="<U6")
-    free = []
     for unit in units:
         blank = [row for row in unit if not split[row]]
-        highest = _highest(split[unit])
-        split[blank] = highest or "train"
-        if blank and not highest:
-            free.append(blank)
-    pool = free or [unit for unit in units if set(split[unit]) == {"train"}]
+        split[blank] = _highest(split[unit]) or "train"
+    pool = [unit for unit in units if set(split[unit]) == {"train"}]
     if shares := _shares_to_draw(split, options):
         _deal(labels, pool, shares, seed, split)
     return split

@@ -56,7 +56,7 @@ def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[s
             f"the data set gives parts to images, and `split.method: {options.method}` ignores them; to use them: given"
         )
     for part in splits.missing_parts(labels) if options.method == "given" else ():
-        source = "those without a part" if "" in labels.given_split else "train"
+        source = "train and those without a part" if "" in labels.given_split else "train"
         hint = "; to test on the given val, call it test" if part == "test" and "val" in labels.given_split else ""
         notes.append(f"the data set gives no image to {part}: drawn by seed from {source}{hint}")
     few = splits.small_classes(drawn, labels, FEW)

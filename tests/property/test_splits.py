@@ -277,7 +277,7 @@ def test_hash_meets_the_fractions_in_expectation():
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS, GIVEN)
-def test_given_parts_are_kept_and_a_missing_one_is_drawn_from_train_or_from_what_has_none(
+def test_given_parts_are_kept_and_a_missing_one_is_drawn_from_train_and_from_what_has_none(
     table: Table, shares: tuple[float, float], seed: int, parts: list[str]
 ):
     parts = parts[: len(table)]
@@ -333,12 +333,21 @@ def test_where_only_train_and_validation_are_given_test_is_drawn_from_train():
     assert Counter(found) == {"val": 20, "train": 75, "test": 25}
 
 
-def test_what_has_a_part_stays_where_others_have_none_to_draw_from():
-    table = [(str(i), "", "", "xy"[i % 2], "") for i in range(120)]
-    parts = ["train" if i < 20 else "" for i in range(120)]
-    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
-    assert found[:20] == ["train"] * 20
-    assert Counter(found[20:]) == {"train": 60, "test": 25, "val": 15}
+@pytest.mark.parametrize("n_blank", [0, 1, 20, 119])
+def test_images_without_a_part_are_drawn_from_like_those_of_train(n_blank: int):
+    labels = records([(str(i), "", "", "xy"[i % 2], "") for i in range(120)], parts=["train"] * 120)
+    split = drawn(labels, (0.25, 0.15), 0, "given")
+    assert Counter(split.values()) == {"train": 72, "test": 30, "val": 18}
+    blank = replace(labels, given_split=[""] * n_blank + ["train"] * (120 - n_blank))
+    assert drawn(blank, (0.25, 0.15), 0, "given") == split
+
+
+def test_a_class_gets_what_it_misses_of_a_part_that_is_drawn_but_not_of_one_that_is_given():
+    parts = ["test"] * 20 + ["train"] * 80
+    table = [(str(i), "", "", "rare" if i in (0, 50, 51) else "common", "") for i in range(100)]
+    found = drawn(records(table, parts=parts), (0.25, 0.1125), 0, "given")
+    assert {found["050.png"], found["051.png"]} == {"train", "val"}
+    assert [found[f"{i:03}.png"] for i in range(20)] == ["test"] * 20
 
 
 def test_an_image_without_a_part_goes_with_those_it_is_tied_to():

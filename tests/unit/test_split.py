@@ -137,6 +137,14 @@ def test_what_is_drawn_since_the_data_set_does_not_give_it_is_said():
     ]
 
 
+def test_one_forgotten_part_breaks_no_seed_and_is_told():
+    set_params(method="given")
+    set_labels(given_split={row: part if part == "test" else "train" for row, part in given().items()} | {39: ""})
+    split.main()
+    (note,) = report()["notes"]
+    assert note == "the data set gives no image to val: drawn by seed from train and those without a part"
+
+
 def test_every_class_with_few_images_is_named_with_what_to_do():
     set_params()
     set_labels(n=40, rare=12)
