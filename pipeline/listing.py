@@ -22,6 +22,7 @@ OPTIONAL = {"weight": "1", "group": "", "stratum": "", "subset": "", "split": ""
 PART_NAMES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {p: p for p in PARTS}
 LEFT_BEHIND = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX"}  # by file managers
 LARGEST_TABLE = 512 * 1024**2  # bytes of a labels.csv
+SHOWN_CLOSED = 20  # directories that were left out, in the warning
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -170,10 +171,13 @@ def _from_classes(directory: Path) -> Listing:
     rejected: list[tuple[str, str]] = []
     loose: list[str] = []
     ignored: list[str] = []
+    closed: list[str] = []
     for path, problem in _walk(directory, ignored):
         *folders, _ = path.split("/")
         if problem:
             rejected.append((os.fsencode(path).decode(errors="backslashreplace"), problem))
+            if os.path.isdir(directory / path):
+                closed.append(f"{rejected[-1][0]!r} ({problem})")
         elif len(folders) >= depth:
             rows.append((path, folders[depth - 1], parts.get(folders[0], "")))
         else:
@@ -188,6 +192,12 @@ def _from_classes(directory: Path) -> Listing:
                 else f"{directory / name}: class without an image; add some or remove the directory"
             )
     warnings = [f"{len(loose)} files lie in no class directory and were left out{_some(loose)}"] if loose else []
+    if closed:
+        shown = ", ".join(sorted(closed)[:SHOWN_CLOSED]) + (", …" if len(closed) > SHOWN_CLOSED else "")
+        warnings.append(
+            f"{len(closed)} directories and all images in them were left out: {shown}; put a copy in place of a link "
+            "(cp -rL), rename, or make readable"
+        )
     if ignored:
         warnings.append(f"{len(ignored)} hidden or system files were left out{_some(ignored)}")
     return Listing(pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str), rejected, warnings)

@@ -574,6 +574,8 @@ def test_what_a_user_may_not_read_is_rejected_with_a_reason(open_folder: Path) -
     rejected = {row["path"]: row["reason"] for row in table(theirs / "reports/data/rejected.csv")}
     assert set(rejected) == {"a/locked.png", "b/locked", "b/unsearchable/4.png"}
     assert set(rejected.values()) == {"cannot be read: Permission denied"}
+    (warning,) = json.loads((theirs / "reports/data/summary.json").read_text())["warnings"]
+    assert warning.startswith("1 directories and all images in them were left out: 'b/locked' (cannot be read: ")
     assert [row["image_id"] for row in table(theirs / "data/images.csv")] == [
         "a/1.png",
         "a/2.png",

@@ -13,7 +13,7 @@ def touch(directory: Path, *names: str) -> None:
     for name in names:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
+        path.write_bytes(os.fsencode(name))
 
 
 def with_table(directory: Path, table: str) -> Path:
@@ -72,6 +72,21 @@ def test_what_is_no_file_within_the_directory_is_rejected_with_a_reason(tmp_path
         "outer": "is a link that leads out of the directory",
         "linked": "is a link to a directory, which is not followed",
     }
+    assert found.warnings == [
+        "3 directories and all images in them were left out: 'cat/folder' (is a link to a directory, which is not "
+        "followed), 'linked' (is a link to a directory, which is not followed), 'outer' (is a link that leads out of "
+        "the directory); put a copy in place of a link (cp -rL), rename, or make readable"
+    ]
+
+
+@pytest.mark.parametrize("part", ["", "train/"])
+def test_a_class_whose_name_is_not_utf8_is_warned_of(part: str, tmp_path: Path):
+    touch(tmp_path, f"{part}cat/1.png", f"{part}cat/2.png")
+    touch(tmp_path, f"{part}{os.fsdecode(b'caf' + bytes([0xE9]))}/1.png")
+    (warning,) = find_images(tmp_path).warnings
+    assert warning.startswith("1 directories and all images in them were left out: ")
+    assert "(has a name that is not UTF-8); put" in warning
+    assert "xe9" in warning
 
 
 def test_an_empty_class_directory_is_named(tmp_path: Path):
