@@ -527,7 +527,11 @@ def test_mistake_is_one_line_without_a_traceback_under_dvc(repository: Repositor
     with repository.table(MINE / "labels.csv") as rows:
         rows[7]["path"] = "images/nowhere.png"
     said = repository.run(sys.executable, "-m", "dvc", "repro", "index", is_checked=False)
-    assert "error: data/mine/labels.csv: row 9: path 'images/nowhere.png' does not exist\n" in said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: 1 of 60 images cannot be read, first data/mine/images/nowhere.png (does not exist); all are in "
+        "reports/data/rejected.csv; mend or remove them, or raise dataset.max_rejected_fraction"
+    ]
     assert "Traceback" not in said
 
 
@@ -599,7 +603,12 @@ def test_labels_file_without_a_column_is_refused(repository: Repository, call: C
 def test_path_that_leads_out_of_the_data_set_is_refused(repository: Repository, call: Call) -> None:
     with repository.table(MINE / "labels.csv") as rows:
         rows[0]["path"] = "../features.h5"
-    assert "row 2: path '../features.h5'" in mistake(call, index.main)
+    assert "1 of 60 images cannot be read, first data/mine/../features.h5 (" in mistake(call, index.main)
+    with repository.params() as params:
+        params["dataset"]["max_rejected_fraction"] = 0.02
+    call(index.main)
+    assert "../features.h5" not in (repository.root / "data" / "images.csv").read_text()
+    assert "../features.h5" in (repository.root / "reports" / "data" / "rejected.csv").read_text()
 
 
 def test_wrong_freeze_until_names_what_would_do(repository: Repository, call: Call) -> None:
