@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 
 import numpy as np
@@ -47,7 +47,7 @@ def choose_device(requested: str) -> torch.device:
 def check_precision(key: str, precision: str, device: torch.device) -> None:
     """ValueError naming `key` where bf16 is asked of a CPU that has no instructions for it."""
     if precision == "bf16" and device.type == "cpu":
-        able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in able:
             raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
 
@@ -160,6 +160,15 @@ def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable
         yield collect()
 
 
+@cache
+def _core() -> openvino.Core:
+    """One for the process: each sets a stack for signals, and restores, when it goes, the one that it found.
+
+    Where that is gone, too, the next signal, such as that a decoding worker has ended, would end the process.
+    """
+    return openvino.Core()
+
+
 def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvino.CompiledModel:
     with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
         warnings.simplefilter("ignore")  # the tracer's remarks on shapes, which are constant here
@@ -169,7 +178,7 @@ def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvi
         converted = openvino.convert_model(decoder, example_input=example, input=shape)
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
-    return openvino.Core().compile_model(converted, "CPU", options)
+    return _core().compile_model(converted, "CPU", options)
 
 
 @contextmanager

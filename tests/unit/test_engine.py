@@ -104,7 +104,7 @@ def test_bf16_is_refused_on_a_cpu_without_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: list[str], is_able: bool
 ) -> None:
     core = SimpleNamespace(get_property=lambda *_: capabilities)
-    monkeypatch.setattr("openvino.Core", lambda: core)
+    monkeypatch.setattr(engine, "_core", lambda: core)
     engine.check_precision("features.precision", "fp32", CPU)
     engine.check_precision("features.precision", "bf16", torch.device("cuda"))
     if is_able:
@@ -129,7 +129,7 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(n
         engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("failing", ["openvino.convert_model", "openvino.Core"])
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.engine._core"])
 def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
@@ -200,3 +200,22 @@ def test_filters_are_channels_last_also_those_of_one_pixel() -> None:
     engine.place(module, CPU)
     strides = [parameter.stride() for parameter in module.parameters() if parameter.ndim == 4]
     assert strides == [(4, 1, 4, 4), (72, 1, 24, 8)]  # what decides which kernels run, and so which bits come out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
+    code = """
+import faulthandler, signal, time, torch
+from torch import nn
+from pipeline import engine
+cpu, x = torch.device("cpu"), torch.zeros(2, 3, 8, 8)
+faulthandler.enable()  # which gives signals a stack
+signal.signal(signal.SIGALRM, lambda *_: None)  # Python's handlers run on it
+first = engine.prepare("openvino", nn.Conv2d(3, 8, 3), x, "fp32", cpu)
+second = engine.prepare("openvino", nn.Conv2d(3, 4, 3), x, "fp32", cpu)
+del first
+del second
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+time.sleep(0.1)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
