@@ -23,12 +23,15 @@ import torch
 from torch import nn
 
 from benchmarks.common import LITE, Line, run, show
-from pipeline import backbones, cuts, engine, extraction, manifest, training
-from pipeline.backbones import Backbone
-from pipeline.feature_store import Store
+from pipeline.dataset import manifest
+from pipeline.features import extraction
+from pipeline.features.store import Store
+from pipeline.network import backbones, cuts, engine
+from pipeline.network.backbones import Backbone
 from pipeline.params import BackboneChoice, Params, Strategy, load_params
 from pipeline.stages import fine_tune
-from pipeline.training import Load, Task
+from pipeline.training import fit
+from pipeline.training.fit import Load, Task
 
 RESNET = "torchvision/resnet18"
 LEAST = {RESNET: {"layer1": 1, "layer2": 1, "layer3": 2}, LITE: {"blocks.3": 1, "blocks.4": 1, "blocks.5": 4}}

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline import manifest
-from pipeline.images import sha256
-from pipeline.manifest import Images
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Images
+from pipeline.features.views import sha256
 
 # A process starts with the peak memory of the one that started it, so a small one has to
 LAUNCH = """

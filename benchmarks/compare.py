@@ -15,10 +15,11 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from benchmarks.common import REPOSITORY, Line, Workspace, run, show
-from pipeline import artifacts, manifest
-from pipeline.artifacts import Cost, Run
-from pipeline.manifest import Labels, Split
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Labels, Split
 from pipeline.params import HEAD_ONLY, load_params
+from pipeline.training import models
+from pipeline.training.models import Cost, Run
 
 STAGE = "pipeline.stages.compare"
 N_CLASSES, N_VAL = 100, 10_000

@@ -26,13 +26,16 @@ from ruamel.yaml import YAML
 from sklearn.metrics import f1_score
 
 from benchmarks.common import REPOSITORY
-from pipeline import artifacts, logs, manifest, metrics, statistics
-from pipeline.artifacts import Run
-from pipeline.decoding import sha256
+from pipeline import logs
+from pipeline.comparison import intervals, metrics
+from pipeline.comparison.intervals import Interval, Predictions
+from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
+from pipeline.dataset.manifest import Labels
 from pipeline.files import digest, write_json, write_text
-from pipeline.manifest import Labels
 from pipeline.params import HEAD_ONLY, Params, load_params
-from pipeline.statistics import Interval, Predictions
+from pipeline.training import models
+from pipeline.training.models import Run
 
 OVERRIDES = REPOSITORY / "benchmarks" / "elpv.yaml"
 RESULTS = REPOSITORY / "reports" / "elpv.json"

@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from benchmarks.common import EXTRACT, LITE, RESNET50, Line, Workspace, run, show, workspace
-from pipeline import backbones, engine, images, manifest
-from pipeline.images import Sample
+from pipeline.dataset import manifest
+from pipeline.features import views
+from pipeline.features.views import Sample
+from pipeline.network import backbones, engine
 from pipeline.params import BackboneChoice, load_params
 
 QUICK = {LITE: 4, RESNET50: 16}  # of how many images one is taken

@@ -18,9 +18,11 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from benchmarks.common import Line, run, show
-from pipeline import hdf5, heads, manifest
-from pipeline.heads import Examples
+from pipeline.dataset import manifest
+from pipeline.features import hdf5
 from pipeline.params import load_params
+from pipeline.training import heads
+from pipeline.training.heads import Examples
 
 STRENGTHS = tuple(float(strength) for strength in np.geomspace(10, 1e-3, 12))
 Linear = tuple[np.ndarray, np.ndarray]  # weights (n_classes, d) and biases (n_classes,)

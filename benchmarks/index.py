@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import Line, Workspace, generate, run, show, workspace
-from pipeline import decoding
-from pipeline.manifest import Images
+from pipeline.dataset import decoding
+from pipeline.dataset.manifest import Images
 
 INDEX = "pipeline.stages.index"
 EMPTY = Images([], [], [], [])

@@ -19,11 +19,13 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from benchmarks.common import EXTRACT, Line, run, show, workspace
-from pipeline import hdf5, manifest, suspects
-from pipeline.images import sha256
-from pipeline.manifest import Images, Labels
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Images, Labels
+from pipeline.dataset.units import make_units
+from pipeline.features import hdf5
+from pipeline.features.views import sha256
 from pipeline.params import load_params
-from pipeline.units import make_units
+from pipeline.training import suspects
 
 SHARE = 0.05
 N_FLIPS = 5

@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pipeline import backbones, manifest
+from pipeline.dataset import manifest
+from pipeline.network import backbones
 from pipeline.params import load_params
 
 

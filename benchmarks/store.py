@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import EXTRACT, REPOSITORY, Line, generate, run, show, workspace
-from pipeline import manifest
-from pipeline.extraction import SHARD_ROWS
+from pipeline.dataset import manifest
+from pipeline.features.extraction import SHARD_ROWS
 from pipeline.params import load_params
 
 START_UP = 8.0  # s

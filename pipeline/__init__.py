@@ -1,15 +1,15 @@
 """How much of a pretrained network should I train? A pipeline of DVC stages that answers it.
 
-Read dvc.yaml first, then the stages in its order (pipeline/stages/), then the modules from the top down; one imports
-only from those named before it:
+Start with dvc.yaml, then stages/, then the packages from the top down: each imports only from those above it.
 
-    ground           params, files, logs, manifest
-    images come in   listing, decoding, duplicates, indexing, inventory
-    splits           units, splits
-    how sure         metrics, influence, resampling, statistics
-    features         images, backbones, engine, tracing, cuts, hdf5, feature_store, extraction
-    training         heads, suspects, training, artifacts
-    the comparison   tables, recommendation, comparison, plots, plots_page, pull_request
-    tools            idx, datasets, sweep, predict
-    the page         charts, pictures, provenance, evidence, gallery, report
+    params, logs, files     params.yaml; logging and exit codes; files that are whole or absent
+    dataset                 what every stage knows of the data: tables, units, decoding
+    ingest                  how data come in: sources, listing, indexing, duplicates, splits
+    network                 the pretrained network: weights, cut points, where and how it runs
+    features                views of images, the feature store, features.h5
+    training                heads, the fit loop, saved networks and runs
+    comparison              metrics, intervals, tests, the recommendation, the tables
+    report                  reports/report.html
+    tools                   the commands beside the stages (python -m pipeline --help)
+    stages                  one module for each stage of dvc.yaml
 """

@@ -1,10 +1,10 @@
-"""params.yaml -> frozen, validated Params. No default stands here: params.yaml shows every number."""
+"""params.yaml -> frozen, validated Params. There are no defaults here: params.yaml holds every number."""
 
 import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 PARAMS = Path("params.yaml")
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
-HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # what it gives over all its seeds, in reports
+HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # the same over all its seeds, in reports
 
 
 def _distinct(values: tuple) -> tuple:
@@ -54,17 +54,11 @@ Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
-HIGHER_IS_BETTER = ("test.accuracy", "test.balanced_accuracy", "test.macro_f1", "test.auroc")
-LOWER_IS_BETTER = (
-    *("test.nll", "test.brier", "test.ece"),
-    *("cost.trainable_params", "cost.train_flops", "cost.base_passes", "cost.cached_bytes"),
-)
-GUARDED = HIGHER_IS_BETTER + LOWER_IS_BETTER  # what compare.guard may name, after a strategy
-STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # as numpy calls them
+STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
 
 class Record(BaseModel):
-    """A frozen record that JSON can say; strict, and nothing unknown, NaN or infinite in it."""
+    """A frozen record that can be written as JSON: strict, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -77,7 +71,7 @@ class Dataset(Record):
     max_rejected_fraction: Share
     on_conflict: Literal["error", "drop"]
     near_duplicates: Literal["report", "group"]
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=10)]
+    near_duplicate_distance: Annotated[int, Field(ge=0, le=10)]
 
 
 class Splitting(Record):
@@ -108,7 +102,6 @@ class FeatureOptions(Record):
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
     store_dtype: Literal["fp32", "fp16"]
-    threads: Count
 
     @model_validator(mode="after")
     def _base_is_not_empty(self) -> Self:
@@ -148,15 +141,14 @@ class HeadOptions(Record):
     hidden: tuple[Count, ...]
     dropout: BelowOne
     standardize: bool
-    penalty: Literal["l2", "l1", "elastic"]
+    penalty: Literal["l2", "l1", "elasticnet"]
     l1_ratio: Share
     class_weights: Literal["none", "balanced"]
-    strengths: Strengths
+    regularization_strengths: Strengths
     max_iterations: Count
     learning_rate: Positive
     epochs: Count
     batch_size: Count
-    threads: Count
 
     @model_validator(mode="after")
     def _kind_fits(self) -> Self:
@@ -179,9 +171,8 @@ class SuspectOptions(Record):
 
     folds: Annotated[int, Field(ge=3, le=100)]
     seed: Natural
-    strengths: Strengths
+    regularization_strengths: Strengths
     max_iterations: Count
-    threads: Count
 
 
 class Strategy(Record):
@@ -204,7 +195,6 @@ class Strategy(Record):
     label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
     precision: Precision
-    threads: Count
 
     @model_validator(mode="after")
     def _combination_makes_sense(self) -> Self:
@@ -219,7 +209,7 @@ class Strategy(Record):
 
 
 class FineTune(Record):
-    """The strategies, and which of them run."""
+    """The strategies, each merged with `fine_tune.defaults`, and which of them run."""
 
     run: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     seeds: Seeds
@@ -252,6 +242,7 @@ class Params(Record):
     features: FeatureOptions
     augmentation: Augmentation
     evaluation: Evaluation
+    threads: Count
     head: HeadOptions
     label_suspects: SuspectOptions
     fine_tune: FineTune
@@ -263,8 +254,8 @@ class Params(Record):
         strategies, run = self.fine_tune.strategies, self.fine_tune.run
         unknown = [name for name in run if name not in strategies]
         unsplit = [seed for seed in self.fine_tune.seeds if seed not in self.split.seeds]
-        guardable = {f"{name}.{metric}" for name in (HEAD_ONLY, HEAD_ALL_SEEDS, *strategies) for metric in GUARDED}
-        unguarded = [name for name in self.compare.guard if name not in guardable]
+        reported = {HEAD_ONLY, HEAD_ALL_SEEDS, *strategies}
+        unguarded = [name for name in self.compare.guard if name.partition(".")[0] not in reported or "." not in name]
         share = self.split.test_fraction + self.split.val_fraction
         for is_wrong, problem in (
             (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
@@ -276,7 +267,7 @@ class Params(Record):
             (
                 self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none"),
                 f"features: found `cut: {self.features.cut}` and `pool: {self.features.pool}`; `head.kind: pretrained` "
-                "needs a cut before the network's own dense layers (python -m pipeline.cuts NAME) and `pool: none`",
+                "needs a cut before the network's own dense layers (python -m pipeline cuts NAME) and `pool: none`",
             ),
             (
                 {HEAD_ONLY, HEAD_ALL_SEEDS} & strategies.keys(),
@@ -291,8 +282,8 @@ class Params(Record):
             ),
             (
                 unguarded,
-                f"compare.guard: found {unguarded}, expected names such as {HEAD_ONLY}.test.accuracy: a strategy of "
-                f"fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then one of {', '.join(GUARDED)}",
+                f"compare.guard: found {unguarded}, expected names such as {HEAD_ONLY}.test.metrics.accuracy.value: a "
+                f"strategy of fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then keys of reports/details.json",
             ),
         ):
             if is_wrong:
@@ -306,18 +297,29 @@ def load_params(path: Path = PARAMS) -> Params:
     Parsed as DVC parses it (ruamel.yaml, YAML 1.2: 1e-5 is a number, on and off are words), and validated from
     JSON, where a list is a valid tuple but "3" is no valid integer.
     """
+    document: Any = None
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        return Params.model_validate_json(json.dumps(document))
+        document = json.loads(json.dumps(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))))
+        return Params.model_validate_json(json.dumps(_merged(document)))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; run from the top of the repository") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {_mistake(dict(mistake))}" for mistake in error.errors())) from None
+        mistakes = [_mistake(dict(mistake), document) for mistake in error.errors()]
+        raise ValueError("\n".join(f"{path}: {mistake}" for mistake in dict.fromkeys(mistakes))) from None
     except (YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
 
 
-SAID = {  # of pydantic's words those that a user of YAML would not know
+def _merged(document: Any) -> Any:  # noqa: ANN401
+    """The document with `fine_tune.defaults` put into every strategy that does not set the key itself."""
+    match document:
+        case {"fine_tune": {"defaults": dict(defaults), "strategies": dict(strategies), **others}}:
+            merged = {name: defaults | own if isinstance(own, dict) else own for name, own in strategies.items()}
+            return document | {"fine_tune": others | {"strategies": merged}}
+    return document
+
+
+IN_YAML_TERMS = {  # for pydantic's messages that a user of YAML would not understand
     "too_short": "expected at least one entry",
     "string_too_short": "expected a word",
     "string_pattern_mismatch": "expected letters, digits and _ only",
@@ -327,15 +329,21 @@ SAID = {  # of pydantic's words those that a user of YAML would not know
 }
 
 
-def _mistake(mistake: dict) -> str:
-    key = "".join(f"{part}: " for part in [".".join(map(str, mistake["loc"]))] if part)
+def _mistake(mistake: dict, document: dict) -> str:
+    """One line: the key, what was found, what was expected."""
+    where = list(mistake["loc"])
+    if where[:2] == ["fine_tune", "strategies"] and len(where) > 3:
+        fine_tune = document["fine_tune"]
+        if where[3] not in fine_tune["strategies"][where[2]] and where[3] in fine_tune["defaults"]:
+            where[1:3] = ["defaults"]
+    key = "".join(f"{part}: " for part in [".".join(map(str, where))] if part)
     if mistake["type"] == "missing":
         return f"{key}is missing"
     if mistake["type"] == "extra_forbidden":
         records = [record for record in Record.__subclasses__() if record.__module__ == __name__]
         known = {field for record in records for field in record.model_fields}
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
         return f"{key}unknown key; expected {'only those of the params.yaml in git' if not near else near[0]}"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
-    said = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
-    return f"{key}{found}{SAID.get(mistake['type'], said)}"
+    message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
+    return f"{key}{found}{IN_YAML_TERMS.get(mistake['type'], message)}"

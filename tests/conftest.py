@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import extraction
-from pipeline.hdf5 import Row
-from pipeline.images import Sample
+from pipeline.features import extraction
+from pipeline.features.hdf5 import Row
+from pipeline.features.views import Sample
 
 
 @pytest.fixture(autouse=True)

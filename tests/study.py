@@ -9,12 +9,15 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline import artifacts, backbones, decoding, hdf5, manifest
-from pipeline.artifacts import Cost, Run
+from pipeline.dataset import decoding, manifest
+from pipeline.dataset.manifest import Labels, Split
+from pipeline.features import hdf5
 from pipeline.files import write_json, write_text
-from pipeline.manifest import Labels, Split
+from pipeline.network import backbones
 from pipeline.params import BackboneChoice
 from pipeline.stages import compare
+from pipeline.training import models
+from pipeline.training.models import Cost, Run
 
 REPOSITORY = Path(__file__).parents[1]
 HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(2)>", "{{ 7*7 }} ${7*7} 'a' \"b\" & \u2028"]

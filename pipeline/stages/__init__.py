@@ -1,1 +1,4 @@
-"""One module per DVC stage; each main() reads params.yaml and the files named in its docstring."""
+"""The stages of dvc.yaml, one module each, run as `python -m pipeline.stages.<name>`.
+
+A stage reads parameters and files, calls the packages above, and writes files. Stages do not import each other.
+"""

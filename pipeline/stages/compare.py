@@ -1,16 +1,13 @@
-"""compare: what each strategy reaches on the test images, how sure that is, what it costs, and which one to take.
+"""compare: metrics of every strategy on the test images, their uncertainty, the cost, and a recommendation.
 
 Reads   reports/runs/, data/labels.csv, data/splits/
-Writes  reports/comparison.json, comparison.md, details.json
+Writes  reports/metrics/<strategy>.json, comparison.md, details.json
         reports/curves.json, reliability.json, cost.json, confusion/<strategy>.json     (DVC plots)
 
-With --against REV it prints the Markdown of a pull request instead, and fails if a guarded metric is worse.
-
-Strategies are compared over the seeds that all of them have. Runs that params.yaml does not list are deleted first,
-or a clean clone would see other runs than this one.
+Strategies are compared on the seeds that all of them have. Runs that params.yaml does not list are deleted first:
+otherwise a clean clone would have other runs than this checkout.
 """
 
-import argparse
 import re
 import shutil
 from pathlib import Path
@@ -18,41 +15,18 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from pipeline import artifacts, comparison, logs, manifest, plots, pull_request, tables
-from pipeline.artifacts import Run
+from pipeline import logs
+from pipeline.comparison import details, plots, tables
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Split
 from pipeline.files import write_json, write_text
-from pipeline.manifest import Split
 from pipeline.params import HEAD_ONLY, load_params
+from pipeline.training.runs import MODELS, RUNS, Run, read_run
 
 REPORTS = Path("reports")
 
 
 def main() -> None:
-    """`python -m pipeline.stages.compare [--against REV [--pictures DIR]]`."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.stages.compare", description="Compare the strategies.")
-    parser.add_argument("--against", metavar="REV", help="print the Markdown of a pull request against this revision")
-    parser.add_argument("--pictures", metavar="DIR", type=Path, help="with pictures, written into this directory")
-    arguments = parser.parse_args()
-    if arguments.against is None:
-        compare()
-    else:
-        report(arguments.against, arguments.pictures)
-
-
-def report(revision: str, pictures: Path | None) -> None:
-    """Print the Markdown of a pull request; ValueError if it makes a guarded metric worse by more than is tolerated."""
-    guard = load_params().compare.guard
-    (after, recommendation), before = pull_request.here(), pull_request.at(revision)
-    verdicts = pull_request.judge(before, after, guard)
-    print(pull_request.as_markdown(revision, before, after, recommendation, verdicts))
-    if pictures is not None:
-        print(pull_request.draw(revision, pictures))
-    worse = [str(verdict) for verdict in verdicts if not verdict.holds]
-    if worse:
-        raise ValueError(f"worse than in {revision}: {'; '.join(worse)}")
-
-
-def compare() -> None:
     """Write every report."""
     params = load_params()
     labels = manifest.read_labels()
@@ -61,17 +35,17 @@ def compare() -> None:
     common = list(params.fine_tune.seeds if params.fine_tune.run else splits)
     n_train = float(np.mean([np.isin(splits[seed].split, ("train", "val")).sum() for seed in common]))
     delete_unlisted({name: set(common) for name in names} | {HEAD_ONLY: set(splits)})
-    runs = {name: [read_run(name, splits[seed]) for seed in common] for name in names}
-    every_head = [read_run(HEAD_ONLY, split) for split in splits.values()]
+    runs = {name: [read_checked(name, splits[seed]) for seed in common] for name in names}
+    every_head = [read_checked(HEAD_ONLY, split) for split in splits.values()]
 
-    details = comparison.rounded(comparison.assemble(runs, every_head, labels, n_train, params.compare))
-    strategies, table = details["strategies"], tables.as_markdown(details)
-    summary = {name: comparison.summarise(strategy) for name, strategy in strategies.items()}
-    write_json(REPORTS / "comparison.json", summary)
-    write_json(REPORTS / "details.json", details)
+    found = details.rounded(details.assemble(runs, every_head, labels, n_train, params.compare))
+    strategies, table = found["strategies"], tables.as_markdown(found)
+    for name, strategy in strategies.items():
+        write_json(REPORTS / "metrics" / f"{name}.json", details.summarise(strategy))
+    write_json(REPORTS / "details.json", found)
     write_text(REPORTS / "comparison.md", table)
     compared = {name: strategies[name] for name in names}
-    write_json(REPORTS / "curves.json", comparison.rounded(plots.curves(runs, compared)))
+    write_json(REPORTS / "curves.json", details.rounded(plots.curves(runs, compared)))
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))
     for name, strategy in compared.items():
@@ -81,27 +55,25 @@ def compare() -> None:
 
 def delete_unlisted(listed: dict[str, set[int]]) -> None:
     """Delete runs and models of other strategies and seeds than those listed."""
-    for path in [*artifacts.RUNS.glob("*/seed_[0-9]*"), *artifacts.MODELS.glob("*/seed_[0-9]*")]:
+    for path in [*RUNS.glob("*/seed_[0-9]*"), *MODELS.glob("*/seed_[0-9]*")]:
         seed = re.fullmatch(r"seed_(\d+)(\.\w+)?", path.name)
         if seed and int(seed[1]) not in listed.get(path.parent.name, ()):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in [*artifacts.RUNS.glob("*"), *artifacts.MODELS.glob("*")]:
+    for folder in [*RUNS.glob("*"), *MODELS.glob("*")]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def read_run(name: str, split: Split) -> Run:
-    """Read a run; ValueError if it is about other images than the split says."""
+def read_checked(name: str, split: Split) -> Run:
+    """Read a run; ValueError if it is damaged or about other images than the split."""
     try:
-        run = artifacts.read_run(name, split.seed)
+        run = read_run(name, split.seed)
     except (SafetensorError, LookupError, TypeError, ValueError):
-        raise ValueError(
-            f"{artifacts.RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro"
-        ) from None
-    for rows, logits, part in ((run.val_rows, run.val_logits, "val"), (run.test_rows, run.test_logits, "test")):
-        if not np.isfinite(logits).all():
-            raise ValueError(f"{name}, seed {split.seed}: {part} logits that are not finite; it has diverged")
-        if not np.array_equal(rows, split.rows(part)):
+        raise ValueError(f"{RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro") from None
+    for part, predictions in (("val", run.val), ("test", run.test)):
+        if not np.isfinite(predictions.log_probability).all():
+            raise ValueError(f"{name}, seed {split.seed}: {part} predictions are not finite; the run has diverged")
+        if not np.array_equal(predictions.rows, split.rows(part)):
             raise ValueError(f"{name}, seed {split.seed}: other {part} images than in the split; run: dvc repro")
     return run
 

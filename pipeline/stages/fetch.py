@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import datasets, logs
+from pipeline import logs
+from pipeline.ingest import sources
 
 RAW = Path("data/raw")
 
@@ -17,7 +18,7 @@ def main() -> None:
     """`python -m pipeline.stages.fetch NAME`."""
     name = sys.argv[1]
     downloads = Path(os.environ.get("DVC_ROOT", "."), "data", ".downloads")
-    count = datasets.make(name, RAW / name, downloads)
+    count = sources.make(name, RAW / name, downloads)
     logs.log.info("fetched %s: %d images", name, count)
 
 

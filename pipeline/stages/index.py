@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import indexing, inventory, listing, logs, manifest
+from pipeline import logs
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Images, Labels
 from pipeline.files import write_json
-from pipeline.inventory import Inventory
-from pipeline.manifest import Images, Labels
+from pipeline.ingest import indexing, inventory, listing
+from pipeline.ingest.inventory import Inventory
 from pipeline.params import Dataset, load_params
 
 REPORTS = Path("reports/data")
@@ -32,7 +34,7 @@ def main() -> None:
     listed = listing.find_images(directory)
     names = list(listed.images["path"])
     inspected = indexing.inspect(directory, names, params.runtime.workers, is_verifying=is_verifying)
-    found = inventory.take(listed, inspected, params.dataset.near_duplicate_bits)
+    found = inventory.take(listed, inspected, params.dataset.near_duplicate_distance)
     rejected = pd.DataFrame(found.rejected, columns=["path", "reason"])
     manifest.write_csv(REPORTS / "rejected.csv", rejected)
     write_json(REPORTS / "summary.json", found.summary)

@@ -11,12 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pipeline import logs, manifest, splits
+from pipeline import logs
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import PARTS, Labels, Split
+from pipeline.dataset.units import make_units
 from pipeline.files import write_json
-from pipeline.manifest import PARTS, Labels, Split
+from pipeline.ingest import splits
+from pipeline.ingest.splits import Leak
 from pipeline.params import Splitting, load_params
-from pipeline.splits import Leak
-from pipeline.units import make_units
 
 REPORT = Path("reports/splits.json")
 FEW = 10  # images of a class in train, below which it is named

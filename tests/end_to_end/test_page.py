@@ -16,7 +16,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from pipeline import report
+from pipeline.report.page import page
 from tests import study
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -509,7 +509,7 @@ def test_test_labels_change_nothing_that_training_writes(repository: Repository,
 def test_saved_run_predicts_new_images_from_another_directory(base: Repository, tmp_path: Path, run: str) -> None:
     images = [str(base.root / MINE / "images" / f"{number:02}.png") for number in range(12)]
     saved = str(base.root / "models" / run / "seed_0")
-    command = ("python", "-m", "pipeline.predict", saved, *images)
+    command = ("python", "-m", "pipeline.tools.predict", saved, *images)
     if run == "full_retrain":
         predicted = json.loads(base.run(*command, "--json", cwd=tmp_path))
         assert all(entry.keys() == {"class", "probability", "path"} for entry in predicted)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import hdf5
-from pipeline.hdf5 import Row
+from pipeline.features import hdf5
+from pipeline.features.hdf5 import Row
 
 pytestmark = pytest.mark.end_to_end
 
@@ -28,9 +28,12 @@ import json, math, os, resource, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from pipeline import backbones, engine, extraction, logs
-from pipeline.backbones import Backbone
-from pipeline.images import Preprocessing, sha256
+from pipeline.network import backbones
+from pipeline.network import engine
+from pipeline.features import extraction
+from pipeline import logs
+from pipeline.network.backbones import Backbone
+from pipeline.features.views import Preprocessing, sha256
 from pipeline.params import Augmentation, FeatureOptions
 
 class Slow(nn.Module):

@@ -28,8 +28,8 @@ import pytest
 from PIL import Image, ImageCms
 from ruamel.yaml import YAML
 
-from pipeline import hdf5
-from pipeline.decoding import decode
+from pipeline.dataset.decoding import decode
+from pipeline.features import hdf5
 from tests.common import carry
 
 pytestmark = pytest.mark.end_to_end

@@ -14,9 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from pipeline import heads
-from pipeline.heads import Examples
 from pipeline.params import HeadOptions
+from pipeline.training import heads
+from pipeline.training.heads import Examples
 
 L1_RATIO = {"l2": 0.0, "l1": 1.0, "elastic": 0.3}
 RANDOM = np.random.default_rng(0)

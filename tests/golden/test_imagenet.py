@@ -8,9 +8,9 @@ import timm
 import torch
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
-from pipeline import backbones
-from pipeline.backbones import Normalize
-from pipeline.images import Preprocessing, decode, sha256, views
+from pipeline.features.views import Preprocessing, decode, sha256, views
+from pipeline.network import backbones
+from pipeline.network.backbones import Normalize
 from pipeline.params import BackboneChoice
 from tests.common import FLIPS
 

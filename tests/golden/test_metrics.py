@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sklearn
 
-from pipeline.metrics import confusion, per_class, score, temperature
+from pipeline.comparison.metrics import confusion, per_class, score, temperature
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])

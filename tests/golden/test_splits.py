@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import datasets, manifest, splits
-from pipeline.images import sha256
-from pipeline.manifest import Labels
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Labels
+from pipeline.dataset.units import make_units
+from pipeline.features.views import sha256
+from pipeline.ingest import sources, splits
 from pipeline.params import load_params
-from pipeline.units import make_units
 
 
 def test_the_default_splits_of_elpv_never_change(tmp_path: Path):
-    datasets.elpv(tmp_path)
+    sources.elpv(tmp_path)
     table = pd.read_csv(tmp_path / "labels.csv", dtype=str).sort_values("path")
     names, none = sorted(set(table["label"])), [""] * len(table)
     labels = Labels(

@@ -9,11 +9,9 @@ from scipy.special import log_softmax, softmax
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline import statistics
-from pipeline.influence import Influence, linearise, mean
-from pipeline.metrics import expected_calibration_error
-from pipeline.resampling import sign_flip
-from pipeline.statistics import (
+from pipeline.comparison import intervals
+from pipeline.comparison.influence import Influence, linearise, mean
+from pipeline.comparison.intervals import (
     Predictions,
     corrected_t,
     ece_interval,
@@ -23,6 +21,8 @@ from pipeline.statistics import (
     intervals,
     lower_bound,
 )
+from pipeline.comparison.metrics import expected_calibration_error
+from pipeline.comparison.resampling import sign_flip
 
 N_TRIALS = 2000
 

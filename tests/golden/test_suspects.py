@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cleanlab.filter import find_label_issues
 
-from pipeline import suspects
+from pipeline.training import suspects
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 30])

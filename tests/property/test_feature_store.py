@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from pipeline import backbones, extraction
-from pipeline.backbones import Backbone
-from pipeline.extraction import Computation, Share
-from pipeline.feature_store import Store
-from pipeline.hdf5 import Row
-from pipeline.images import Preprocessing, Sample
+from pipeline.features import extraction
+from pipeline.features.extraction import Computation, Share
+from pipeline.features.hdf5 import Row
+from pipeline.features.store import Store
+from pipeline.features.views import Preprocessing, Sample
+from pipeline.network import backbones
+from pipeline.network.backbones import Backbone
 from pipeline.params import FeatureOptions
 from tests.common import FLIPS
 

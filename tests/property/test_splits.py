@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline import splits
-from pipeline.manifest import Labels, Split
+from pipeline.dataset.manifest import Labels, Split
+from pipeline.dataset.units import make_units
+from pipeline.ingest import splits
+from pipeline.ingest.splits import RANKED, check_classes, draw, find_leaks
 from pipeline.params import Splitting
-from pipeline.splits import RANKED, check_classes, draw, find_leaks
-from pipeline.units import make_units
 
 Table = list[tuple[str, str, str, str, str]]  # per image: sha256, group, near-duplicate group, class, stratum
 

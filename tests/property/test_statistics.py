@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.resampling import sign_flip
-from pipeline.statistics import Gain, Interval, Predictions, gain, images_needed, intervals
+from pipeline.comparison.intervals import Gain, Interval, Predictions, gain, images_needed, intervals
+from pipeline.comparison.resampling import sign_flip
 
 Answers = tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]
 few = settings(deadline=None, max_examples=60)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import backbones, cuts, engine, tracing
-from pipeline.engine import Runner
+from pipeline.network import backbones, cuts, engine, tracing
+from pipeline.network.engine import Runner
 from pipeline.params import BackboneChoice
 
 pytestmark = pytest.mark.architectures

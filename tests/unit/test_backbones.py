@@ -11,8 +11,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from pipeline import backbones
-from pipeline.backbones import Backbone
+from pipeline.network import backbones
+from pipeline.network.backbones import Backbone
 from pipeline.params import BackboneChoice
 
 SMALL = "torchvision/squeezenet1_1"

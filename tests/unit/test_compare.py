@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import artifacts
-from pipeline.artifacts import Cost, Run
-from pipeline.manifest import Labels, Split
+from pipeline.dataset.manifest import Labels, Split
 from pipeline.stages.compare import compare, delete_unlisted, read_run
+from pipeline.training import models
+from pipeline.training.models import Cost, Run
 from tests import study
 
 LABELS = Labels(

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import comparison, plots, tables
-from pipeline.artifacts import Cost, Run
-from pipeline.manifest import Labels
+from pipeline.comparison import details, plots, tables
+from pipeline.dataset.manifest import Labels
 from pipeline.params import HEAD_ALL_SEEDS, Compare
+from pipeline.training.models import Cost, Run
 
 N = 40
 OPTIONS = Compare(baseline="feature_extraction", practical_margin=0.01, confidence=0.95, guard={})

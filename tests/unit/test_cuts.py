@@ -18,10 +18,11 @@ from ruamel.yaml import YAML
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from pipeline import backbones, cuts, logs, tracing
-from pipeline.backbones import Backbone
-from pipeline.cuts import CutPoint
-from pipeline.images import Preprocessing
+from pipeline import logs
+from pipeline.features.views import Preprocessing
+from pipeline.network import backbones, cuts, tracing
+from pipeline.network.backbones import Backbone
+from pipeline.network.cuts import CutPoint
 from pipeline.params import BackboneChoice
 
 REPOSITORY = Path(__file__).parents[2]

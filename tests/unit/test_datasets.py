@@ -20,8 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets as torchvision_datasets
 
-from pipeline import datasets
-from pipeline.listing import find_images
+from pipeline.ingest import sources
+from pipeline.ingest.listing import find_images
 
 STRATA = {f"{probability}-{kind}" for probability in ("0.00", "0.33", "0.67", "1.00") for kind in ("mono", "poly")}
 
@@ -29,7 +29,7 @@ STRATA = {f"{probability}-{kind}" for probability in ("0.00", "0.33", "0.67", "1
 @pytest.fixture(scope="module")
 def elpv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("raw") / "elpv"
-    assert datasets.elpv(directory) == 2624
+    assert sources.elpv(directory) == 2624
     return directory
 
 
@@ -58,7 +58,7 @@ def test_making_elpv_again_gives_the_same_bytes(elpv: Path):
 
     before = digests()
     assert len(before) == 2625
-    datasets.elpv(elpv)
+    sources.elpv(elpv)
     assert digests() == before
 
 
@@ -68,15 +68,15 @@ def test_making_elpv_again_gives_the_same_bytes(elpv: Path):
 def test_an_unknown_name_is_one_line_with_the_nearest(tmp_path: Path):
     for name, near in (("cifar10", "CIFAR10, CIFAR100"), ("flowers", "Flowers102"), ("oxfordpet", "OxfordIIITPet")):
         with pytest.raises(ValueError, match=f"dataset.fetch: '{name}' is unknown; nearest: {near}$"):
-            datasets.make(name, tmp_path, tmp_path)
+            sources.make(name, tmp_path, tmp_path)
     with pytest.raises(ValueError, match=r"'\.\./up' is unknown; expected one of elpv, digits, CIFAR10, ") as error:
-        datasets.make("../up", tmp_path, tmp_path)
+        sources.make("../up", tmp_path, tmp_path)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_name_is_a_data_set_of_torchvision_that_takes_what_it_is_given():
-    for name, parts in datasets.TORCHVISION.items():
+    for name, parts in sources.TORCHVISION.items():
         parameters = inspect.signature(getattr(torchvision_datasets, name)).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for how in parts.values():
@@ -94,11 +94,11 @@ def test_no_network_is_one_line_that_says_where_files_would_do(tmp_path: Path, m
         with pytest.raises(
             ValueError, match=f"^{name}: torchvision cannot make it .* expected a network, or its "
         ) as e:
-            datasets.make(name, tmp_path / "out", tmp_path / "downloads")
+            sources.make(name, tmp_path / "out", tmp_path / "downloads")
         assert f"downloads/{name}/" in str(e.value)
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=r"expected its files in .*downloads/StanfordCars/"):
-        datasets.make("StanfordCars", tmp_path / "out", tmp_path / "downloads")
+        sources.make("StanfordCars", tmp_path / "out", tmp_path / "downloads")
     assert list((tmp_path / "downloads").iterdir()) == []
     assert not (tmp_path / "out").exists()
 
@@ -107,7 +107,7 @@ def test_no_network_is_one_line_that_says_where_files_would_do(tmp_path: Path, m
 
 
 def test_digits_are_scikit_learns_in_full_contrast(tmp_path: Path):
-    assert datasets.make("digits", tmp_path, tmp_path) == 1797
+    assert sources.make("digits", tmp_path, tmp_path) == 1797
     found = find_images(tmp_path).images
     digits: Any = load_digits()
     assert set(found["split"]) == {""}
@@ -121,7 +121,7 @@ def test_digits_are_scikit_learns_in_full_contrast(tmp_path: Path):
 
 def test_making_digits_again_gives_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
-        datasets.make("digits", tmp_path / name, tmp_path)
+        sources.make("digits", tmp_path / name, tmp_path)
     one, two = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
         for name in ("one", "two")
@@ -215,7 +215,7 @@ def test_the_files_of_a_torchvision_data_set_are_copied_byte_for_byte_with_their
     name: str, make_files: Callable[[Path], set[tuple[str, str, bytes]]], tmp_path: Path
 ):
     expected = make_files(tmp_path / "downloads" / name)
-    n = datasets.make(name, tmp_path / "out", tmp_path / "downloads")
+    n = sources.make(name, tmp_path / "out", tmp_path / "downloads")
     found = find_images(tmp_path / "out").images
     assert n == len(found) == len(expected)
     rows = found.to_dict("records")
@@ -232,7 +232,7 @@ def test_arrays_of_a_torchvision_data_set_become_png_files(tmp_path: Path):
         put(raw / f"{prefix}-images-idx3-ubyte", b"\0\0\x08\3" + struct.pack(">3I", n, 28, 28) + images.tobytes())
         put(raw / f"{prefix}-labels-idx1-ubyte", b"\0\0\x08\1" + struct.pack(">I", n) + labels.tobytes())
         pixels |= {(part, number): image for number, image in enumerate(images)}
-    assert datasets.make("FashionMNIST", tmp_path / "out", tmp_path / "downloads") == 8
+    assert sources.make("FashionMNIST", tmp_path / "out", tmp_path / "downloads") == 8
     found = find_images(tmp_path / "out").images
     names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
     for row in found.to_dict("records"):
@@ -255,7 +255,7 @@ def test_cifar_is_read_by_torchvision_which_knows_the_digests_of_its_pickles(
     monkeypatch.setattr(kind, "train_list", lists["train"])
     monkeypatch.setattr(kind, "test_list", lists["test"])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": hashlib.md5(meta).hexdigest()})
-    assert datasets.make("CIFAR10", tmp_path / "out", tmp_path / "downloads") == 4
+    assert sources.make("CIFAR10", tmp_path / "out", tmp_path / "downloads") == 4
     found = find_images(tmp_path / "out").images
     assert list(found["path"]) == [
         f"{part}/{name}/00000{number}.png"
@@ -264,7 +264,7 @@ def test_cifar_is_read_by_torchvision_which_knows_the_digests_of_its_pickles(
     ]
     put(base / "test", pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]}))
     with pytest.raises(ValueError, match=r"CIFAR10: torchvision cannot make it .*corrupted"):
-        datasets.make("CIFAR10", tmp_path / "again", tmp_path / "downloads")
+        sources.make("CIFAR10", tmp_path / "again", tmp_path / "downloads")
 
 
 def test_an_interrupted_download_is_not_taken_for_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -274,7 +274,7 @@ def test_an_interrupted_download_is_not_taken_for_the_data_set(tmp_path: Path, m
 
     monkeypatch.setattr(torchvision_datasets.EuroSAT, "download", unpack_half)
     with pytest.raises(KeyboardInterrupt):
-        datasets.make("EuroSAT", tmp_path / "out", tmp_path / "downloads")
+        sources.make("EuroSAT", tmp_path / "out", tmp_path / "downloads")
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
@@ -283,9 +283,9 @@ def test_an_interrupted_download_is_not_taken_for_the_data_set(tmp_path: Path, m
     [("T-shirt/top", "T-shirt_top"), ("crème brûlée", "creme_brulee"), ("../..", "class"), ("鳥", "class")],
 )
 def test_names_of_directories_are_safe_everywhere(label: str, name: str):
-    assert datasets.safe_name(label) == name
+    assert sources.safe_name(label) == name
 
 
 def test_synonyms_give_a_name_each():
     dataset = SimpleNamespace(classes=[("crane", "bird"), ("tench",), ("crane",)])
-    assert datasets._class_names(dataset) == ["crane (0)", "tench", "crane (2)"]
+    assert sources._class_names(dataset) == ["crane (0)", "tench", "crane (2)"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decoding
-from pipeline.decoding import decode, sha256
+from pipeline.dataset import decoding
+from pipeline.dataset.decoding import decode, sha256
 from tests.common import encoded, noise, photograph
 
 
@@ -151,7 +151,7 @@ def test_too_little_memory_says_nothing_of_the_file(monkeypatch: pytest.MonkeyPa
 
     stream = io.BytesIO()
     Image.new("L", (8, 8)).save(stream, "PNG")
-    monkeypatch.setattr("pipeline.decoding._eight_bits", fail)
+    monkeypatch.setattr("pipeline.dataset.decoding._eight_bits", fail)
     with pytest.raises(MemoryError):
         decode(stream.getvalue())
 

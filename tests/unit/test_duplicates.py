@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter
 
-from pipeline.duplicates import exact, near, perceptual_hash
+from pipeline.ingest.duplicates import exact, near, perceptual_hash
 
 
 def photograph(seed: int = 0, side: int = 300) -> Image.Image:

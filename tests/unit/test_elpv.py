@@ -11,9 +11,9 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from benchmarks import elpv
-from pipeline.artifacts import Cost, Run
-from pipeline.decoding import sha256
-from pipeline.manifest import Labels
+from pipeline.dataset.decoding import sha256
+from pipeline.dataset.manifest import Labels
+from pipeline.training.models import Cost, Run
 
 N = 300
 

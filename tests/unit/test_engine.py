@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import engine
+from pipeline.network import engine
 
 CPU = torch.device("cpu")
 ENGINES = ["torch", "openvino"]
@@ -129,7 +129,7 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(n
         engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.engine._core"])
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.network.engine._core"])
 def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
@@ -207,7 +207,7 @@ def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
     code = """
 import faulthandler, signal, time, torch
 from torch import nn
-from pipeline import engine
+from pipeline.network import engine
 cpu, x = torch.device("cpu"), torch.zeros(2, 3, 8, 8)
 faulthandler.enable()  # which gives signals a stack
 signal.signal(signal.SIGALRM, lambda *_: None)  # Python's handlers run on it

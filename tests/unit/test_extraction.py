@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline import backbones, extraction, hdf5
-from pipeline.backbones import Backbone
-from pipeline.extraction import Computation, Share
-from pipeline.feature_store import Store
-from pipeline.hdf5 import Row
-from pipeline.images import Preprocessing
+from pipeline.features import extraction, hdf5
+from pipeline.features.extraction import Computation, Share
+from pipeline.features.hdf5 import Row
+from pipeline.features.store import Store
+from pipeline.features.views import Preprocessing
+from pipeline.network import backbones
+from pipeline.network.backbones import Backbone
 from pipeline.params import Augmentation, BackboneChoice, FeatureOptions
 from tests.common import FLIPS
 

@@ -17,9 +17,10 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline import feature_store, files, hdf5, logs
-from pipeline.feature_store import Key, Store
-from pipeline.hdf5 import Row
+from pipeline import files, logs
+from pipeline.features import hdf5, store
+from pipeline.features.hdf5 import Row
+from pipeline.features.store import Key, Store
 from tests.common import FLIPS
 
 ROWS: list[Row] = [(f"{number:064x}", 0) for number in range(12)]
@@ -48,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
         monkeypatch.setattr(builtins, "input", typed)
         monkeypatch.setattr(sys, "argv", ["feature_store", *arguments])
-        feature_store.main()
+        store.main()
         return capsys.readouterr().out
 
     return call
@@ -72,11 +73,11 @@ def key(name: str = "torchvision/resnet18", width: int = 5, store_dtype: str = "
 def fill(which: Key, rows: list[Row] = ROWS) -> list[Path]:
     """Three shards of four rows each."""
     store = Store(which)
-    before = {*feature_store.root().glob("*/*.h5")}
+    before = {*store.root().glob("*/*.h5")}
     for start in range(0, 12, 4):
         values = np.resize(VALUES, (12, *which.row_shape))[start : start + 4]
         store.write(rows[start : start + 4], values)
-    return sorted({*feature_store.root().glob("*/*.h5")} - before)
+    return sorted({*store.root().glob("*/*.h5")} - before)
 
 
 def unused_for(directory: Path, days: float) -> None:
@@ -167,7 +168,7 @@ def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
     caplog: pytest.LogCaptureFixture, run: Run, damage: Callable[[Path], None]
 ) -> None:
     fill(key())
-    directory = feature_store.root() / key().name(0)
+    directory = store.root() / key().name(0)
     victim = next(path for path in directory.glob("*.h5") if hdf5.read_shard(path).rows == ROWS[:4])
     damage(victim)
     assert run("status")
@@ -208,7 +209,7 @@ def test_shard_that_another_process_takes_away_meanwhile_is_no_error(
 def test_writing_the_same_rows_again_adds_nothing() -> None:
     shards = fill(key())
     assert fill(key()) == []
-    assert sorted(feature_store.root().glob("*/*.h5")) == shards
+    assert sorted(store.root().glob("*/*.h5")) == shards
 
 
 def test_opening_the_store_marks_its_keys_as_used(root: Path) -> None:
@@ -255,7 +256,7 @@ def test_verify_finds_what_is_damaged_and_fails(
     monkeypatch.setattr(sys, "argv", ["feature_store", "verify"])
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     with pytest.raises(SystemExit) as caught:
-        logs.run(feature_store.main)
+        logs.run(store.main)
     assert caught.value.code == ("error: 1 damaged shards; the next run that uses them computes their rows again")
     said = capsys.readouterr().out
     assert f"{shard}: its bytes do not have the SHA-256" in said
@@ -299,7 +300,7 @@ def test_gc_leaves_a_key_that_is_used_while_it_asks(root: Path, monkeypatch: pyt
     unused_for(root / key().name(0), 31)
     monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "30"])
     monkeypatch.setattr(builtins, "input", lambda _: Store(key()) and "y")
-    feature_store.main()
+    store.main()
     assert Store(key()).missing(ROWS) == []
 
 
@@ -328,7 +329,7 @@ def test_gc_removes_nothing_without_a_standard_input(root: Path, monkeypatch: py
     monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "0"])
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match=r"nobody answered; expected --yes"):
-        feature_store.main()
+        store.main()
     assert Store(key()).missing(ROWS) == []
 
 

@@ -15,11 +15,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline import artifacts, backbones, cuts, hdf5, manifest, predict, training
-from pipeline.artifacts import Run
-from pipeline.hdf5 import Row
+from pipeline.dataset import manifest
+from pipeline.features import hdf5
+from pipeline.features.hdf5 import Row
+from pipeline.network import backbones, cuts
 from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, split, train_head
+from pipeline.tools import predict
+from pipeline.training import fit, models
+from pipeline.training.models import Run
 
 REPOSITORY = Path(__file__).parents[2]
 SIZE = 32

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import hdf5
-from pipeline.hdf5 import Row
+from pipeline.features import hdf5
+from pipeline.features.hdf5 import Row
 
 ROWS: list[Row] = [(f"{number:064x}", number % 3) for number in range(6)]
 VALUES = np.arange(6 * 4, dtype=np.float32).reshape(6, 2, 2)

@@ -14,9 +14,9 @@ from timm.models.vgg import ConvMlp
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import heads
-from pipeline.heads import Examples, Fitted, Selection, Standardize
 from pipeline.params import HeadOptions
+from pipeline.training import heads
+from pipeline.training.heads import Examples, Fitted, Selection, Standardize
 from tests.common import LINEAR as PLAIN_HEAD
 
 LINEAR = PLAIN_HEAD.model_copy(update={"learning_rate": 1e-2, "epochs": 20, "batch_size": 32})

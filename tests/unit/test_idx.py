@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipeline import datasets, idx
-from pipeline.listing import find_images
+from pipeline.ingest import idx, sources
+from pipeline.ingest.listing import find_images
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (6, 5, 4), np.uint8)
@@ -38,7 +38,7 @@ def test_a_directory_of_idx_files_becomes_a_data_set_with_the_parts_of_their_nam
     source, out = pair(tmp_path / "source", suffix=suffix), tmp_path / "out"
     write(source / f"t10k-images.idx3-ubyte{suffix}", idx_bytes(PIXELS[:2]))
     write(source / f"t10k-labels.idx1-ubyte{suffix}", idx_bytes(LABELS[:2]))
-    assert datasets.from_idx(source, out) == 8
+    assert sources.from_idx(source, out) == 8
     table = pd.read_csv(out / "labels.csv", dtype=str)
     assert sorted(table["split"]) == ["test"] * 2 + ["train"] * 6
     assert list(table["path"]) == sorted(table["path"])
@@ -53,7 +53,7 @@ def test_a_directory_of_idx_files_becomes_a_data_set_with_the_parts_of_their_nam
 
 def test_labels_of_two_digits_sort_as_numbers(tmp_path: Path):
     pair(tmp_path / "source", labels=idx_bytes(np.array([0, 2, 10, 11, 2, 25], np.uint8)))
-    datasets.from_idx(tmp_path / "source", tmp_path / "out")
+    sources.from_idx(tmp_path / "source", tmp_path / "out")
     assert set(pd.read_csv(tmp_path / "out/labels.csv", dtype=str)["label"]) == {"00", "02", "10", "11", "25"}
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_as_its_header_says_is_refused_and_leaves_nothing(
 ):
     source = pair(tmp_path / "source", images, labels, suffix)
     with pytest.raises(ValueError, match=r"-ubyte(\.gz)?: ") as error:
-        datasets.from_idx(source, tmp_path / "out")
+        sources.from_idx(source, tmp_path / "out")
     assert problem in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -106,7 +106,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, m
     )
     monkeypatch.setattr(idx, "_read_images", lambda path: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"78400016 bytes, \d+ times its size: taken for a decompression bomb"):
-        datasets.from_idx(source, tmp_path / "out")
+        sources.from_idx(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
@@ -115,7 +115,7 @@ def test_a_damaged_gzip_file_is_one_line(damage: str, tmp_path: Path):
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-20] if damage == "cut" else content[:40] + bytes([content[40] ^ 255]) + content[41:])
     with pytest.raises(ValueError, match=r"not a whole gzip file|ends before|goes on"):
-        datasets.from_idx(tmp_path / "source", tmp_path / "out")
+        sources.from_idx(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -139,4 +139,4 @@ def test_a_directory_that_is_there_is_left_alone(tmp_path: Path):
     pair(tmp_path / "source")
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="out: is there already; expected a new directory"):
-        datasets.from_idx(tmp_path / "source", tmp_path / "out")
+        sources.from_idx(tmp_path / "source", tmp_path / "out")

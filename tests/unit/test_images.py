@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.decoding import decode, sha256
-from pipeline.images import Preprocessing, Sample, load_batches, views
+from pipeline.dataset.decoding import decode, sha256
+from pipeline.features.views import Preprocessing, Sample, load_batches, views
 from pipeline.params import Augmentation
 from tests.common import PLAIN, encoded, noise, photograph
 

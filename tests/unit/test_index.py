@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline import manifest
+from pipeline.dataset import manifest
 from pipeline.stages import index
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decoding, indexing
-from pipeline.indexing import Inspected, inspect
+from pipeline.dataset import decoding
+from pipeline.ingest import indexing
+from pipeline.ingest.indexing import Inspected, inspect
 
 YOUNG = indexing.YOUNG
 OLD = 1_600_000_000_000_000_000  # ns: long before any test

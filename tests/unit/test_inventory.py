@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from pipeline.indexing import Inspected
-from pipeline.inventory import Inventory, take
-from pipeline.listing import OPTIONAL, Listing
+from pipeline.ingest.indexing import Inspected
+from pipeline.ingest.inventory import Inventory, take
+from pipeline.ingest.listing import OPTIONAL, Listing
 
 SIZE = ("L", "30", "20", "1")
 

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import hdf5, manifest
-from pipeline.manifest import Labels
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Labels
+from pipeline.features import hdf5
 from pipeline.stages import label_suspects
 
 REPOSITORY = Path(__file__).parents[2]

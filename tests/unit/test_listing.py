@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.listing import find_images
+from pipeline.ingest.listing import find_images
 
 
 def touch(directory: Path, *names: str) -> None:

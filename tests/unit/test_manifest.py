@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import manifest
-from pipeline.manifest import Images, Labels, Split
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Images, Labels, Split
 
 LABELS = Labels(
     image_id=["a,b.png", "grün.png", 'q"uote.png'],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.metrics import (
+from pipeline.comparison.metrics import (
     confusion,
     expected_calibration_error,
     is_among_top,

@@ -9,8 +9,9 @@ import pytest
 import vl_convert
 from ruamel.yaml import YAML
 
-from pipeline import plots, plots_page
-from pipeline.plots import VEGA_LITE
+from pipeline.comparison import plots
+from pipeline.comparison.plots import VEGA_LITE
+from pipeline.tools import plots_page
 
 TEMPLATES = Path(".dvc/plots")
 STAGE = YAML(typ="safe", pure=True).load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["compare"]

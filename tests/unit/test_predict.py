@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline import artifacts, backbones, heads, images, predict
-from pipeline.artifacts import Card, Cost
+from pipeline.features import views
+from pipeline.network import backbones
 from pipeline.params import BackboneChoice
+from pipeline.tools import predict
+from pipeline.training import heads, models
+from pipeline.training.models import Card, Cost
 from tests.common import LINEAR, PLAIN
 
 CLASSES = ("cat", "dog", "long-eared hedgehog")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.pull_request import State, Verdict, judge
 from pipeline.stages import compare
+from pipeline.tools.pull_request import State, Verdict, judge
 
 REPOSITORY = Path(__file__).parents[2]
 GUARD = {"full_retrain.test.accuracy": 0.01, "feature_extraction.test.nll": 0.02}

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import recommendation
-from pipeline.recommendation import Recommendation
-from pipeline.statistics import Predictions
+from pipeline.comparison import recommendation
+from pipeline.comparison.intervals import Predictions
+from pipeline.comparison.recommendation import Recommendation
 
 N = 400
 LABEL = np.arange(N) % 2

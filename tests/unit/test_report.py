@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import charts, evidence, gallery, logs, pictures, provenance, report
+from pipeline import logs
+from pipeline.features.hdf5 import Features
 from pipeline.files import write_json, write_text
-from pipeline.hdf5 import Features
+from pipeline.report.page import charts, evidence, gallery, page, pictures, provenance
 from tests import study
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import logs, manifest
-from pipeline.manifest import Labels
+from pipeline import logs
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Labels
 from pipeline.stages import split
 
 REPOSITORY = Path(__file__).parents[2]

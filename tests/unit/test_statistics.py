@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.metrics import score
-from pipeline.resampling import sign_flip
-from pipeline.statistics import (
+from pipeline.comparison.intervals import (
     Interval,
     Predictions,
     corrected_t,
@@ -18,6 +16,8 @@ from pipeline.statistics import (
     intervals,
     lower_bound,
 )
+from pipeline.comparison.metrics import score
+from pipeline.comparison.resampling import sign_flip
 
 Answers = tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]
 
@@ -186,7 +186,7 @@ def test_permutations_are_never_impossible_and_the_same_every_time():
 
 def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch):
     runs, _, label, weight = runs_of(2, 1)
-    monkeypatch.setattr("pipeline.statistics.MOST_IMAGES_FOR_ECE", 149)
+    monkeypatch.setattr("pipeline.comparison.intervals.MOST_IMAGES_FOR_ECE", 149)
     assert ece_interval(runs, label, weight) is None
     assert intervals(runs, label, weight)["ece"] is None
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from pipeline import suspects
-from pipeline.manifest import Labels
+from pipeline.dataset.manifest import Labels
+from pipeline.dataset.units import make_units
 from pipeline.params import SuspectOptions
-from pipeline.units import make_units
+from pipeline.training import suspects
 
 CPU = torch.device("cpu")
 

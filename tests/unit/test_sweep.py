@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import sweep
+from pipeline.tools import sweep
 
 
 def details(boundary: str, trained: int, val_nll: float, val: float, test: float) -> dict[str, Any]:

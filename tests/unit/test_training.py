@@ -16,14 +16,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.vgg import make_layers
 
-from pipeline import backbones, cuts, engine, heads, training
-from pipeline.artifacts import Card
-from pipeline.backbones import Backbone
-from pipeline.heads import Examples
-from pipeline.images import Preprocessing
+from pipeline.features.views import Preprocessing
+from pipeline.network import backbones, cuts, engine
+from pipeline.network.backbones import Backbone
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
 from pipeline.stages import fine_tune
-from pipeline.training import Batch, Load, Task
+from pipeline.training import fit, heads
+from pipeline.training.fit import Batch, Load, Task
+from pipeline.training.heads import Examples
+from pipeline.training.models import Card
 from tests.common import LINEAR
 
 CPU = torch.device("cpu")

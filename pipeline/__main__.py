@@ -1,0 +1,122 @@
+"""The command line beside the stages: `python -m pipeline --help`, or `freeze-depth --help`."""
+
+from pathlib import Path
+
+import click
+
+from pipeline import logs
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """How much of a pretrained network should I train?
+
+    The stages of the experiment run by `dvc repro`. These are the commands beside them.
+    """
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--all", "is_complete", is_flag=True, help="Every cut point, not only the last of each block.")
+@click.option("--json", "is_json", is_flag=True, help="Print a JSON list instead of a table.")
+def cuts(name: str, *, is_complete: bool, is_json: bool) -> None:
+    """Where the network NAME (torchvision/… or timm/…) can be cut, and what that costs."""
+    from pipeline.tools import cuts
+
+    cuts.show(name, is_complete=is_complete, is_json=is_json)
+
+
+@cli.group()
+def store() -> None:
+    """Look after the feature store: status, verify, gc."""
+
+
+@store.command()
+def status() -> None:
+    """List the keys: what they are, rows, bytes, last use."""
+    from pipeline.tools import store
+
+    store.status()
+
+
+@store.command()
+def verify() -> None:
+    """Compare every shard with its checksum; fails if one is damaged."""
+    from pipeline.tools import store
+
+    store.verify()
+
+
+@store.command()
+@click.option("--days", type=float, required=True, metavar="N", help="Remove keys that no run used for N days.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def gc(days: float, *, yes: bool) -> None:
+    """Remove keys that were not used lately, and left-overs."""
+    from pipeline.tools import store
+
+    store.collect_garbage(days, is_asked=not yes)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "is_json", is_flag=True, help="Print a JSON list instead of a table.")
+def predict(run: str, images: tuple[Path, ...], *, is_json: bool) -> None:
+    """Predict IMAGES with the saved run RUN, e.g. models/full_retrain/seed_0."""
+    from pipeline.tools import predict
+
+    predict.show(run, images, is_json=is_json)
+
+
+@cli.command()
+def report() -> None:
+    """Write reports/report.html, a page that shows the results."""
+    from pipeline.report import page
+
+    page.write()
+
+
+@cli.command()
+@click.argument("strategy")
+def sweep(strategy: str) -> None:
+    """Compare the experiments that varied `freeze_until` of STRATEGY."""
+    from pipeline.tools import sweep
+
+    sweep.show(strategy)
+
+
+@cli.command()
+@click.option("--against", required=True, metavar="REV", help="The revision to compare with, e.g. main.")
+@click.option("--pictures", metavar="DIR", type=click.Path(path_type=Path), help="Draw the plots into this directory.")
+def compare(against: str, pictures: Path | None) -> None:
+    """Print the Markdown of a pull request; fails if a guarded metric got worse."""
+    from pipeline.tools import pull_request
+
+    pull_request.show(against, pictures)
+
+
+@cli.command("import-idx")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
+def import_idx(source: Path, directory: Path) -> None:
+    """Make a data set in DIRECTORY of the IDX files (MNIST's format) in SOURCE."""
+    from pipeline.ingest import sources
+
+    sources.import_idx(source, directory)
+
+
+@cli.command("plots-page")
+def plots_page() -> None:
+    """Write .dvc/plots/page.html, which `dvc plots show` fills."""
+    from pipeline.tools import plots_page
+
+    plots_page.write()
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 1, a wrong option exit code 2."""
+    logs.run(lambda: cli(prog_name="python -m pipeline"))
+
+
+if __name__ == "__main__":
+    main()

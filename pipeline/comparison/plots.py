@@ -1,0 +1,60 @@
+"""Rows of DVC's plots, from runs and from what details.json says; .dvc/plots/ has the templates that draw them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.training.runs import Run
+
+VEGA_LITE = "6.4"  # of the templates in .dvc/plots/
+CURVE = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+Json = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
+    """Learning curves, a row per epoch; a strategy without epochs is a line across, at its validation loss.
+
+    DVC draws only rows that all have the same fields.
+    """
+    last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
+    rows: Rows = []
+    for name, these in runs.items():
+        for run, result in zip(these, strategies[name]["runs"], strict=True):
+            found = {"val_loss": result["val"]["nll"], "val_accuracy": result["val"]["accuracy"]}
+            lines = run.curve or [{"epoch": epoch, **found} for epoch in (0, last)]
+            rows += [{"strategy": name, "seed": run.seed, **{key: line.get(key) for key in CURVE}} for line in lines]
+    return rows
+
+
+def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:
+    """Counts by actual and predicted class, those above 0.
+
+    DVC pastes the rows into a page as they are, so that `</script>` in the name of a class would end its script.
+    """
+    names = [name.replace("<", "\u2039") for name in class_names]
+    return [
+        {"strategy": name, "actual": names[actual], "predicted": names[predicted], "count": count}
+        for actual, counts in enumerate(strategy["test"]["confusion"])
+        for predicted, count in enumerate(counts)
+        if count
+    ]
+
+
+def reliability(strategies: Mapping[str, Json]) -> Rows:
+    """Accuracy by confidence, the bins that hold images."""
+    return [
+        {"strategy": name, **line}
+        for name, strategy in strategies.items()
+        for line in strategy["test"]["reliability"]
+        if line["weight"]
+    ]
+
+
+def cost(strategies: Mapping[str, Json]) -> Rows:
+    """Test accuracy with its interval against the cost of training."""
+    rows: Rows = []
+    for name, strategy in strategies.items():
+        accuracy = strategy["test"]["metrics"]["accuracy"]
+        figures = {"accuracy": accuracy["value"], "low": accuracy["low"], "high": accuracy["high"]}
+        rows.append({"strategy": name, **figures, **strategy["cost"]})
+    return rows

@@ -1,0 +1,178 @@
+"""Which strategy to take, by a rule on the validation images, in words.
+
+The rule: the cheapest strategy (training FLOPs) whose validation accuracy is, with the stated one-sided confidence, not
+worse than the best one's by more than the margin. What leaves the question undecided is a cheaper one that is shown
+neither not-worse nor worse, and a dearer one than the best that may be better by more than the margin; then the images
+that would decide it are estimated. Test figures are looked at afterwards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.comparison import paired
+from pipeline.comparison.tables import p_value, percent, points, teraflops
+from pipeline.params import HEAD_ALL_SEEDS
+from pipeline.training.runs import Predictions
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On another strategy than the best: its accuracy less the best one's, with one-sided bounds on either side."""
+
+    strategy: str
+    difference: float
+    low: float
+    high: float
+    finding: str  # "not worse" | "worse" | "undecided"
+    images_needed: int | None  # of validation, per seed, where undecided; None if no number would do
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`is_decided` unless a strategy cheaper than `strategy` may be as good, or one of the `rivals` may be better.
+
+    `verdicts` are on those cheaper than the best, `rivals` on those dearer that may be better than it by more than the
+    margin; both from the cheapest on. `n_val` images of validation per seed; `images_needed` settle every open one,
+    None if no number would.
+    """
+
+    strategy: str
+    best: str
+    is_decided: bool
+    margin: float
+    confidence: float
+    images_needed: int | None
+    n_val: int
+    verdicts: list[Verdict]
+    rivals: list[Verdict]
+
+
+def recommend(
+    runs: Mapping[str, Sequence[Predictions]],
+    train_flops: Mapping[str, int],
+    label: np.ndarray,
+    weight: np.ndarray,
+    margin: float,
+    confidence: float,
+) -> Recommendation:
+    """Apply the rule to what each strategy's runs, on the same seeds, say of the validation images."""
+    accuracy = {name: _accuracy(these, label, weight) for name, these in runs.items()}
+    best = min(runs, key=lambda name: (-accuracy[name], train_flops[name]))
+    by_cost = sorted((name for name in runs if name != best), key=train_flops.__getitem__)
+    cheaper = [name for name in by_cost if train_flops[name] < train_flops[best]]
+    verdicts, rivals = [], []
+    for name in by_cost:
+        low = paired.lower_bound(runs[name], runs[best], label, weight, confidence)
+        high = -paired.lower_bound(runs[best], runs[name], label, weight, confidence)
+        if name not in cheaper:
+            if high > margin:
+                needed = paired.images_needed(runs[best], runs[name], label, weight, margin, confidence)
+                rivals.append(Verdict(name, accuracy[name] - accuracy[best], low, high, "undecided", needed))
+            continue
+        finding, needed = "not worse" if low >= -margin else "worse", None
+        if low < -margin <= high:  # by what is seen, more images would show the one or the other
+            finding = "undecided"
+            needed = paired.images_needed(runs[name], runs[best], label, weight, margin, confidence)
+            needed = needed or paired.images_needed(runs[best], runs[name], label, weight, -margin, confidence)
+        verdicts.append(Verdict(name, accuracy[name] - accuracy[best], low, high, finding, needed))
+    chosen = next((verdict.strategy for verdict in verdicts if verdict.finding == "not worse"), best)
+    before = verdicts[: cheaper.index(chosen)] if chosen in cheaper else verdicts
+    counts = [verdict.images_needed for verdict in (*before, *rivals) if verdict.finding == "undecided"]
+    needed = None if None in counts else max((n for n in counts if n), default=None)
+    n_val = round(np.mean([len(run.rows) for run in runs[best]]))
+    return Recommendation(chosen, best, not counts, margin, confidence, needed, n_val, verdicts, rivals)
+
+
+def as_json(recommendation: Recommendation, strategies: Mapping[str, Json]) -> Json:
+    """The record and its words, which read the strategies as details.json has them."""
+    return {**asdict(recommendation), "text": in_words(recommendation, strategies)}
+
+
+def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    """Two paragraphs: what validation says, and what the chosen strategy reaches on the test images."""
+    rule = (
+        f"the cheapest strategy whose validation accuracy is, with {100 * found.confidence:g} % confidence, at most "
+        f"{_points(found.margin)} below the best"
+    )
+    reason = _reason(found, strategies)
+    doubt = "" if found.is_decided else f" {_doubt(found, strategies)}"
+    return f"**Recommendation: {found.strategy}** ({rule}). {reason}{doubt}\n\n{_tested(found.strategy, strategies)}"
+
+
+def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    accuracy = {name: strategies[name]["val"]["metrics"]["accuracy"]["value"] for name in strategies}
+    if found.strategy != found.best:
+        verdict = next(verdict for verdict in found.verdicts if verdict.strategy == found.strategy)
+        cost, most = (teraflops(strategies[name]["cost"]["train_flops"]) for name in (found.strategy, found.best))
+        return (
+            f"{found.best} is best on validation, {100 * accuracy[found.best]:.1f} %; {found.strategy} is "
+            f"{100 * verdict.difference:+.1f} points from it, at worst {100 * verdict.low:+.1f}, and trains with "
+            f"{cost} TFLOPs in place of {most}."
+        )
+    best = f"It is best on validation, {100 * accuracy[found.best]:.1f} %"
+    if len(strategies.keys() - {HEAD_ALL_SEEDS}) == 1:
+        return f"{best}; nothing was compared with it, fine_tune.run is empty."
+    if not found.verdicts:
+        return f"{best}, and none is cheaper."
+    worse = [verdict.strategy for verdict in found.verdicts if verdict.finding == "worse"]
+    return f"{best}; shown worse by more than the margin: {', '.join(worse)}." if worse else f"{best}."
+
+
+def _doubt(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    """Which cheaper strategies may be as good, which dearer ones better, and what would tell."""
+    chosen_flops = strategies[found.strategy]["cost"]["train_flops"]
+    may_do = [
+        f"{verdict.strategy} ({100 * verdict.difference:+.1f} points from {found.best}, between "
+        f"{100 * verdict.low:+.1f} and {100 * verdict.high:+.1f})"
+        for verdict in found.verdicts
+        if verdict.finding == "undecided" and strategies[verdict.strategy]["cost"]["train_flops"] < chosen_flops
+    ]
+    images = (
+        f"about {found.images_needed:,} would (80 % power)"
+        if found.images_needed is not None
+        else "no number of images would, if the difference is what it seems"
+    )
+    may_be_better = [
+        f"{rival.strategy} (up to {100 * rival.high:+.1f} points from {found.best})" for rival in found.rivals
+    ]
+    questions = [
+        f"whether something {what}: {'; '.join(these)}"
+        for what, these in (
+            ("cheaper is as good", may_do),
+            (f"dearer is better by more than {_points(found.margin)}", may_be_better),
+        )
+        if these
+    ]
+    return f"**The {found.n_val:,} validation images cannot decide** {'; or '.join(questions)}; {images}."
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
+
+
+def _tested(name: str, strategies: Mapping[str, Json]) -> str:
+    strategy = strategies[name]
+    text = f"On the test images {name} has an accuracy of {percent(strategy['test']['metrics']['accuracy'])} %"
+    if strategy["vs_baseline"]:
+        difference = strategy["vs_baseline"]["test"]
+        return f"{text}, {points(difference)} points from the baseline (p {_p(difference['p_value'])})."
+    return f"{text}; it is the baseline."
+
+
+def _p(value: float) -> str:
+    text = p_value(value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _accuracy(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> float:
+    """Mean over the seeds."""
+    return float(
+        np.mean(
+            [np.average(run.log_probability.argmax(1) == label[run.rows], weights=weight[run.rows]) for run in runs]
+        )
+    )

@@ -1,0 +1,157 @@
+"""The feature store: outputs of frozen networks by image and view, a directory of shards for each key.
+
+A key digests everything that can change a value; a row is found by (SHA-256 of the image file, view). A shard is whole
+or absent, and never changed: several processes fill one store without communicating.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.features import hdf5
+from pipeline.features.hdf5 import Row, Shard
+from pipeline.files import digest, write_json
+from pipeline.params import STORE_DTYPES, Augmentation
+
+SCHEMA = 3
+log = logging.getLogger("pipeline")
+
+
+def root() -> Path:
+    """The directory of the store: that of the main checkout also inside `dvc exp run --temp`, which sets DVC_ROOT."""
+    return Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Everything that can change a row; `row_shape` follows from it."""
+
+    description: dict[str, Any]
+    augmentation: Augmentation
+    row_shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """In which rows are stored."""
+        return np.dtype(STORE_DTYPES[self.description["store_dtype"]])
+
+    def describe(self, view: int) -> dict[str, Any]:
+        """What a row of this view depends on: on the augmentation only if it is not view 0."""
+        augmentation = self.augmentation.model_dump(mode="json") if view else None
+        return {"schema": SCHEMA, **self.description, "augmentation": augmentation}
+
+    def name(self, view: int) -> str:
+        """The directory of rows of this view."""
+        return digest(self.describe(view))[:32]
+
+
+class Store:
+    """The rows under one key that are on disk: those that were there at the start, and those written since."""
+
+    def __init__(self, key: Key) -> None:
+        self._key = key
+        self._rows: dict[Row, tuple[Shard, int]] = {}
+        for view in (0, 1):
+            directory = root() / key.name(view)
+            with suppress(OSError):  # there is no such key yet, or we may only read
+                os.utime(directory / "key.json")  # says when the key was last used
+            for path, found in read_shards(directory.glob("*.h5")):
+                problem = str(found) if isinstance(found, ValueError) else self._misfit(found, view)
+                if isinstance(found, ValueError) or problem:
+                    log.warning("%s is damaged (%s); set aside, its rows are computed again", path, problem)
+                    with suppress(FileNotFoundError):  # another process was faster
+                        path.replace(path.with_suffix(".damaged"))
+                else:
+                    self._add(found)
+
+    def missing(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of `rows` that are not on disk, each once, in order."""
+        return [row for row in dict.fromkeys(rows) if row not in self._rows]
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._rows)
+
+    def read(self, rows: Sequence[Row]) -> np.ndarray:
+        """Values (len(rows), *row_shape) as stored, in any order; KeyError for a missing row."""
+        values = np.empty((len(rows), *self._key.row_shape), self._key.dtype)
+        found = [self._rows[row] for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (found[i][0].path, found[i][1]))
+        for path, group in groupby(order, lambda i: found[i][0].path):
+            with path.open("rb", buffering=0) as file:  # not mapped: what is read does not stay in memory
+                for i in group:
+                    shard, position = found[i]
+                    file.seek(shard.offset + position * values[i].nbytes)
+                    if file.readinto(values[i].reshape(-1).data.cast("B")) != values[i].nbytes:
+                        raise OSError(f"{path} was cut short while it was read")
+        return values
+
+    def largest_rounding(self, rows: Sequence[Row]) -> float:
+        """Largest error that `store_dtype` makes in these rows, relative to the row's largest value."""
+        return max(float(shard.rounding[position]) for shard, position in map(self._rows.__getitem__, rows))
+
+    def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
+        """Add (len(rows), *row_shape) float32: one shard for view 0 and one for the others, whichever have rows."""
+        stored, rounding = self._rounded(values)
+        for is_plain in (True, False):
+            part = [i for i, (_, view) in enumerate(rows) if (view == 0) == is_plain]
+            if part:
+                view = rows[part[0]][1]
+                name = self._key.name(view)
+                if not (root() / name / "key.json").exists():
+                    write_json(root() / name / "key.json", self._key.describe(view))
+                chosen = [rows[i] for i in part]
+                path = hdf5.write_shard(root() / name, name, chosen, stored[part], rounding[part])
+                self._add(hdf5.read_shard(path))
+
+    def _add(self, shard: Shard) -> None:
+        self._rows.update({row: (shard, position) for position, row in enumerate(shard.rows)})
+
+    def _misfit(self, shard: Shard, view: int) -> str:
+        """Why the shard cannot be one of the directory for this view, plain or not; empty if it can."""
+        if shard.key != self._key.name(view):
+            return f"it belongs to the key {shard.key}"
+        if any((view == 0) != (other == 0) for _, other in shard.rows):
+            return "it holds views that belong to another key"
+        if (shard.shape, shard.dtype) != (self._key.row_shape, self._key.dtype):
+            return f"it holds rows of {shard.dtype} {shard.shape}, not {self._key.dtype} {self._key.row_shape}"
+        return ""
+
+    def _rounded(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values in the stored type, and of each row the largest error relative to its largest value."""
+        with np.errstate(over="ignore"):
+            stored = values.astype(self._key.dtype)
+        largest = np.abs(values).reshape(len(values), -1).max(axis=1)
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"params.yaml: features.store_dtype: {self._key.description['store_dtype']} cannot hold "
+                f"{largest.max():.4g}, found at {self._key.description['cut']}; expected fp32"
+            )
+        error = np.abs(stored.astype(np.float32) - values).reshape(len(values), -1).max(axis=1)
+        return stored, error / np.maximum(largest, np.finfo(np.float32).tiny)
+
+
+def read_shards(paths: Iterable[Path]) -> Iterator[tuple[Path, Shard | ValueError]]:
+    """Each shard, or why it cannot be used; without those that another process removed meanwhile."""
+
+    def read(path: Path) -> Shard | ValueError | None:
+        try:
+            return hdf5.read_shard(path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            return error
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(4) as pool:  # digests are computed side by side
+        for path, found in zip(ordered, pool.map(read, ordered), strict=True):
+            if found is not None:
+                yield path, found

@@ -1,0 +1,154 @@
+"""Views of images: preprocessing and deterministic augmentation, from image files to uint8 (n, crop, crop, 3).
+
+Only geometry and colour change here. Scaling to floats is the first layer of the network (preprocessing.Normalize), so
+that the decoding processes pass on a quarter of the bytes.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from pipeline.dataset.decoding import decode, sha256
+from pipeline.network.preprocessing import Preprocessing
+from pipeline.params import Augmentation
+
+Transform = Callable[[Image.Image], Image.Image]
+FLIPS = {"none": ("",), "horizontal": ("", "h"), "vertical": ("", "v"), "both": ("", "h", "v", "hv")}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One view of one image file, whose bytes must have this SHA-256."""
+
+    path: Path
+    sha256: str
+    view: int
+
+
+def make_views(
+    image: Image.Image, name: str, which: Sequence[int], preprocessing: Preprocessing, augmentation: Augmentation
+) -> np.ndarray:
+    """The views numbered `which` of the image called `name` (its SHA-256): uint8 (len(which), crop, crop, 3).
+
+    View k depends on augmentation.seed, name and k alone; view 0 is the evaluation transform.
+    """
+    evaluation_crop, augment = _transforms(preprocessing, augmentation)  # pyright: ignore[reportArgumentType] (both are hashable)
+    plain = evaluation_crop(image) if augment is None or 0 in which else image
+    pixels = []
+    for k in which:
+        view = plain
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also note, for each GPU to come, from where it was called
+            torch.default_generator.manual_seed(int(sha256(f"{augmentation.seed} {name} {k}".encode())[:15], 16))
+            if k and augment is not None:
+                view = augment(image.convert("RGB"))
+            array = _symmetry(np.asarray(view.convert("RGB")), k, augmentation)
+            if k and augmentation.noise_std:
+                noise = augmentation.noise_std * torch.randn(array.shape).numpy()
+                array = np.clip(np.round(array + noise), 0, 255).astype(np.uint8)
+        pixels.append(array)
+    return np.stack(pixels)
+
+
+@cache
+def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transform, Transform | None]:
+    """The evaluation crop, and the random transform of views k > 0 (None if they differ by flips alone)."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    evaluation = [v2.Resize(list(preprocessing.resize), interpolation=interpolation), v2.CenterCrop(preprocessing.crop)]
+    crops = (a.crop_area, a.crop_aspect) != ((1.0, 1.0), (1.0, 1.0))
+    moves = a.rotation_degrees or a.shift_fraction or a.scale != (1.0, 1.0)
+    colours = a.brightness, a.contrast, a.saturation, a.hue
+    random: list = []
+    if crops:
+        size = preprocessing.crop
+        random.append(v2.RandomResizedCrop(size, a.crop_area, a.crop_aspect, interpolation=interpolation))
+    if moves:
+        shift, fill = (a.shift_fraction, a.shift_fraction), [round(255 * mean) for mean in preprocessing.mean]
+        bilinear = InterpolationMode.BILINEAR
+        random.append(
+            v2.RandomAffine(
+                (-a.rotation_degrees, a.rotation_degrees), shift, a.scale, interpolation=bilinear, fill=fill
+            )
+        )
+    if any(colours):
+        random.append(v2.ColorJitter(*colours))
+    return v2.Compose(evaluation), v2.Compose(([] if crops else evaluation) + random) if random else None
+
+
+def _symmetry(pixels: np.ndarray, k: int, a: Augmentation) -> np.ndarray:
+    """Flip, and turn by right angles, exactly.
+
+    View k takes element k of the group that is allowed, so that a round of views shows every element once: with
+    `flips: both`, views 0 to 3 are the four flips.
+    """
+    turn, flip = divmod(k % (len(FLIPS[a.flips]) * (4 if a.right_angles else 1)), len(FLIPS[a.flips]))
+    if "h" in FLIPS[a.flips][flip]:
+        pixels = pixels[:, ::-1]
+    if "v" in FLIPS[a.flips][flip]:
+        pixels = pixels[::-1]
+    return np.rot90(pixels, turn)
+
+
+def load_batches(
+    batches: Sequence[Sequence[Sample]], preprocessing: Preprocessing, augmentation: Augmentation, workers: int
+) -> Iterator[torch.Tensor]:
+    """Decode batches in order, in worker processes: uint8 (len(batch), crop, crop, 3) each.
+
+    Raises ValueError for a file that cannot be read or whose bytes are not those that were indexed.
+    """
+    workers = min(workers, len(batches))
+    loader = DataLoader(
+        _Batches(batches, preprocessing, augmentation),
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # or it would draw from the numbers that dropout is drawn from
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+def _leave_signals(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset):
+    """A batch, or the ValueError that stands for it: raised in a worker, it would come with a traceback."""
+
+    batches: Sequence[Sequence[Sample]]
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> torch.Tensor | ValueError:
+        parts = []
+        for path, group in groupby(self.batches[index], lambda sample: sample.path):
+            samples = list(group)  # the views of one image, which is decoded once
+            name, which = samples[0].sha256, [sample.view for sample in samples]
+            try:
+                content = path.read_bytes()
+                if sha256(content) != name:
+                    raise ValueError("other bytes than were indexed; run: dvc repro")
+                parts.extend(make_views(decode(content), name, which, self.preprocessing, self.augmentation))
+            except (OSError, ValueError, MemoryError) as error:
+                return ValueError(f"{path}: {error or 'needs more memory than there is'}")
+        return default_collate([torch.from_numpy(part) for part in parts])  # in a worker, right into shared memory

@@ -1,0 +1,98 @@
+"""Saved networks: each loads on its own, from any directory.
+
+models/<strategy>/seed_<s>.safetensors     tensors `head.*`, and `base.*` unless the base is as published
+models/<strategy>/seed_<s>.json            the card: what else is needed to build the network
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from pipeline.files import replacing, write_json
+from pipeline.network import backbones, cuts
+from pipeline.network.plans import BackbonePlan
+from pipeline.network.preprocessing import Normalize
+from pipeline.params import Augmentation, HeadOptions, Record
+from pipeline.training import heads
+from pipeline.training.runs import MODELS, Cost
+
+
+class Card(Record):
+    """What a saved network has to know, beside its tensors; `sha256` (hex) is of the file that holds them.
+
+    `backbone` is the pretrained network from which the run started.
+    """
+
+    strategy: str
+    seed: int
+    class_names: tuple[str, ...]
+    backbone: BackbonePlan
+    augmentation: Augmentation
+    evaluation_views: int
+    freeze_until: str
+    head: HeadOptions
+    cost: Cost
+    sha256: str = ""
+
+
+def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
+    """Write the tensors and, last, the card, which holds their digest; no base if it is as published."""
+    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+    if base is not None:
+        tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
+    path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    write_json(path.with_suffix(".json"), card.model_copy(update={"sha256": _sha256(path)}).model_dump(mode="json"))
+
+
+def read_card(path: Path) -> Card:
+    """Read seed_<s>.json and check the tensors beside it; ValueError if they do not belong together."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such run; expected e.g. {MODELS / 'full_retrain' / 'seed_0'}")
+    try:
+        card = Card.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{path}: not a run saved by this version") from None
+    if card.sha256 != _sha256(path.with_suffix(".safetensors")):
+        raise ValueError(f"{path}: {path.stem}.safetensors beside it is damaged, or of another run")
+    return card
+
+
+def load_head(path: Path, card: Card, dense: nn.Module) -> nn.Sequential:
+    """The head of the run `path` (.json), in evaluation mode; `dense` as in heads.build."""
+    head = heads.build(card.backbone.feature_shape, len(card.class_names), card.head, dense)
+    head.load_state_dict(_part(path, "head"))
+    return head.eval()
+
+
+def load_network(path: Path) -> tuple[nn.Sequential, Card]:
+    """The whole network of the run `path` (.json), from uint8 images to logits, in evaluation mode, and its card.
+
+    A head alone stands on the published base, which is loaded again; ValueError if its weights are others now.
+    """
+    card = read_card(path)
+    plan, state = card.backbone, _part(path, "base")
+    if state:
+        backbone = backbones.load(plan.choice.model_copy(update={"weights": "random"}), plan.image_size)
+    else:
+        backbone = backbones.load_planned(plan, str(path))
+    base, dense = cuts.split(backbone, plan.cut)
+    if state:
+        base.load_state_dict(state)
+    pixels_to_features = nn.Sequential(Normalize(plan.preprocessing), base, cuts.Pool(plan.pool))
+    return nn.Sequential(pixels_to_features, load_head(path, card, dense)).eval(), card
+
+
+def _part(path: Path, part: str) -> dict[str, torch.Tensor]:
+    tensors = load_file(path.with_suffix(".safetensors"))
+    return {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
