@@ -222,6 +222,8 @@ class Compare(Record):
     baseline: Name
     practical_margin: BelowOne
     confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    positive_class: Text | None
+    specificity: Annotated[float, Field(gt=0, lt=1)]
     guard: dict[str, NonNegative]
 
 

@@ -1,55 +1,71 @@
-"""Runs -> reports/details.json, and the short metrics file of each strategy.
+"""reports/details.json and the short metrics file of each strategy, assembled from runs.
 
-Fractions, never percent. Figures are means over the seeds; runs with identical predictions count once. Intervals (see
+Fractions, never percent. Values are means over the seeds; runs with identical predictions count once. Intervals (see
 intervals.py) are over test images, conditional on the trained runs.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
-from pipeline.comparison import intervals, metrics, paired, recommendation
+from pipeline.comparison import influence, intervals, metrics, outcomes, paired, recommendation
 from pipeline.comparison.intervals import Interval
+from pipeline.comparison.outcomes import Outcomes
+from pipeline.comparison.paired import Study
 from pipeline.dataset.manifest import Labels
+from pipeline.dataset.units import unit_of
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, Compare
 from pipeline.training.runs import Cost, Predictions, Run
 
 SPLITS = ("val", "test")
-ROW_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
-DIFFERENCE = {
-    "difference": "difference",
-    "low": "difference_low",
-    "high": "difference_high",
-    "p_value": "difference_p_value",
-}
-MAX_GROUPS = 50  # of which there are rows; those with the most test images
+SUBSET_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
+FEW_UNITS = 10  # units of a split, below which its intervals are rough
+MAX_GROUPS = 50  # groups with figures of their own: those with the most test images
 Json = dict[str, Any]
 
 
-def assemble(
-    runs: Mapping[str, Sequence[Run]], every_head: Sequence[Run], labels: Labels, n_train: float, options: Compare
-) -> Json:
-    """details.json: the strategies on their common seeds, what the head gives on all of its own, and the choice.
+@dataclass(frozen=True)
+class Judged:
+    """A run and its outcomes: cross-fitted on validation, as predicted on test. `scores`: its part of details.json."""
 
-    `n_train`: images that train and validate, mean over the common seeds.
+    run: Run
+    val: Outcomes
+    test: Outcomes
+    scores: Json
+
+
+def assemble(
+    runs: Mapping[str, Sequence[Run]],
+    every_head: Sequence[Run],
+    labels: Labels,
+    n_train: Mapping[str, float],
+    options: Compare,
+) -> Json:
+    """details.json: the strategies on their common seeds, the head on all of its seeds, and the recommendation.
+
+    `n_train`: images, mean over the common seeds, that were used before judging on `val` (train), and on `test` (train
+    and validation).
     """
-    distinct = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
-    scored = {key: score(run, labels) for key, run in distinct.items()}
-    described = {
-        name: describe(these, [scored[run.strategy, run.seed] for run in these], labels)
+    unit = unit_of(labels)
+    by_key = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
+    judged = {key: judge(run, labels, unit) for key, run in by_key.items()}
+    groups = {
+        name: [judged[run.strategy, run.seed] for run in these]
         for name, these in (*runs.items(), (HEAD_ALL_SEEDS, every_head))
     }
-    for name, differences in against_baseline(runs, options.baseline, labels, n_train).items():
+    described = {name: describe(these, labels, unit, options) for name, these in groups.items()}
+    studies = {split: Study(labels.label, labels.weight, unit, n_train[split]) for split in SPLITS}
+    compared = {name: groups[name] for name in runs}
+    for name, differences in against_baseline(compared, options.baseline, studies).items():
         described[name]["vs_baseline"] = differences
     chosen = recommendation.recommend(
-        {name: [run.val for run in these] for name, these in runs.items()},
+        {name: [one.val for one in these] for name, these in compared.items()},
         {name: described[name]["cost"]["train_flops"] for name in runs},
-        labels.label,
-        labels.weight,
+        studies["val"],
         options.practical_margin,
         options.confidence,
     )
@@ -57,163 +73,267 @@ def assemble(
         "baseline": options.baseline,
         "common_seeds": [run.seed for run in runs[HEAD_ONLY]],
         "class_names": labels.class_names,
+        "has_groups": len(np.unique(unit)) < len(unit),
+        "notes": notes(described),
         "recommendation": recommendation.as_json(chosen, described),
         "strategies": described,
     }
 
 
-def score(run: Run, labels: Labels) -> Json:
-    """Metrics of one run on validation and test, its cost and what was chosen."""
-    scores = {}
-    for split in SPLITS:
-        found: Predictions = getattr(run, split)
-        label, weight = labels.label[found.rows], labels.weight[found.rows]
-        scores[split] = {"n": len(found.rows), **metrics.score(found.log_probability, label, weight)}
+def judge(run: Run, labels: Labels, unit: np.ndarray) -> Judged:
+    """Metrics of one run on validation (cross-fitted) and test, its temperature and cost, and what was selected."""
+    n_classes = len(labels.class_names)
+    val = outcomes.cross_fitted(run.val.rows, run.candidates, labels.weight, unit)
+    test = outcomes.of_predictions(run.test, labels.label)
+    figures = {}
+    for split, found in (("val", val), ("test", test)):
+        data = labels.label[found.rows], labels.weight[found.rows]
+        n_units = len(np.unique(unit[found.rows]))
+        figures[split] = {"n": len(found.rows), "n_units": n_units, **metrics.score(found, *data, n_classes)}
     rows = run.val.rows
     temperature = metrics.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
-    rows, scaled = run.test.rows, np.exp(log_softmax(run.test.log_probability / temperature, axis=1))
-    scores["test"]["ece_scaled"] = metrics.expected_calibration_error(scaled, labels.label[rows], labels.weight[rows])
-    about = {"cost": run.cost.model_dump(), "chosen": run.chosen, "network": run.network}
-    return {"seed": run.seed, **scores, "temperature": temperature, **about}
+    data = labels.label[test.rows], labels.weight[test.rows]
+    figures["test"]["ece_scaled"] = metrics.expected_calibration_error(_scaled(run.test, temperature), *data)
+    scores = {
+        "seed": run.seed,
+        **figures,
+        "temperature": temperature,
+        "cost": run.cost.model_dump(),
+        "chosen": run.chosen,
+        "n_candidates": len(run.candidates.names),
+        "network": run.network,
+    }
+    return Judged(run, val, test, scores)
 
 
-def describe(runs: Sequence[Run], scored: Sequence[Json], labels: Labels) -> Json:
-    """Everything about one strategy except the comparison with the baseline; `scored`: what `score` gives per run."""
-    distinct = intervals.distinct([run.test for run in runs])
-    kept = [i for i, run in enumerate(runs) if any(run.test is one for one in distinct)]
-    parts = {part: _part(part, [runs[i] for i in kept], [scored[i] for i in kept], labels) for part in SPLITS}
-    for part in SPLITS:
-        parts[part]["n"] = [result[part]["n"] for result in scored]
-    parts["test"]["temperature"] = [result["temperature"] for result in scored]
-    parts["test"] |= _of_test([runs[i] for i in kept], labels)
-    scaled = [Predictions(runs[i].test.rows, runs[i].test.log_probability / scored[i]["temperature"]) for i in kept]
-    values = [scored[i]["test"]["ece_scaled"] for i in kept]
-    parts["test"]["metrics"]["ece_scaled"] = _figure(
-        values, intervals.ece_interval(scaled, labels.label, labels.weight)
-    )
+def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options: Compare) -> Json:
+    """One strategy in details.json, without differences from the baseline."""
+    kept = intervals.distinct(judged, lambda one: intervals.digest_of(one.test))
+    data = labels.label, labels.weight, unit
+    splits: Json = {}
+    for split in SPLITS:
+        found = intervals.metric_intervals([getattr(one, split) for one in kept], *data, len(labels.class_names))
+        if split == "test":
+            scaled = [_scaled(one.run.test, one.scores["temperature"]) for one in kept]
+            found["ece_scaled"] = intervals.ece_interval([one.test.rows for one in kept], scaled, *data)
+        values = {name: [one.scores[split][name] for one in kept] for name in found}
+        splits[split] = {
+            "n": [one.scores[split]["n"] for one in judged],
+            "n_units": [one.scores[split]["n_units"] for one in judged],
+            "metrics": {name: _figure(values[name], interval) for name, interval in found.items()},
+        }
+    splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
+    splits["test"] |= break_down(kept, labels, unit)
+    splits["test"]["operating_points"] = operating_points(kept, labels, unit, options)
     return {
-        "seeds": [run.seed for run in runs],
+        "seeds": [one.run.seed for one in judged],
         "distinct_runs": len(kept),
-        **parts,
+        "n_candidates": max(one.scores["n_candidates"] for one in judged),
+        **splits,
         "vs_baseline": None,
-        "cost": {name: round(np.mean([result["cost"][name] for result in scored])) for name in Cost.model_fields},
-        "runs": [{key: value for key, value in result.items() if key != "temperature"} for result in scored],
+        "cost": {name: round(np.mean([one.scores["cost"][name] for one in judged])) for name in Cost.model_fields},
+        "runs": [{key: value for key, value in one.scores.items() if key != "temperature"} for one in judged],
     }
 
 
+def break_down(judged: Sequence[Judged], labels: Labels, unit: np.ndarray) -> Json:
+    """Test figures by class, confidence, subset, group and unit, and the confusion matrix, over all runs."""
+    rows = np.concatenate([one.test.rows for one in judged])
+    predicted = np.concatenate([one.test.predicted for one in judged])
+    probability = np.concatenate([softmax(one.run.test.log_probability.astype(np.float64), axis=1) for one in judged])
+    label, weight = labels.label[rows], labels.weight[rows]
+    sizes = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
+    largest = {group for group, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MAX_GROUPS]}
+    tests = [one.test for one in judged]
+    return {
+        "classes": _by_class(tests, labels),
+        "confusion": metrics.confusion(predicted, label, len(labels.class_names)).tolist(),
+        "reliability": metrics.reliability(probability, label, weight),
+        "subsets": _by_value(labels.subset, tests, labels, unit),
+        "groups": _by_value([group if group in largest else "" for group in labels.group], tests, labels, unit),
+        "n_groups": len(sizes),
+        "per_unit": _per_unit(tests, labels, unit),
+    }
+
+
+def operating_points(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options: Compare) -> Json | None:
+    """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
+
+    That threshold is the lowest probability of the positive class at which validation has at least
+    `compare.specificity`. None where there are not two classes, or a run tests on one only.
+    """
+    if len(labels.class_names) != 2 or any(len(set(labels.label[one.test.rows])) < 2 for one in judged):
+        return None
+    positive = positive_class(labels, options)
+    found: Json = {"positive_class": labels.class_names[positive], "stated_specificity": options.specificity}
+    thresholds = [_threshold(one.run.val, positive, labels, options.specificity) for one in judged]
+    for name, cuts in (("default", [0.5] * len(judged)), ("chosen", thresholds)):
+        figures = {}
+        for figure, own in (("sensitivity", positive), ("specificity", 1 - positive)):
+            hits, rows = [], []
+            for one, cut in zip(judged, cuts, strict=True):
+                chosen = one.test.rows[labels.label[one.test.rows] == own]
+                probability = _positive_probability(one.run.test, positive)[labels.label[one.test.rows] == own]
+                is_positive = probability > cut if name == "default" else probability >= cut
+                hits.append(influence.mean(is_positive == (own == positive), labels.weight[chosen]))
+                rows.append(chosen)
+            estimate = intervals.interval(hits, rows, unit)
+            figures[figure] = estimate and asdict(estimate)
+        found[name] = {"threshold": float(np.mean(cuts)), **figures}
+    return found
+
+
+def positive_class(labels: Labels, options: Compare) -> int:
+    """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class."""
+    if options.positive_class is None:
+        return int(np.bincount(labels.label, minlength=2).argmin())
+    if options.positive_class not in labels.class_names:
+        raise ValueError(
+            f"params.yaml: compare.positive_class: found {options.positive_class}, expected null or one of "
+            f"{', '.join(labels.class_names)}"
+        )
+    return labels.class_names.index(options.positive_class)
+
+
+def notes(strategies: Mapping[str, Json]) -> list[str]:
+    """Warnings that belong beside the figures."""
+    found = []
+    for split, title in (("val", "validation"), ("test", "test")):
+        fewest = min(n for strategy in strategies.values() for n in strategy[split]["n_units"])
+        if fewest < FEW_UNITS:
+            found.append(
+                f"the {title} split has {fewest} units (groups, or images that belong to none): with fewer than "
+                f"{FEW_UNITS}, intervals are rough"
+            )
+    return found
+
+
 def against_baseline(
-    runs: Mapping[str, Sequence[Run]], baseline: str, labels: Labels, n_train: float
+    judged: Mapping[str, Sequence[Judged]], baseline: str, studies: Mapping[str, Study]
 ) -> dict[str, Json]:
     """Every other strategy on the same seeds and images; p-values are corrected over the strategies (Holm)."""
-    found: dict[str, Json] = {name: {} for name in runs if name != baseline}
-    for part in SPLITS:
-        predictions = {name: [getattr(run, part) for run in these] for name, these in runs.items()}
-        data = labels.label, labels.weight, n_train
-        differences = {name: paired.compare(predictions[name], predictions[baseline], *data) for name in found}
-        corrected = paired.holm([difference.p_value for difference in differences.values()])
-        by_t = {name: one.corrected_t_p_value for name, one in differences.items() if part == "test"}
-        by_t = {name: p_value for name, p_value in by_t.items() if p_value is not None}
-        by_t = dict(zip(by_t, paired.holm([*by_t.values()]), strict=True))
-        for (name, one), p_value in zip(differences.items(), corrected, strict=True):
-            p_values = {"p_value": p_value, "p_value_uncorrected": one.p_value, "corrected_t_p_value": by_t.get(name)}
-            found[name][part] = asdict(one) | p_values
+    found: dict[str, Json] = {name: {} for name in judged if name != baseline}
+    for split in SPLITS:
+        runs = {name: [getattr(one, split) for one in these] for name, these in judged.items()}
+        differences = {name: paired.compare(runs[name], runs[baseline], studies[split]) for name in found}
+        p_values = paired.holm([difference.p_value for difference in differences.values()])
+        for (name, difference), p_value in zip(differences.items(), p_values, strict=True):
+            corrected = {"p_value": p_value, "p_value_uncorrected": difference.p_value}
+            found[name][split] = asdict(difference) | corrected
     return found
 
 
 def summarise(strategy: Json) -> Json:
     """reports/metrics/<strategy>.json: the few figures that `dvc metrics diff` shows on one screen."""
     test, val = strategy["test"]["metrics"], strategy["val"]["metrics"]
-    difference = strategy["vs_baseline"]["test"] if strategy["vs_baseline"] else {}
-    return {
+    found = {
         "test_accuracy": test["accuracy"]["value"],
         "test_accuracy_low": test["accuracy"]["low"],
         "test_accuracy_high": test["accuracy"]["high"],
         "test_balanced_accuracy": test["balanced_accuracy"]["value"],
         "test_nll": test["nll"]["value"],
         "val_accuracy": val["accuracy"]["value"],
-        **{title: difference[key] for key, title in DIFFERENCE.items() if difference},
         "train_flops": strategy["cost"]["train_flops"],
         "seeds": strategy["distinct_runs"],
     }
+    if strategy["vs_baseline"]:
+        difference = strategy["vs_baseline"]["test"]
+        found["difference"] = difference["difference"]
+        found |= {f"difference_{key}": difference[key] for key in ("low", "high", "p_value")}
+    return found
 
 
-def rounded(value: Any) -> Any:  # noqa: ANN401
-    """JSON with every float to 6 digits, of small ones the first that are not 0."""
+def round_floats(value: Any) -> Any:  # noqa: ANN401
+    """The JSON value with every float rounded to 6 digits, or to 4 significant digits below 0.001."""
     if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
+        return {key: round_floats(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(inner) for inner in value]
+        return [round_floats(inner) for inner in value]
     if isinstance(value, float):
         return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.4g}")
     return value
 
 
-def _part(part: str, runs: Sequence[Run], scored: Sequence[Json], labels: Labels) -> Json:
-    """Mean, interval and deviation of every metric."""
-    found = intervals.metric_intervals([getattr(run, part) for run in runs], labels.label, labels.weight)
-    names = [name for name in scored[0][part] if name != "n"]
-    figures = {name: _figure([result[part][name] for result in scored], found.get(name)) for name in names}
-    return {"n": [], "metrics": figures}
+def _scaled(predictions: Predictions, temperature: float) -> np.ndarray:
+    """Probabilities (n, n_classes) at this temperature."""
+    return softmax(predictions.log_probability.astype(np.float64) / temperature, axis=1)
+
+
+def _positive_probability(predictions: Predictions, positive: int) -> np.ndarray:
+    return np.exp(log_softmax(predictions.log_probability.astype(np.float64), axis=1)[:, positive])
+
+
+def _threshold(val: Predictions, positive: int, labels: Labels, specificity: float) -> float:
+    """The lowest probability of the positive class at which validation has this specificity, weighted."""
+    is_negative = labels.label[val.rows] != positive
+    probability, weight = _positive_probability(val, positive), labels.weight[val.rows]
+    order = np.argsort(probability[is_negative], kind="stable")
+    below = np.cumsum(weight[is_negative][order]) / weight[is_negative].sum()
+    reached = probability[is_negative][order][np.searchsorted(below, specificity - 1e-12)]
+    return float(np.nextafter(reached, 2))
 
 
 def _figure(values: Sequence[float | None], interval: Interval | None) -> Json:
+    """Mean, interval and standard deviation over runs; None where the metric of a run is undefined."""
     known = [value for value in values if value is not None]
-    is_defined = len(known) == len(values)
+    if len(known) < len(values):
+        return dict.fromkeys(("value", "low", "high", "sd"))
     return {
-        "value": float(np.mean(known)) if is_defined else None,
-        "low": interval.low if is_defined and interval else None,
-        "high": interval.high if is_defined and interval else None,
-        "sd": float(np.std(known, ddof=1)) if is_defined and len(known) > 1 else None,
+        "value": float(np.mean(known)),
+        "low": interval and interval.low,
+        "high": interval and interval.high,
+        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
     }
 
 
-def _of_test(runs: Sequence[Run], labels: Labels) -> Json:
-    """Test figures beside the metrics: by class, by subset and group, confusion, calibration."""
-    rows = np.concatenate([run.test.rows for run in runs])
-    log_probability = np.concatenate([run.test.log_probability for run in runs])
-    label, weight = labels.label[rows], labels.weight[rows]
-    groups = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
-    shown = {group for group, _ in sorted(groups.items(), key=lambda one: (-one[1], one[0]))[:MAX_GROUPS]}
-    return {
-        "classes": _classes(runs, labels),
-        "confusion": metrics.confusion(log_probability, label).tolist(),
-        "reliability": metrics.reliability(log_probability, label, weight),
-        "subsets": _by(labels.subset, runs, labels),
-        "groups": _by([group if group in shown else "" for group in labels.group], runs, labels),
-        "n_groups": len(groups),
-    }
-
-
-def _classes(runs: Sequence[Run], labels: Labels) -> list[Json]:
-    """Means over the runs, and the support of all of them, by class."""
+def _by_class(runs: Sequence[Outcomes], labels: Labels) -> list[Json]:
+    """By class, means over the runs, and the support summed over them."""
+    n_classes = len(labels.class_names)
     by_run = [
-        metrics.per_class(run.test.log_probability, labels.label[run.test.rows], labels.weight[run.test.rows])
-        for run in runs
+        metrics.per_class(run.predicted, labels.label[run.rows], labels.weight[run.rows], n_classes) for run in runs
     ]
-    found = []
-    for index, name in enumerate(labels.class_names):
-        values = [result[index] for result in by_run]
-        means = {key: float(np.mean([value[key] for value in values])) for key in ("precision", "recall", "f1")}
-        found.append({"class": name, "support": sum(value["support"] for value in values), **means})
-    return found
+    means = {key: np.mean([found[key] for found in by_run], axis=0) for key in ("precision", "recall", "f1")}
+    support = np.sum([found["support"] for found in by_run], axis=0)
+    return [
+        {"class": name, "support": int(support[k]), **{key: float(mean[k]) for key, mean in means.items()}}
+        for k, name in enumerate(labels.class_names)
+    ]
 
 
-def _by(column: Sequence[str], runs: Sequence[Run], labels: Labels) -> dict[str, Json]:
-    """Figures of the test images by what stands in `column`; `n` images, each counted once however many seeds."""
-    found = {}
-    values = np.array(column)
+def _by_value(column: Sequence[str], runs: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> dict[str, Json]:
+    """Test figures by value of a column of labels.csv; `n` counts each image once, whatever the number of seeds."""
+    found, values = {}, np.array(column)
     for value in sorted(set(column) - {""}):
-        parts = [
-            Predictions(run.test.rows[chosen], run.test.log_probability[chosen])
-            for run in runs
-            if (chosen := values[run.test.rows] == value).any()
-        ]
-        if not parts:
+        chosen = [run[mask] for run in runs if (mask := values[run.rows] == value).any()]
+        if not chosen:
             continue
-        estimates = intervals.metric_intervals(parts, labels.label, labels.weight)
-        rows = np.unique(np.concatenate([part.rows for part in parts]))
-        n_classes = len(np.unique(labels.label[rows]))
-        names = [name for name in ROW_METRICS if name != "macro_f1" or n_classes == len(labels.class_names)]
-        figures = {name: one for name in names if (one := estimates.get(name)) is not None}
-        found[value] = {"n": len(rows), **{name: asdict(interval) for name, interval in figures.items()}}
+        n_classes = len(labels.class_names)
+        estimates = intervals.metric_intervals(chosen, labels.label, labels.weight, unit, n_classes)
+        rows = np.unique(np.concatenate([run.rows for run in chosen]))
+        if len(np.unique(labels.label[rows])) < n_classes:
+            estimates["macro_f1"] = None  # an absent class would count as 0
+        figures = {name: asdict(one) for name in SUBSET_METRICS if (one := estimates[name]) is not None}
+        found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
     return found
+
+
+def _per_unit(runs: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> Json | None:
+    """Test figures with one vote per unit: probabilities are averaged over its images, and units count alike.
+
+    Units whose images have several labels are left out. None where every unit is one image.
+    """
+    rows = np.unique(np.concatenate([run.rows for run in runs]))
+    if len(np.unique(unit[rows])) == len(rows):
+        return None
+    voted = [outcomes.by_unit(run, labels.label, unit) for run in runs]
+    n_classes, ones, each = len(labels.class_names), np.ones(unit.max() + 1), np.arange(unit.max() + 1)
+    label = np.zeros(unit.max() + 1, np.int64)
+    label[unit] = labels.label
+    estimates = intervals.metric_intervals(voted, label, ones, each, n_classes)
+    names = (*SUBSET_METRICS, "brier")
+    n_voting = len(np.unique(np.concatenate([run.rows for run in voted])))
+    return {
+        "n_units": n_voting,
+        "n_left_out": len(np.unique(unit[rows])) - n_voting,
+        **{name: asdict(one) for name in names if (one := estimates[name]) is not None},
+    }

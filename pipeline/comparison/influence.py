@@ -1,123 +1,146 @@
-"""Logits and labels -> every metric that is smooth in the images' weights, and how far each image moves it.
+"""Every metric that is a smooth function of the images' weights, and the influence of each image on it.
 
-logits (n, n_classes), label (n,) int, weight (n,) above 0. The influence of an image is its weight times the metric's
-derivative by it (the infinitesimal jackknife: Jaeckel 1972, Bell Laboratories memorandum 72-1215-11; Efron 1982, "The
-jackknife, the bootstrap and other resampling plans"): the sum of its squares is the metric's variance.
+label (n,) int and weight (n,) above 0 are those of the outcomes' images. The influence of an image is its weight times
+the derivative of the metric with respect to that weight (infinitesimal jackknife: Jaeckel 1972, Bell Laboratories
+memorandum 72-1215-11; Efron 1982, "The jackknife, the bootstrap and other resampling plans"). Summed over units and
+squared, influences add up to the variance of the metric.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
 
-from pipeline.comparison import metrics
+from pipeline.comparison.outcomes import Outcomes
+
+TOP_5_ABOVE = 10  # classes: with fewer, the top-5 accuracy says little
 
 
 @dataclass(frozen=True)
 class Influence:
-    """A metric between 0 and `top`: its value, and of each image (n,) its influence and its share.
+    """A metric between 0 and `top`: its value, and the influence and the share of each image (n,).
 
-    `influence` contains the correction n / (n - 1) for the mean, or the class's mean, being estimated. `share` is what
-    part of the metric is the image's: all sum to 1 (less where a class is absent).
+    `share` is the fraction of the metric that an image contributes: shares sum to 1 (to less where a class is absent).
+    `extra_variance` is that of pseudo-images, which keep a class with few images, or with none that is wrong, from
+    looking certain. `degrees` of freedom of the variance, where classes with few images carry it.
     """
 
     value: float
     influence: np.ndarray
     share: np.ndarray
     top: float = 1.0
+    extra_variance: float = 0.0
+    degrees: float = np.inf
 
 
-def linearise(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, Influence | None]:
-    """The metrics of metrics.score, without `ece`; None where one is undefined."""
-    n_classes = logits.shape[1]
-    log_probability = log_softmax(logits.astype(np.float64), axis=1)
-    true_log_probability = np.take_along_axis(log_probability, label[:, None], axis=1)[:, 0]
-    probability = np.exp(log_probability, out=log_probability)
-    predicted = logits.argmax(axis=1)
-    square = (probability**2).sum(axis=1) - 2 * np.exp(true_log_probability) + 1
+def linearise(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: int) -> dict[str, Influence | None]:
+    """All metrics of metrics.score but `ece`, as far as the outcomes allow; None where a metric is undefined."""
+    predicted = outcomes.predicted
     found = {
         "accuracy": mean(predicted == label, weight),
         "balanced_accuracy": _balanced_accuracy(predicted, label, weight, n_classes),
         "macro_f1": _macro_f1(predicted, label, weight, n_classes),
-        "auroc": _auroc(probability, label, weight),
-        "nll": mean(-true_log_probability, weight, np.inf),
-        "brier": mean(square / 2, weight) if n_classes == 2 else mean(square, weight, 2.0),
+        "auroc": _auroc(outcomes.scores, label, weight, outcomes.fold, n_classes),
+        "nll": mean(-outcomes.true_log_probability, weight, np.inf),
     }
-    if n_classes > metrics.TOP_5_ABOVE:
-        found["top5_accuracy"] = mean(metrics.is_among_top(logits, label, 5), weight)
+    probability = outcomes.probability
+    if probability is not None:
+        squared_error = (probability**2).sum(axis=1) - 2 * np.exp(outcomes.true_log_probability) + 1
+        found["brier"] = mean(squared_error / 2, weight) if n_classes == 2 else mean(squared_error, weight, 2.0)
+        if n_classes > TOP_5_ABOVE:
+            found["top5_accuracy"] = mean(is_among_top(probability, label, 5), weight)
     return found
+
+
+def is_among_top(score: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
+    """Whether each label (n,) has one of the k largest scores (n, n_classes); ties go to the lower class."""
+    own = np.take_along_axis(score, label[:, None], axis=1)
+    is_before = np.arange(score.shape[1]) < label[:, None]
+    return ((score > own) | ((score == own) & is_before)).sum(axis=1) < k
 
 
 def mean(value: np.ndarray, weight: np.ndarray, top: float = 1.0, bottom: float = 0.0) -> Influence:
     """The weighted mean of value (n,), each between `bottom` and `top`."""
     share = weight / weight.sum()
     average = float(share @ value)
-    correction = np.sqrt(len(value) / max(len(value) - 1, 1))
-    return Influence(min(max(average, bottom), top), correction * share * (value - average), share, top)
+    return Influence(min(max(average, bottom), top), share * (value - average), share, top)
 
 
 def placements(score: np.ndarray, is_positive: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
-    """AUROC, and of each image (n,) the share of the other class's weight that it is on the right side of, a tie half.
+    """AUROC, and the placement (n,) of each image: the share of the other class's weight that it ranks correctly.
 
-    Of the positives this averages to the AUROC, and of the negatives, too (DeLong et al. 1988, "Comparing the areas
-    under two or more correlated receiver operating characteristic curves").
+    Ties count half. The placements of the positives average to the AUROC, and so do those of the negatives (DeLong et
+    al. 1988, "Comparing the areas under two or more correlated receiver operating characteristic curves").
     """
     distinct, at = np.unique(score, return_inverse=True)
     positive = np.bincount(at, weight * is_positive, len(distinct))
     negative = np.bincount(at, weight * ~is_positive, len(distinct))
     negative_below = (np.cumsum(negative) - negative / 2) / negative.sum()
     positive_above = 1 - (np.cumsum(positive) - positive / 2) / positive.sum()
-    return float(positive @ negative_below / positive.sum()), np.where(
-        is_positive, negative_below[at], positive_above[at]
-    )
+    area = float(positive @ negative_below / positive.sum())
+    return area, np.where(is_positive, negative_below[at], positive_above[at])
 
 
-def _auroc(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Influence | None:
-    """One class against the rest, macro average."""
-    n, n_classes = probability.shape
-    size = np.bincount(label, minlength=n_classes)
-    if (size == 0).any() or n_classes < 2:
+def _auroc(
+    scores: np.ndarray, label: np.ndarray, weight: np.ndarray, fold: np.ndarray, n_classes: int
+) -> Influence | None:
+    """One class against the rest, macro average, within folds; None where a fold lacks a class."""
+    if not scores.shape[1]:
         return None
-    columns = [1] if n_classes == 2 else list(range(n_classes))
-    value, influence, shares = 0.0, np.zeros(n), np.zeros(n)
-    for column in columns:
-        is_positive = label == column
-        area, placement = placements(probability[:, column], is_positive, weight)
-        n_own = np.where(is_positive, size[column], n - size[column])
-        positive = weight @ is_positive
-        share = weight / np.where(is_positive, positive, weight.sum() - positive)
-        value += area / len(columns)
-        influence += np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * (placement - area) / len(columns)
-        shares += share / 2 / len(columns)  # a pair belongs to both of its images
+    value, influence, shares = 0.0, np.zeros(len(label)), np.zeros(len(label))
+    columns = range(n_classes - scores.shape[1], n_classes)
+    for k in np.unique(fold):
+        inside = np.flatnonzero(fold == k)
+        own_label, own_weight = label[inside], weight[inside]
+        if (np.bincount(own_label, minlength=n_classes) == 0).any():
+            return None
+        part = own_weight.sum() / weight.sum() / len(columns)
+        for column in columns:
+            is_positive = own_label == column
+            area, placement = placements(scores[inside, column - columns[0]], is_positive, own_weight)
+            n_own = np.where(is_positive, is_positive.sum(), (~is_positive).sum())
+            positive = own_weight @ is_positive
+            share = own_weight / np.where(is_positive, positive, own_weight.sum() - positive)
+            value += part * area
+            influence[inside] += part * np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * (placement - area)
+            shares[inside] += part * share / 2  # a pair belongs to both of its images
     return Influence(min(max(value, 0.0), 1.0), influence, shares)
 
 
 def _balanced_accuracy(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
-    is_right, size = predicted == label, np.bincount(label, minlength=n_classes)
-    actual = np.bincount(label, weight, n_classes)
-    recall = _ratio(np.bincount(label, weight * is_right, n_classes), actual)
-    share = weight / actual[label] / np.count_nonzero(size)
-    value = min(float(recall.sum() / np.count_nonzero(size)), 1.0)
-    # An image alone in its class says nothing of that class's variance: it is held against all (collapsed strata,
-    # Cochran 1977, "Sampling techniques")
-    centre = np.where(size == 1, value, recall)
-    return Influence(value, _of_class(size)[label] * share * (is_right - centre[label]), share)
+    """The mean recall of the classes that occur; its variance with two pseudo-images per class, one of them correct."""
+    is_correct, occurs = predicted == label, np.bincount(label, minlength=n_classes) > 0
+    actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
+    k, pseudo = np.count_nonzero(occurs), weight.mean()
+    value = min(float(_ratio(correct, actual).sum() / k), 1.0)
+    actual_with, recall_with = actual + 2 * pseudo, (correct + pseudo) / (actual + 2 * pseudo)
+    moved = (is_correct - recall_with[label]) * weight / actual_with[label] / k
+    extra = (pseudo / actual_with / k) ** 2 * ((1 - recall_with) ** 2 + recall_with**2)
+    extra[~occurs] = 0
+    return Influence(value, moved, weight / actual[label] / k, 1.0, *_of_classes(moved, label, extra))
 
 
 def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
-    is_right, size = predicted == label, np.bincount(label, minlength=n_classes)
-    actual = np.bincount(label, weight, n_classes)
+    """The mean F1 of all classes; its variance with two pseudo-images per class, one of them predicted as another."""
+    is_correct, occurs = predicted == label, np.bincount(label, minlength=n_classes) > 0
+    actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
     either = actual + np.bincount(predicted, weight, n_classes)
-    f1 = _ratio(2 * np.bincount(label, weight * is_right, n_classes), either)
-    share = weight / actual[label] / n_classes
-    value = min(float(f1.mean()), 1.0)
-    moved = (2 * is_right - f1[label]) / either[label] - f1[predicted] / either[predicted]
-    alone = np.where(size[label] == 1, share * (is_right - value), 0.0)
-    return Influence(value, _of_class(size)[label] * weight * moved / n_classes + alone, share)
+    value, pseudo = min(float(_ratio(2 * correct, either).mean()), 1.0), weight.mean()
+    either_with = either + 4 * pseudo  # each class gets two actual ones, and on average two predicted ones
+    f1_with = 2 * (correct + pseudo) / either_with
+    loss = f1_with / either_with
+    moved = (2 * is_correct / either_with[label] - loss[label] - loss[predicted]) * weight / n_classes
+    right, wrong = 2 / either_with - 2 * loss, loss[:, None] + loss
+    others = occurs[:, None] & ~np.eye(n_classes, dtype=bool)
+    extra = np.where(occurs, right**2, 0) + np.where(others, wrong**2, 0).sum(axis=1) / max(n_classes - 1, 1)
+    extra *= (pseudo / n_classes) ** 2
+    return Influence(value, moved, weight / actual[label] / n_classes, 1.0, *_of_classes(moved, label, extra))
 
 
-def _of_class(size: np.ndarray) -> np.ndarray:
-    return np.sqrt(size / np.maximum(size - 1, 1))
+def _of_classes(influence: np.ndarray, label: np.ndarray, extra: np.ndarray) -> tuple[float, float]:
+    """The variance of the pseudo-images, and the degrees of freedom of all (Satterthwaite 1946, over classes)."""
+    variance = np.bincount(label, influence**2, len(extra)) + extra
+    size = np.bincount(label, minlength=len(extra))
+    return float(extra.sum()), float(variance.sum() ** 2 / (variance**2 / np.maximum(size - 1, 1)).sum())
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

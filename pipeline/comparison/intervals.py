@@ -1,26 +1,27 @@
-"""Confidence intervals of metrics. The unit is the image: its contributions are summed over the seeds.
+"""Confidence intervals of metrics. What was sampled is the unit: its influences are summed over images and seeds.
 
-Everywhere `runs` are the predictions of one strategy with each seed, label and weight (n_images,) are of all images,
-and intervals are 95 %, conditional on the trained runs: they cover other test images, not other seeds. Images of weight
-0 are left out.
+Everywhere `runs` are the outcomes of one strategy, one per seed; label, weight and unit (n_images,) are of all images.
+Intervals are 95 % and conditional on the trained runs: they cover other test units, not other seeds. Images of weight 0
+are left out. How well the intervals cover is simulated by `python -m benchmarks.error_rates`.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
-from scipy.special import softmax
-from statsmodels.stats.proportion import proportion_confint
 
 from pipeline.comparison import influence, metrics, resampling
 from pipeline.comparison.influence import Influence
-from pipeline.training.runs import Predictions
+from pipeline.comparison.outcomes import Outcomes
 
-Z = float(stats.norm.ppf(0.975))
-MOST_IMAGES_FOR_ECE = 10_000
+T = TypeVar("T")
+PSEUDO_UNITS = 0.2  # half at either end; chosen by simulation, so that few or unequal units are not taken for certainty
+MAX_IMAGES_FOR_ECE = 10_000
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -32,82 +33,118 @@ class Interval:
     high: float
 
 
-def distinct(runs: Sequence[Predictions]) -> list[Predictions]:
-    """The runs without repetitions: a given split and a convex head give the same run with every seed."""
-    found: dict[bytes, Predictions] = {}
-    for run in runs:
-        found.setdefault(digest_of(run), run)
+@dataclass(frozen=True)
+class Spread:
+    """How much a metric varies: the variance of one unit, its degrees of freedom, and the numbers of units and images.
+
+    `n_effective`: the number of units of equal share that would have this variance (Kish 1965, "Survey sampling").
+    """
+
+    variance: float
+    degrees: float
+    n_effective: float
+    n_units: int
+    n_images: int
+
+    def t(self, probability: float) -> float:
+        """Quantile of Student's t."""
+        return float(stats.t.ppf(probability, self.degrees))
+
+
+def distinct(items: Iterable[T], digest: Callable[[T], bytes]) -> list[T]:
+    """The first item of each digest: a given split and a convex head give the same run with every seed."""
+    found: dict[bytes, T] = {}
+    for item in items:
+        found.setdefault(digest(item), item)
     return list(found.values())
 
 
-def metric_intervals(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> dict[str, Interval | None]:
-    """Every metric of metrics.score with its interval; None where a class does not occur (`auroc`), for `ece` also
-    over 10,000 images.
+def digest_of(run: Outcomes) -> bytes:
+    """SHA-256 of the rows and of what was predicted for them."""
+    arrays = (run.rows, run.predicted, run.true_log_probability)
+    return b"".join(hashlib.sha256(array.tobytes()).digest() for array in arrays)
+
+
+def with_weight(run: Outcomes, weight: np.ndarray) -> Outcomes:
+    """The outcomes for images whose weight is above 0."""
+    kept = weight[run.rows] > 0
+    return run if kept.all() else run[kept]
+
+
+def metric_intervals(
+    runs: Sequence[Outcomes], label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int
+) -> dict[str, Interval | None]:
+    """Every metric of metrics.score, as far as the outcomes allow, with its interval.
+
+    None where a class does not occur (`auroc`) and above 10,000 images (`ece`).
     """
-    kept = [with_weight(run, weight) for run in distinct(runs)]
+    kept = [with_weight(run, weight) for run in distinct(runs, digest_of)]
     rows = [run.rows for run in kept]
-    by_run = [influence.linearise(run.log_probability, label[run.rows], weight[run.rows]) for run in kept]
-    found = {name: _interval([run[name] for run in by_run], rows) for name in by_run[0]}
-    return found | {"ece": ece_interval(runs, label, weight)}
+    by_run = [influence.linearise(run, label[run.rows], weight[run.rows], n_classes) for run in kept]
+    found = {name: interval([metric[name] for metric in by_run], rows, unit) for name in by_run[0]}
+    probabilities = [run.probability for run in kept if run.probability is not None]
+    return found | ({"ece": ece_interval(rows, probabilities, label, weight, unit)} if probabilities else {})
 
 
-def ece_interval(runs: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> Interval | None:
-    """ECE with its interval (resampling.ece_interval); None over 10,000 images."""
-    kept = [with_weight(run, weight) for run in distinct(runs)]
-    images = np.unique(np.concatenate([run.rows for run in kept]))
-    if len(images) > MOST_IMAGES_FOR_ECE:
+def ece_interval(
+    rows: Sequence[np.ndarray],
+    probabilities: Sequence[np.ndarray],
+    label: np.ndarray,
+    weight: np.ndarray,
+    unit: np.ndarray,
+) -> Interval | None:
+    """ECE of the probabilities (n, n_classes) of each run's rows, with its interval; None above 10,000 images."""
+    images = np.unique(np.concatenate(rows))
+    if len(images) > MAX_IMAGES_FOR_ECE:
         return None
-    confidence, is_right, weights = np.zeros((3, len(images), len(kept)))
-    for s, run in enumerate(kept):
-        at = np.searchsorted(images, run.rows)
-        probability = softmax(run.log_probability.astype(np.float64), axis=1)
-        confidence[at, s], is_right[at, s] = metrics.top_label(probability, label[run.rows])
-        weights[at, s] = weight[run.rows]
-    return Interval(*resampling.ece_interval(confidence, is_right, weights))
+    confidence, is_correct, weights = np.zeros((3, len(images), len(rows)))
+    for s, (own, probability) in enumerate(zip(rows, probabilities, strict=True)):
+        at = np.searchsorted(images, own)
+        confidence[at, s], is_correct[at, s] = metrics.top_label(probability, label[own])
+        weights[at, s] = weight[own]
+    return Interval(*resampling.ece_interval(confidence, is_correct, weights, unit[images]))
 
 
-def _interval(parts: Sequence[Influence | None], rows: Sequence[np.ndarray]) -> Interval | None:
-    """Of the mean over runs; None if one is.
+def interval(by_run: Sequence[Influence | None], rows: Sequence[np.ndarray], unit: np.ndarray) -> Interval | None:
+    """Interval of the mean over runs; None if a run has no value.
 
-    Between 0 and `top` Wilson's score interval, with the number of images, right or wrong, that give this variance
-    (Kish 1965, "Survey sampling"; Franco et al. 2019, "Comparative study of confidence intervals for proportions in
-    complex sample surveys"). Above 0 only, the normal interval of the logarithm. The variance includes two more images,
-    one at either end, so that a few images, or images that are all alike, are not taken for certainty.
+    Between 0 and `top` it is the exact interval of Clopper and Pearson for as many independent images as would have
+    this variance, shortened for the few units that it is estimated from (Korn & Graubard 1998, "Confidence intervals
+    for proportions with small expected number of positive counts estimated from survey data"). The variance includes
+    0.2 pseudo-units, half of them at either end. Where only 0 is a bound it is the interval of the logarithm, with two
+    pseudo-units that vary as much as the value.
     """
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    known = [metric for metric in by_run if metric is not None]
+    if len(known) < len(by_run):
         return None
-    top, value = known[0].top, float(np.mean([part.value for part in known]))
-    spread, n = spread_and_n(known, rows)
+    top, value, spread = known[0].top, float(np.mean([metric.value for metric in known])), spread_of(known, rows, unit)
+    n, t = spread.n_effective, spread.t((1 + CONFIDENCE) / 2)
     if math.isinf(top):
-        reach = Z * math.sqrt((spread + 2 * value**2 / n) / (n + 2)) / value if value > 0 else 0.0
+        reach = t * math.sqrt((spread.variance + 2 * value**2 / n) / (n + 2)) / value if value > 0 else 0.0
         return Interval(value, value * math.exp(-reach), value * math.exp(reach))
     p = value / top
-    with_two = (n * p + 1) / (n + 2)
-    seen = (n * (spread / top**2 + p**2) + 1) / (n + 2) - with_two**2
-    effective = n * with_two * (1 - with_two) / seen
-    low, high = np.asarray(proportion_confint(p * effective, effective, method="wilson")).tolist()
+    with_pseudo = (n * p + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
+    second_moment = (n * (spread.variance / top**2 + p**2) + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
+    effective = n * with_pseudo * (1 - with_pseudo) / (second_moment - with_pseudo**2)
+    effective = min(effective, spread.n_images) * (float(stats.norm.ppf((1 + CONFIDENCE) / 2)) / t) ** 2
+    hits, tail = p * effective, (1 - CONFIDENCE) / 2
+    low = float(stats.beta.ppf(tail, hits, effective - hits + 1)) if hits > 0 else 0.0
+    high = float(stats.beta.ppf(1 - tail, hits + 1, effective - hits)) if hits < effective else 1.0
     return Interval(value, top * min(low, p), top * max(high, p))
 
 
-def spread_and_n(parts: Sequence[Influence], rows: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Variance of one image, over those seen, and the effective number of images (Kish), which weights lower."""
-    n = 1 / float((by_image([part.share for part in parts], rows) ** 2).sum())
-    variance = float((by_image([part.influence for part in parts], rows) ** 2).sum())
-    return max(n - 1, 0.0) * variance, n
+def spread_of(by_run: Sequence[Influence], rows: Sequence[np.ndarray], unit: np.ndarray) -> Spread:
+    """The spread of the mean over runs: influences are summed over units before they are squared."""
+    units = [unit[own] for own in rows]
+    share = sum_by([metric.share for metric in by_run], units)
+    moved = sum_by([metric.influence for metric in by_run], units)
+    effective, n_units = float(share.sum() ** 2 / (share**2).sum()), np.count_nonzero(share)
+    extra = float(np.mean([metric.extra_variance for metric in by_run]))
+    variance = float((moved**2).sum()) * n_units / max(n_units - 1, 1) + extra
+    degrees = max(min(n_units - 1, float(np.mean([metric.degrees for metric in by_run]))), 1)
+    return Spread(effective * variance, degrees, effective, n_units, len(np.unique(np.concatenate(rows))))
 
 
-def by_image(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over runs of a value (n,) for each of the run's rows, 0 for other images: (up to the largest row,)."""
-    return np.bincount(np.concatenate(rows), np.concatenate(parts)) / len(parts)
-
-
-def with_weight(run: Predictions, weight: np.ndarray) -> Predictions:
-    """The predictions for images whose weight is above 0."""
-    kept = weight[run.rows] > 0
-    return run if kept.all() else Predictions(run.rows[kept], run.log_probability[kept])
-
-
-def digest_of(run: Predictions) -> bytes:
-    """SHA-256 of the rows and of the log-probabilities."""
-    return b"".join(hashlib.sha256(array.tobytes()).digest() for array in (run.rows, run.log_probability))
+def sum_by(by_run: Sequence[np.ndarray], index: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over runs of the sums of values (n,) by index (n,) of a unit or image: (largest index + 1,)."""
+    return np.bincount(np.concatenate(index), np.concatenate(by_run)) / len(by_run)

@@ -1,33 +1,54 @@
-"""Differences between two strategies on the same images: intervals, p-values, one-sided bounds.
+"""Paired comparison of two strategies on the same images: intervals, tests, one-sided bounds.
 
-As in intervals.py, the unit is the image. A pair is a run of each of the two strategies with the same seed.
+As in intervals.py, what was sampled is the unit. A pair is a run of each of the two strategies with the same seed. From
+five seeds on that test on different images, the variance is that over the seeds (Nadeau & Bengio 2003); with fewer it
+is that over the test units of these runs.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from pipeline.comparison import influence, resampling
 from pipeline.comparison.influence import Influence
-from pipeline.comparison.intervals import Z, by_image, digest_of, spread_and_n, with_weight
-from pipeline.training.runs import Predictions
+from pipeline.comparison.intervals import (
+    CONFIDENCE,
+    PSEUDO_UNITS,
+    Spread,
+    digest_of,
+    distinct,
+    spread_of,
+    sum_by,
+    with_weight,
+)
+from pipeline.comparison.outcomes import Outcomes
 
-FEWEST_SEEDS_FOR_T = 5
+MIN_SEEDS_FOR_T = 5
+MCNEMAR, SIGN_FLIP, CORRECTED_T = "exact McNemar", "sign-flip permutation by unit", "corrected t over seeds"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all pairs of runs share: label, weight, unit (n_images,) of all images, and `n_train` images per seed.
+
+    `n_train` counts images that train and validate; 0: the variance over seeds is not used.
+    """
+
+    label: np.ndarray
+    weight: np.ndarray
+    unit: np.ndarray
+    n_train: float = 0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy less that of the baseline, on the same images of the common seeds.
+    """Accuracy minus that of the baseline, on the same images of the common seeds.
 
-    `by_seed` has one difference per distinct pair of runs, and `seeds` is their number. `method`: "exact McNemar" or
-    "sign-flip permutation by image". `corrected_t_p_value` is None below five seeds, and where all test on the same
-    images: the variance over seeds does not know that others might have been drawn.
+    `by_seed` has one difference per distinct pair of runs, and `seeds` is their number. `method` names the test.
     """
 
     baseline_accuracy: float
@@ -37,69 +58,59 @@ class Difference:
     high: float
     p_value: float
     method: str
-    corrected_t_p_value: float | None
     by_seed: list[float]
     seeds: int
 
 
-def compare(
-    runs: Sequence[Predictions],
-    baseline: Sequence[Predictions],
-    label: np.ndarray,
-    weight: np.ndarray,
-    n_train: float = 0,
-) -> Difference:
+def compare(runs: Sequence[Outcomes], baseline: Sequence[Outcomes], study: Study) -> Difference:
     """The difference from the baseline, its interval and p-value; runs[i] and baseline[i] are of the same images.
 
-    `n_train`: images per seed that train and validate, for the corrected t; 0: without it.
-    One distinct pair of runs and equal weights: McNemar's exact test (McNemar 1947, "Note on the sampling error of
-    the difference between correlated proportions"). Otherwise the signs of the images' differences are flipped.
+    From five seeds on that test on different images: the corrected resampled t-test. Else one distinct pair of runs
+    whose units are single images of equal weight is tested by McNemar's exact test (McNemar 1947, "Note on the sampling
+    error of the difference between correlated proportions"), everything else by flipping the signs of the units'
+    differences. ValueError if two paired runs are of other images.
     """
-    pairs = _pairs(runs, baseline, label, weight)
-    low, high = (pairs.bound(z) for z in (-Z, Z))
-    if len(pairs.hits) == 1 and np.ptp(pairs.weights[0]) == 0:
-        method, p_value = "exact McNemar", exact_mcnemar(*pairs.hits[0])
+    pairs = _pairs(runs, baseline, study)
+    if (standard_error := pairs.standard_error_over_seeds()) is not None:
+        t = abs(pairs.difference) / standard_error
+        method, p_value = CORRECTED_T, float(2 * stats.t.sf(t, len(pairs.rows) - 1))
+    elif len(pairs.rows) == 1 and np.ptp(pairs.differences[0].share) == 0 and pairs.has_single_images():
+        method, p_value = MCNEMAR, exact_mcnemar(pairs.ours[0], pairs.theirs[0])
     else:
-        method, p_value = "sign-flip permutation by image", resampling.sign_flip(pairs.by_image())
-    by_seed = [part.value for part in pairs.differences]
-    n_test = float(np.mean([len(rows) for rows in pairs.rows]))
-    is_redrawn = any(not np.array_equal(rows, pairs.rows[0]) for rows in pairs.rows)
+        method, p_value = SIGN_FLIP, resampling.sign_flip(pairs.by_unit())
+    low, high = (pairs.bound(probability) for probability in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    by_seed = [difference.value for difference in pairs.differences]
     return Difference(
-        baseline_accuracy=pairs.accuracy(1),
-        accuracy=pairs.accuracy(0),
+        baseline_accuracy=pairs.accuracy(pairs.theirs),
+        accuracy=pairs.accuracy(pairs.ours),
         difference=pairs.difference,
         low=low,
         high=high,
         p_value=p_value,
         method=method,
-        corrected_t_p_value=corrected_t(by_seed, n_test, n_train) if is_redrawn else None,
         by_seed=by_seed,
         seeds=len(by_seed),
     )
 
 
-def lower_bound(
-    runs: Sequence[Predictions], others: Sequence[Predictions], label: np.ndarray, weight: np.ndarray, confidence: float
-) -> float:
-    """What accuracy(runs) - accuracy(others) is not below, with this one-sided confidence (0 to 1)."""
-    return _pairs(runs, others, label, weight).bound(-float(stats.norm.ppf(confidence)))
+def lower_bound(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study, confidence: float) -> float:
+    """One-sided lower bound of accuracy(runs) - accuracy(others) at this confidence (0 to 1)."""
+    return _pairs(runs, others, study).bound(1 - confidence)
 
 
 def images_needed(
-    runs: Sequence[Predictions],
-    others: Sequence[Predictions],
-    label: np.ndarray,
-    weight: np.ndarray,
+    runs: Sequence[Outcomes],
+    others: Sequence[Outcomes],
+    study: Study,
     margin: float,
     confidence: float,
     power: float = 0.8,
 ) -> int | None:
     """Images per seed with which lower_bound would be above -margin with probability `power`.
 
-    As if the difference seen were the true one, and more images like these; None if it is not above -margin, where no
-    number would do.
+    Assumes that the observed difference is the true one. None if it is not above -margin: then no number is enough.
     """
-    pairs = _pairs(runs, others, label, weight)
+    pairs = _pairs(runs, others, study)
     if pairs.difference + margin <= 0:
         return None
     n_images = float(np.mean([len(rows) for rows in pairs.rows]))
@@ -113,85 +124,86 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def exact_mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Two-sided p-value of two strategies being right, bool (n,) each, on the same images."""
-    table = [[np.sum(ours & theirs), np.sum(ours & ~theirs)], [np.sum(~ours & theirs), np.sum(~ours & ~theirs)]]
-    found: Any = mcnemar(table, exact=True)
-    return min(float(found.pvalue), 1.0)
-
-
-def corrected_t(by_seed: Sequence[float], n_test: float, n_train: float) -> float | None:
-    """Two-sided p-value of the corrected resampled t-test (Nadeau & Bengio 2003, "Inference for the generalization
-    error", section 5): the variance over seeds times 1 / seeds + n_test / n_train, since splits overlap.
-
-    None with fewer than five seeds, and where all differ by the same, not 0. `n_train` counts validation too, for it
-    chooses.
-    """
-    if len(by_seed) < FEWEST_SEEDS_FOR_T or n_train <= 0:
-        return None
-    seeds, average, variance = len(by_seed), float(np.mean(by_seed)), float(np.var(by_seed, ddof=1))
-    if variance < 1e-24:
-        return 1.0 if abs(average) < 1e-12 else None
-    t = average / math.sqrt((1 / seeds + n_test / n_train) * variance)
-    return float(2 * stats.t.sf(abs(t), seeds - 1))
+    """Two-sided p-value of which predictions of two strategies are correct, bool (n,) each, on the same images."""
+    better, worse = int(np.sum(ours & ~theirs)), int(np.sum(theirs & ~ours))
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Distinct pairs of runs: rows, which of them each of the two had right, and the difference of the two."""
+    """Distinct pairs of runs: their rows, which predictions of either strategy are correct, and the differences."""
 
+    study: Study
     rows: list[np.ndarray]
-    hits: list[tuple[np.ndarray, np.ndarray]]
-    weights: list[np.ndarray]
+    ours: list[np.ndarray]
+    theirs: list[np.ndarray]
     differences: list[Influence]
 
     @property
     def difference(self) -> float:
-        return float(np.mean([part.value for part in self.differences]))
+        return float(np.mean([difference.value for difference in self.differences]))
 
-    def accuracy(self, which: int) -> float:
-        shares = [np.average(hit[which], weights=w) for hit, w in zip(self.hits, self.weights, strict=True)]
-        return float(np.mean(shares))
+    def accuracy(self, is_correct: Sequence[np.ndarray]) -> float:
+        return float(np.mean([one.share @ each for one, each in zip(self.differences, is_correct, strict=True)]))
 
-    def by_image(self) -> np.ndarray:
-        """The contribution of each image to the difference, over all seeds."""
-        parts = [
-            part.share * (ours.astype(float) - theirs)
-            for part, (ours, theirs) in zip(self.differences, self.hits, strict=True)
-        ]
-        return by_image(parts, self.rows)
+    def has_single_images(self) -> bool:
+        return all(len(np.unique(self.study.unit[rows])) == len(rows) for rows in self.rows)
+
+    def by_unit(self) -> np.ndarray:
+        """The contribution of each unit to the difference, over all seeds."""
+        columns = zip(self.differences, self.ours, self.theirs, strict=True)
+        values = [one.share * (ours.astype(float) - theirs) for one, ours, theirs in columns]
+        return sum_by(values, [self.study.unit[rows] for rows in self.rows])
+
+    def spread(self) -> Spread:
+        return spread_of(self.differences, self.rows, self.study.unit)
 
     def adjusted(self) -> tuple[float, float]:
-        """Difference and its variance with two more images of average weight, on one of which either side is better.
+        """Difference and its variance with two more units, one in favour of either strategy.
 
-        Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions".
+        A pseudo-unit differs by one of its images (Agresti & Min 2005, "Simple improved confidence intervals for
+        comparing matched proportions"), but by at least the 0.2 units of intervals.PSEUDO_UNITS, chosen by simulation.
         """
-        spread, n = spread_and_n(self.differences, self.rows)
+        spread = self.spread()
+        n = spread.n_effective
         centre = n * self.difference / (n + 2)
-        return centre, ((n * (spread + self.difference**2) + 1) / (n + 2) - centre**2) / (n + 2)
+        pseudo = max((spread.n_units / spread.n_images) ** 2, PSEUDO_UNITS)
+        return centre, ((n * (spread.variance + self.difference**2) + pseudo) / (n + 2) - centre**2) / (n + 2)
 
-    def bound(self, z: float) -> float:
-        centre, variance = self.adjusted()
-        return min(max(centre + z * math.sqrt(variance), -1.0), 1.0)
+    def standard_error_over_seeds(self) -> float | None:
+        """That of Nadeau & Bengio 2003, "Inference for the generalization error", section 5: splits overlap.
+
+        None with fewer than five seeds, where all differences are the same, and where all seeds test on the same
+        images: the variance over seeds then does not contain that of drawing other images.
+        """
+        seeds = len(self.rows)
+        is_redrawn = any(not np.array_equal(rows, self.rows[0]) for rows in self.rows)
+        if seeds < MIN_SEEDS_FOR_T or self.study.n_train <= 0 or not is_redrawn:
+            return None
+        n_test = float(np.mean([len(rows) for rows in self.rows]))
+        variance = float(np.var([difference.value for difference in self.differences], ddof=1))
+        return math.sqrt((1 / seeds + n_test / self.study.n_train) * variance) if variance > 1e-24 else None
+
+    def bound(self, probability: float) -> float:
+        """The value below which the true difference lies with this probability."""
+        standard_error = self.standard_error_over_seeds()
+        if standard_error is not None:
+            bound = self.difference + float(stats.t.ppf(probability, len(self.rows) - 1)) * standard_error
+        else:
+            centre, variance = self.adjusted()
+            bound = centre + self.spread().t(probability) * math.sqrt(variance)
+        return min(max(bound, -1.0), 1.0)
 
 
-def _pairs(runs: Sequence[Predictions], others: Sequence[Predictions], label: np.ndarray, weight: np.ndarray) -> _Pairs:
-    found: dict[bytes, tuple[Predictions, Predictions]] = {}
-    for ours, theirs in zip(runs, others, strict=True):
-        if not np.array_equal(ours.rows, theirs.rows):
-            raise ValueError("two runs are about other images, or in another order; expected pairs on the same images")
-        found.setdefault(digest_of(ours) + digest_of(theirs), (ours, theirs))
-    kept = [(with_weight(ours, weight), with_weight(theirs, weight)) for ours, theirs in found.values()]
-    rows = [ours.rows for ours, _ in kept]
-    weights = [weight[row] for row in rows]
-    hits = [
-        (
-            ours.log_probability.argmax(axis=1) == label[ours.rows],
-            theirs.log_probability.argmax(axis=1) == label[ours.rows],
-        )
-        for ours, theirs in kept
-    ]
-    differences = [
-        influence.mean(ours.astype(float) - theirs, share, bottom=-1.0)
-        for (ours, theirs), share in zip(hits, weights, strict=True)
-    ]
-    return _Pairs(rows, hits, weights, differences)
+def _pairs(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study) -> _Pairs:
+    found = _Pairs(study, [], [], [], [])
+    for pair in distinct(zip(runs, others, strict=True), lambda pair: digest_of(pair[0]) + digest_of(pair[1])):
+        if not np.array_equal(pair[0].rows, pair[1].rows):
+            raise ValueError("two runs are of other images, or in another order; expected pairs on the same images")
+        rows = with_weight(pair[0], study.weight).rows
+        ours, theirs = (with_weight(run, study.weight).predicted == study.label[rows] for run in pair)
+        found.rows.append(rows)
+        found.ours.append(ours)
+        found.theirs.append(theirs)
+        found.differences.append(influence.mean(ours.astype(float) - theirs, study.weight[rows], bottom=-1.0))
+    return found

@@ -1,6 +1,7 @@
 """Units: images that must stay together, in splits as in folds."""
 
 import networkx
+import numpy as np
 
 from pipeline.dataset.manifest import Labels
 
@@ -13,6 +14,14 @@ def make_units(labels: Labels) -> list[list[int]]:
         first: dict[str, int] = {}
         ties.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(values) if value)
     return [sorted(unit) for unit in networkx.connected_components(ties)]
+
+
+def unit_of(labels: Labels) -> np.ndarray:
+    """The number (n,) int64 of each image's unit: what was sampled, in statistics as in splits."""
+    unit = np.empty(len(labels.image_id), np.int64)
+    for number, rows in enumerate(make_units(labels)):
+        unit[rows] = number
+    return unit
 
 
 def ties_of(labels: Labels) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation and te
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,32 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Everything that validation chose from (epochs, regularization strengths), and what it predicts for validation.
+
+    Only what judging by cross-fitting needs, for c candidates and the n rows of `Run.val`: `predicted` (c, n) int32,
+    `true_log_probability` (c, n) float32 of the image's label, and `positive_log_probability` (c, n) float32 of the
+    second of two classes, (c, 0) where there are more.
+    """
+
+    names: list[str]
+    predicted: np.ndarray
+    true_log_probability: np.ndarray
+    positive_log_probability: np.ndarray
+
+
+def make_candidates(log_probability: Mapping[str, np.ndarray], label: np.ndarray) -> Candidates:
+    """From each candidate's log-probabilities (n, n_classes) for the validation images, whose labels are label (n,)."""
+    every = np.stack([*log_probability.values()])
+    return Candidates(
+        names=list(log_probability),
+        predicted=every.argmax(axis=2).astype(np.int32),
+        true_log_probability=every[:, np.arange(len(label)), label].astype(np.float32),
+        positive_log_probability=every[..., 1] if every.shape[2] == 2 else np.zeros((len(every), 0), np.float32),
+    )
+
+
+@dataclass(frozen=True)
 class Run:
     """One strategy with one seed.
 
@@ -59,17 +86,23 @@ class Run:
     curve: list[dict[str, Any]]
     val: Predictions
     test: Predictions
+    candidates: Candidates
 
 
 def save_run(run: Run) -> None:
     """Write predictions.safetensors and run.json."""
     folder = RUNS / run.strategy / f"seed_{run.seed}"
-    splits = {"val": run.val, "test": run.test}
-    arrays = {f"{split}_{name}": array for split, found in splits.items() for name, array in vars(found).items()}
+    parts = {"val": vars(run.val), "test": vars(run.test), "candidates": vars(run.candidates)}
+    arrays = {
+        f"{part}_{name}": np.ascontiguousarray(array)
+        for part, fields in parts.items()
+        for name, array in fields.items()
+        if isinstance(array, np.ndarray)
+    }
     with replacing(folder / "predictions.safetensors") as temporary:
         temporary.write_bytes(save(arrays))
-    rest = {name: value for name, value in vars(run).items() if name not in splits}
-    write_json(folder / "run.json", rest | {"cost": run.cost.model_dump()})
+    rest = {name: value for name, value in vars(run).items() if name not in parts}
+    write_json(folder / "run.json", rest | {"cost": run.cost.model_dump(), "candidates": run.candidates.names})
 
 
 def read_run(strategy: str, seed: int) -> Run:
@@ -78,4 +111,7 @@ def read_run(strategy: str, seed: int) -> Run:
     described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     arrays = load_file(folder / "predictions.safetensors")
     val, test = (Predictions(arrays[f"{split}_rows"], arrays[f"{split}_log_probability"]) for split in ("val", "test"))
-    return Run(**described | {"cost": Cost(**described["cost"]), "val": val, "test": test})
+    fields = ("predicted", "true_log_probability", "positive_log_probability")
+    candidates = Candidates(described["candidates"], *(arrays[f"candidates_{name}"] for name in fields))
+    typed = {"cost": Cost(**described["cost"]), "val": val, "test": test, "candidates": candidates}
+    return Run(**described | typed)

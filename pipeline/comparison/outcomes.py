@@ -1,0 +1,114 @@
+"""Outcomes: what metrics need of predictions, for the test images as predicted, for validation cross-fitted.
+
+Validation chooses the epoch and the regularization strength. Judged on the same images, the best of many candidates
+looks better than it is. Cross-fitting removes that: the validation units are divided into folds; for each fold the
+candidate is chosen on the other folds and judged on this one (Varma & Simon 2006, "Bias in error estimation when using
+cross-validation for model selection").
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import log_softmax
+
+from pipeline.training.runs import Candidates, Predictions
+
+N_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Predictions for some images, with their labels known.
+
+    `rows` (n,) int64: positions in labels.csv; `predicted` (n,): the predicted class; `true_log_probability` (n,)
+    float64: of the image's label; `scores` (n, n_classes), or (n, 1) of the second of two classes: what the AUROC
+    ranks, within each `fold` (n,); (n, 0) where it is not known. `probability` (n, n_classes), None where only the
+    above is known.
+    """
+
+    rows: np.ndarray
+    predicted: np.ndarray
+    true_log_probability: np.ndarray
+    scores: np.ndarray
+    fold: np.ndarray
+    probability: np.ndarray | None
+
+    def __getitem__(self, chosen: np.ndarray) -> "Outcomes":
+        """Those of some images: positions, or bool (n,)."""
+        return Outcomes(*(None if value is None else value[chosen] for value in vars(self).values()))  # pyright: ignore[reportArgumentType]
+
+
+def of_predictions(predictions: Predictions, label: np.ndarray) -> Outcomes:
+    """Outcomes of predictions; label (n_images,) is of all images."""
+    rows = predictions.rows
+    log_probability = log_softmax(predictions.log_probability.astype(np.float64), axis=1)
+    true = np.take_along_axis(log_probability, label[rows][:, None], axis=1)[:, 0]
+    probability = np.exp(log_probability)
+    return Outcomes(
+        rows=rows,
+        predicted=predictions.log_probability.argmax(axis=1),
+        true_log_probability=true,
+        scores=probability[:, 1:] if probability.shape[1] == 2 else probability,
+        fold=np.zeros(len(rows), np.int64),
+        probability=probability,
+    )
+
+
+def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, unit: np.ndarray) -> Outcomes:
+    """Outcomes of the validation images `rows`: each image is predicted by the candidate that the other folds choose.
+
+    The folds' weighted NLL chooses. weight and unit (n_images,) are of all images.
+    """
+    fold = folds(unit[rows])
+    loss = -candidates.true_log_probability.astype(np.float64) * weight[rows]
+    n = np.arange(len(rows))
+    by_fold = np.stack([loss[:, fold == k].sum(axis=1) for k in range(fold.max() + 1)])
+    best = (by_fold.sum(axis=0) - by_fold).argmin(axis=1)[fold]
+    if fold.max() == 0:  # a single unit: nothing is left to choose on
+        best = np.full(len(rows), loss.sum(axis=1).argmin())
+    has_scores = candidates.positive_log_probability.shape[1] > 0
+    scores = np.exp(candidates.positive_log_probability[best, n])[:, None] if has_scores else np.zeros((len(rows), 0))
+    return Outcomes(
+        rows=rows,
+        predicted=candidates.predicted[best, n],
+        true_log_probability=candidates.true_log_probability[best, n].astype(np.float64),
+        scores=scores,
+        fold=fold,
+        probability=None,
+    )
+
+
+def by_unit(outcomes: Outcomes, label: np.ndarray, unit: np.ndarray) -> Outcomes:
+    """Outcomes with a vote per unit, whose probabilities are averaged over its images; `rows` are numbers of units.
+
+    Units whose images have several labels are left out. label and unit (n_images,) are of all images.
+    """
+    probability = outcomes.probability
+    if probability is None:
+        raise ValueError("cross-fitted outcomes have no probabilities to average")
+    rows, index, count = np.unique(unit[outcomes.rows], return_inverse=True, return_counts=True)
+    averaged = np.zeros((len(rows), probability.shape[1]))
+    np.add.at(averaged, index, probability)
+    averaged /= count[:, None]
+    lowest, highest = np.full(len(rows), label.max()), np.zeros(len(rows), np.int64)
+    np.minimum.at(lowest, index, label[outcomes.rows])
+    np.maximum.at(highest, index, label[outcomes.rows])
+    voted = Outcomes(
+        rows=rows,
+        predicted=averaged.argmax(axis=1),
+        true_log_probability=np.log(averaged[np.arange(len(rows)), highest]),
+        scores=averaged[:, 1:] if averaged.shape[1] == 2 else averaged,
+        fold=np.zeros(len(rows), np.int64),
+        probability=averaged,
+    )
+    return voted[lowest == highest]
+
+
+def folds(unit: np.ndarray) -> np.ndarray:
+    """The fold (n,) int64 of each image: five of nearly as many units each; a fold per unit where there are fewer.
+
+    It depends on the units alone, so that strategies with the same validation images have the same folds.
+    """
+    _, number = np.unique(unit, return_inverse=True)
+    order = np.random.default_rng(0).permutation(number.max() + 1)
+    return order[number] % min(N_FOLDS, len(order))
