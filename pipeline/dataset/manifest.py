@@ -16,7 +16,7 @@ from pipeline.files import write_text
 IMAGES = Path("data/images.csv")
 LABELS = Path("data/labels.csv")
 SPLITS = Path("data/splits")
-PARTS = ("train", "val", "test", "unused")
+SPLIT_NAMES = ("train", "val", "test", "unused")
 
 
 @dataclass(frozen=True)
