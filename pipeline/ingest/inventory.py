@@ -1,5 +1,6 @@
 """Take stock of a data set: which images are kept or rejected, which occur twice, and a summary for reports."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -93,7 +94,7 @@ def _near_duplicates(kept: pd.DataFrame, distance: int) -> tuple[list[str], int,
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
-    return values.value_counts().sort_index().to_dict()
+    return dict(sorted(Counter(values).items()))
 
 
 def _range(values: pd.Series) -> dict[str, float]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.dataset import decoding
 from pipeline.dataset.decoding import decode, sha256
-from tests.common import encoded, noise, photograph
+from tests.factories import encoded, noise, photograph
 
 
 def test_an_image_is_named_by_the_digest_of_its_bytes():

@@ -22,6 +22,7 @@ from pipeline.features import hdf5
 from pipeline.params import SuspectOptions
 from pipeline.stages import label_suspects
 from pipeline.stages.label_suspects import Suspects
+from tests import factories
 
 REPOSITORY = Path(__file__).parents[3]
 CLASSES = ["birch, white", "oak", "yew"]
@@ -39,11 +40,12 @@ def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Labels:
     random, true = np.random.default_rng(0), np.arange(61) % 2
     features = (10 * np.eye(2, 4)[true][:, None] + random.normal(size=(61, 2, 4))).astype(np.float32)
     sha256 = [f"{row:064x}" for row in range(61)]
-    hdf5.write_features(hdf5.FEATURES, features.shape, features.dtype, [features], sha256, {})
+    hdf5.write_features(hdf5.FEATURES, features.shape, features.dtype, [features], sha256, factories.provenance())
     label = true.copy()
     label[7], label[60] = 0, 2
-    names, empty = [f"{CLASSES[index]}/{row:02}.png" for row, index in enumerate(label)], [""] * 61
-    made = Labels(names, sha256, label, np.full(61, 0.5), empty, empty, empty, empty, empty, CLASSES)
+    names = [f"{CLASSES[index]}/{row:02}.png" for row, index in enumerate(label)]
+    columns = {"image_id": names, "sha256": sha256, "label": label, "weight": np.full(61, 0.5)}
+    made = factories.labels(61, class_names=CLASSES, **columns)
     manifest.write_labels(made)
     return made
 
@@ -93,12 +95,9 @@ def options(**changes: Any) -> SuspectOptions:
     return SuspectOptions(**chosen | changes)
 
 
-def labels_of(label: np.ndarray, group: list[str] | None = None, weight: np.ndarray | None = None) -> Labels:
-    n = len(label)
-    names, empty = [f"{i:04}.png" for i in range(n)], [""] * n
-    weight = np.ones(n) if weight is None else weight
-    class_names = [f"class {index}" for index in range(int(label.max()) + 1)]
-    return Labels(names, names, label, weight, group or empty, empty, empty, empty, empty, class_names)
+def labels_of(label: np.ndarray, **columns: Any) -> Labels:
+    names = [f"{row:04}.png" for row in range(len(label))]  # the folds depend on them
+    return factories.labels(len(label), int(label.max()) + 1, label=label, image_id=names, sha256=names, **columns)
 
 
 def blobs(n: int, n_classes: int, width: int = 8, n_views: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +146,7 @@ TABLES = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["", "", "", "g",
 @settings(deadline=None)
 @given(TABLES, st.integers(3, 6), st.integers(0, 2**32 - 1))
 def test_every_image_of_a_kept_class_has_a_fold_that_is_its_units(table: list, folds: int, seed: int):
-    labels = labels_of(np.array([index for index, _ in table]), [group for _, group in table])
+    labels = labels_of(np.array([index for index, _ in table]), group=[group for _, group in table])
     units, chosen = make_units(labels), options(folds=folds, seed=seed)
     fold = label_suspects.assign_folds(labels, units, chosen)
     for index in set(labels.label.tolist()):
@@ -175,7 +174,7 @@ def test_folds_are_stratified_and_follow_the_seed():
     assert np.array_equal(np.histogram2d(labels.label, fold, (4, 5))[0], np.full((4, 5), 5))
     assert not np.array_equal(fold, other)
     group = ["g" if row in range(0, 20, 2) else "" for row in range(40)]  # half of class 0 is in one fold
-    labels = labels_of(np.arange(40) % 2, group)
+    labels = labels_of(np.arange(40) % 2, group=group)
     fold = label_suspects.assign_folds(labels, make_units(labels), options(folds=5))
     assert np.bincount(fold[labels.label == 1]).tolist() == [4] * 5, "a class is distributed whatever the others are"
 
@@ -183,9 +182,9 @@ def test_folds_are_stratified_and_follow_the_seed():
 # predictions
 
 
-def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, weight: np.ndarray | None = None):
+def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, **columns: Any):
     chosen = options(regularization_strengths=(0.3, 0.01))
-    return label_suspects.predict_out_of_fold(features, labels_of(label, weight=weight), fold, chosen, 1, CPU)
+    return label_suspects.predict_out_of_fold(features, labels_of(label, **columns), fold, chosen, 1, CPU)
 
 
 @pytest.mark.parametrize("held_out", range(3))
@@ -204,7 +203,7 @@ def test_an_image_is_predicted_without_its_label_and_those_of_its_fold(held_out:
 def test_weights_count_in_the_fit():
     features, label = blobs(90, 3)
     fold, weight = np.arange(90) // 3 % 3, np.where(np.arange(90) < 45, 5.0, 1.0)
-    assert not np.array_equal(predicted(features, label, fold, weight), predicted(features, label, fold))
+    assert not np.array_equal(predicted(features, label, fold, weight=weight), predicted(features, label, fold))
 
 
 def test_maps_are_flattened_and_all_views_are_used():

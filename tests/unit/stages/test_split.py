@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from ruamel.yaml import YAML
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Labels
 from pipeline.stages import split
+from tests import factories
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -34,13 +35,9 @@ def set_params(**changes: Any) -> None:
 
 def set_labels(n: int = 40, rare: int = 20, **columns: dict[int, str]) -> None:
     """`n` images of which the first `rare` are of class x, and what some rows have in some columns."""
-    text = {name: [columns.get(name, {}).get(row, "") for row in range(n)] for name in ("group", "given_split")}
-    near = [columns.get("near", {}).get(row, "") for row in range(n)]
-    sha256 = [columns.get("sha256", {}).get(row, f"{row}") for row in range(n)]
-    label, names = np.array([int(row >= rare) for row in range(n)]), [f"{row:02}.png" for row in range(n)]
-    none = [""] * n
-    labels = Labels(names, sha256, label, np.ones(n), text["group"], near, none, none, text["given_split"], ["x", "y"])
-    manifest.write_labels(labels)
+    made = factories.labels(n, class_names=["x", "y"], label=np.array([int(row >= rare) for row in range(n)]))
+    text = {name: [columns[name].get(row, value) for row, value in enumerate(vars(made)[name])] for name in columns}
+    manifest.write_labels(replace(made, **text))
 
 
 def report() -> dict[str, Any]:
@@ -85,7 +82,7 @@ def test_given_splits_are_those_of_every_seed():
 TIES: dict[str, dict[str, Any]] = {
     "identical bytes": {"sha256": {8: "same", 0: "same"}},
     "group": {"group": {8: "patient 1", 0: "patient 1"}},
-    "near-duplicates": {"near": {8: "n", 0: "n"}},
+    "near-duplicates": {"near_duplicate_group": {8: "n", 0: "n"}},
 }
 
 
@@ -98,11 +95,11 @@ def test_images_that_belong_together_in_several_splits_are_an_error_that_lists_t
     line = mistake(monkeypatch)
     assert tie in line
     assert "1 sets of images that belong together are in several splits" in line
-    assert "00.png (test), 08.png (train)" in line
+    assert "000.png (test), 008.png (train)" in line
     assert "split.allow_leakage: true" in line
     assert report()["n_leaks"] == 1
     (leak,) = report()["leaks"]
-    assert (leak["tie"], leak["n"], leak["parts"]) == (tie, 2, {"00.png": "test", "08.png": "train"})
+    assert (leak["tie"], leak["n"], leak["parts"]) == (tie, 2, {"000.png": "test", "008.png": "train"})
 
 
 def test_with_allow_leakage_they_are_a_warning_and_stand_in_the_report(caplog: pytest.LogCaptureFixture):
@@ -110,7 +107,7 @@ def test_with_allow_leakage_they_are_a_warning_and_stand_in_the_report(caplog: p
     set_labels(given_split=given(), **TIES["identical bytes"])
     split.main()
     (warning,) = (line.getMessage() for line in caplog.records if line.levelno == logging.WARNING)
-    assert "00.png (test), 08.png (train)" in warning
+    assert "000.png (test), 008.png (train)" in warning
     assert report()["n_leaks"] == 1
 
 
