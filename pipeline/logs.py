@@ -59,6 +59,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted")
 
 
+def leave_signals(*_worker: int) -> None:
+    """Initialise a worker process: signals are for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of another library in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def _quiet_in_workers(main: int) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
     """What goes wrong in a decoding worker reaches the main process; what it shows itself is that this one is gone."""
 

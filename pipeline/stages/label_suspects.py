@@ -152,7 +152,10 @@ def predict_out_of_fold(
             Examples(Selection(vectors, rows[part]), index[part], weight[part])
             for part in (~is_held_out & ~chooses, chooses)
         )
-        fitted = heads.fit(train, val, len(classes), views, how, nn.Identity(), options.seed, threads, device)
+        torch.set_num_threads(threads)
+        torch.manual_seed(options.seed)
+        head = heads.build(vectors.shape[2:], len(classes), how, nn.Identity()).to(device)
+        fitted = heads.fit(head, train, val, views, how)
         predicted = heads.predict(fitted.head, Selection(vectors, rows[is_held_out]), views)
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
     return probability
