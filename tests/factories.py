@@ -110,8 +110,9 @@ CHOICE = BackboneChoice(name="timm/test_resnet", weights="random", seed=0)
 
 def feature_options(**changes: Any) -> FeatureOptions:
     """Two views, in torch."""
-    plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none"}
-    return FeatureOptions(**plain | {"engine": "torch", "precision": "fp32", "store_dtype": "fp32"} | changes)
+    plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "engine": "torch"}
+    precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32"}
+    return FeatureOptions(**plain | precision | changes)
 
 
 def strategy(**changes: Any) -> Strategy:
@@ -188,7 +189,7 @@ def strategy_plan(**changes: Any) -> StrategyPlan:
 def provenance(**changes: Any) -> Provenance:
     """Features of `backbone_plan`."""
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
-    stored = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
+    stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
 
 
