@@ -12,7 +12,7 @@ from pipeline.features.views import Preprocessing, decode, sha256, views
 from pipeline.network import backbones
 from pipeline.network.backbones import Normalize
 from pipeline.params import BackboneChoice
-from tests.common import FLIPS
+from tests.factories import FLIPS
 
 PHOTOGRAPHS = Path(sklearn.datasets.__file__).parent / "images"
 

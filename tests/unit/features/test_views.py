@@ -12,7 +12,7 @@ from pipeline.dataset.decoding import decode, sha256
 from pipeline.features.views import Sample, load_batches, make_views
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
-from tests.common import PLAIN, encoded, noise, photograph
+from tests.factories import PLAIN, encoded, noise, photograph
 
 KNOBS: list[dict[str, Any]] = [
     {"flips": "horizontal"},

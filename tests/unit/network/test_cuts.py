@@ -40,7 +40,7 @@ def backbone(name: str) -> Backbone:
 def wrap(module: nn.Module, size: int = 8, name: str = "timm/toy") -> Backbone:
     """A network for images of `size` pixels as a backbone."""
     geometry = Preprocessing(resize=(size,), crop=size, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-    return Backbone(name, module.eval(), geometry, "", 0)
+    return Backbone(name, module.eval(), geometry, "", 0, None)
 
 
 def images(of: Backbone, n: int = 2) -> torch.Tensor:
@@ -395,7 +395,7 @@ def test_prefix_switches_its_mode_too() -> None:
 # descriptions
 
 
-def test_what_is_said_of_a_small_vgg_is_what_one_counts_by_hand(vgg: Backbone) -> None:
+def test_description_of_a_small_vgg_is_what_one_counts_by_hand(vgg: Backbone) -> None:
     expected = [
         # name, shape, parameters, layers, FLOPs before it
         ("features.0", (4, 8, 8), 112, 1, 13_824),  # 4 * (3 * 9 + 1);  2 * 27 * 4 * 8 * 8
@@ -419,7 +419,7 @@ def test_what_is_said_of_a_small_vgg_is_what_one_counts_by_hand(vgg: Backbone) -
         ]
 
 
-def test_what_is_said_of_resnet18_is_what_is_known_of_it() -> None:
+def test_description_of_resnet18_is_what_is_known_of_it() -> None:
     whole = backbones.load(BackboneChoice(name=RESNET, weights="random", seed=0), 224)
     points = cuts.describe(whole, 4)
     first, last = points[0], points[-1]

@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.features import views
 from pipeline.network import backbones
 from pipeline.params import BackboneChoice
 from pipeline.tools import predict
-from pipeline.training import heads, models
+from pipeline.training import heads
 from pipeline.training.models import Card, Cost
-from tests.common import LINEAR, PLAIN
+from tests.factories import LINEAR, PLAIN
 
 CLASSES = ("cat", "dog", "long-eared hedgehog")
 SIZE, VIEWS = 32, 2

@@ -25,7 +25,7 @@ from pipeline.training import fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.heads import Examples
 from pipeline.training.models import Card
-from tests.common import LINEAR
+from tests.factories import LINEAR
 
 CPU = torch.device("cpu")
 N_CLASSES, N_IMAGES = 3, 36

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pipeline.params import HeadOptions
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Fitted, Selection, Standardize
-from tests.common import LINEAR as PLAIN_HEAD
+from tests.factories import LINEAR as PLAIN_HEAD
 
 LINEAR = PLAIN_HEAD.model_copy(update={"learning_rate": 1e-2, "epochs": 20, "batch_size": 32})
 MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "strengths": (1e-4,)})
