@@ -59,10 +59,15 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted")
 
 
-def leave_signals_to_main(*_worker: int) -> None:
-    """Call this first in a worker process: the main process handles Ctrl-C and ends its workers."""
+def leave_signals(*_worker: int) -> None:
+    """Initialise a worker process: the main process handles Ctrl-C and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of another library in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def note_timing(wall_seconds: float) -> None:

@@ -5,6 +5,7 @@ or absent, and never changed: several processes fill one store without communica
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +41,13 @@ class Key:
 
     @property
     def dtype(self) -> np.dtype:
-        """In which rows are stored."""
+        """The type in which rows are stored."""
         return np.dtype(STORE_DTYPES[self.description["store_dtype"]])
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one row."""
+        return self.dtype.itemsize * math.prod(self.row_shape)
 
     def describe(self, view: int) -> dict[str, Any]:
         """What a row of this view depends on: on the augmentation only if it is not view 0."""

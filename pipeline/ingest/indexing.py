@@ -23,7 +23,7 @@ import PIL
 from pipeline.dataset import decoding
 from pipeline.files import digest, shared, write_text
 from pipeline.ingest import duplicates
-from pipeline.logs import leave_signals_to_main, log, progress
+from pipeline.logs import leave_signals, log, progress
 
 SCHEMA = 4
 LARGEST_FILE = 1024**3  # bytes of an image file
@@ -189,7 +189,7 @@ def _one_by_one(paths: Sequence[str]) -> Iterator[Inspected]:
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Forked processes need not import anything again; the libraries of other systems do not allow forking
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, leave_signals_to_main)
+    return ProcessPoolExecutor(workers, context, leave_signals)
 
 
 # memory

@@ -64,7 +64,8 @@ def main() -> None:
             options.folds,
         )
     device = choose_device(params.runtime.device)
-    found = find(features.values, labels, units, options, params.threads, device)
+    torch.set_num_threads(params.threads)
+    found = find(features.values, labels, units, options, device)
     write(found, labels)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
@@ -86,12 +87,7 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray,
-    labels: Labels,
-    units: list[list[int]],
-    options: SuspectOptions,
-    threads: int,
-    device: torch.device,
+    features: np.ndarray, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
 ) -> Suspects:
     """Find suspects in the classes that `assign_folds` keeps; `features` (n, n_views, *shape)."""
     fold = assign_folds(labels, units, options)
@@ -99,7 +95,7 @@ def find(
     label = labels.label[rows]
     if len(set(label.tolist())) < 2:
         return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
-    probability = predict_out_of_fold(features, labels, fold, options, threads, device)
+    probability = predict_out_of_fold(features, labels, fold, options, device)
     found = rank(probability, label, labels.weight[rows])
     return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence)
 
@@ -131,7 +127,7 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray, labels: Labels, fold: np.ndarray, options: SuspectOptions, threads: int, device: torch.device
+    features: np.ndarray, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
@@ -149,7 +145,9 @@ def predict_out_of_fold(
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
             for chosen in (~is_held_out & ~is_val, is_val)
         )
-        fitted = heads.fit(train, val, len(classes), views, head_options, nn.Identity(), options.seed, threads, device)
+        torch.manual_seed(options.seed)
+        head = heads.build(vectors.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        fitted = heads.fit(head, train, val, views, head_options)
         predicted = heads.predict(fitted.head, Selection(vectors, rows[is_held_out]), views)
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
     return probability

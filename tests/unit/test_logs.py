@@ -84,7 +84,7 @@ def test_error_of_our_own_keeps_its_traceback(text: str) -> None:
 def test_a_worker_ignores_ctrl_c_and_ends_with_sigterm() -> None:
     before = signal.getsignal(signal.SIGINT)
     try:
-        logs.leave_signals_to_main(3)
+        logs.leave_signals(3)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
