@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row, Shard
-from pipeline.files import digest, write_json
+from pipeline.files import digest, shared, write_json
 from pipeline.params import STORE_DTYPES, Augmentation
 
 SCHEMA = 3
@@ -27,8 +27,8 @@ log = logging.getLogger("pipeline")
 
 
 def root() -> Path:
-    """The directory of the store: that of the main checkout also inside `dvc exp run --temp`, which sets DVC_ROOT."""
-    return Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
+    """The directory of the store, which all experiments share."""
+    return shared(".feature_store")
 
 
 @dataclass(frozen=True)

@@ -149,21 +149,32 @@ def _inspect_all(paths: Sequence[str], sizes: Sequence[int], workers: int) -> It
         yield from map(inspect_file, paths)
         return
     work = np.cumsum([max(1 / CHUNK_FILES, size / CHUNK_BYTES) for size in sizes]).astype(int)
-    chunks = [[path for path, _ in chunk] for _, chunk in groupby(zip(paths, work, strict=True), lambda pair: pair[1])]
+    chunks = groupby(zip(paths, work, strict=True), lambda pair: pair[1])
+    yield from _inspect_chunks([[path for path, _ in chunk] for _, chunk in chunks], workers)
+
+
+def _inspect_chunks(chunks: list[list[str]], workers: int) -> Iterator[Inspected]:
+    """Inspect in processes that may crash; a file that crashes its process is refused."""
     while chunks:
         n_done = 0
         try:
             for results in _in_processes(chunks, workers):
                 yield from results
                 n_done += 1
-        except BrokenProcessPool:  # a file of the next chunks has crashed the decoder
-            yield from _one_by_one(chunks[n_done])
+        except BrokenProcessPool:
+            suspects = chunks[n_done]  # of several processes, another one may have crashed
+            if workers == len(suspects) == 1:
+                yield Inspected("ended the process that decoded it (a crash, or too little memory)")
+            else:
+                yield from _inspect_chunks([[path] for path in suspects], 1)
             n_done += 1
         chunks = chunks[n_done:]
 
 
 def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[list[Inspected]]:
-    pool = _pool(min(workers, len(chunks)))
+    # Forked processes need not import anything again; the libraries of other systems do not allow forking
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, leave_signals)
     try:
         yield from pool.map(_inspect_chunk, chunks)
     except BaseException:  # when interrupted, do not wait for the chunks that are already handed out
@@ -172,24 +183,6 @@ def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[lis
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _one_by_one(paths: Sequence[str]) -> Iterator[Inspected]:
-    """Inspect each file in a process that may crash; a file that crashes it is refused."""
-    pool = _pool(1)
-    for path in paths:
-        try:
-            yield pool.submit(inspect_file, path).result()
-        except BrokenProcessPool:
-            yield Inspected("ended the process that decoded it (a crash, or too little memory)")
-            pool = _pool(1)
-    pool.shutdown()
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked processes need not import anything again; the libraries of other systems do not allow forking
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(workers, context, leave_signals)
 
 
 # memory

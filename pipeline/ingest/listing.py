@@ -177,7 +177,7 @@ def _from_folders(directory: Path) -> Listing:
     for path, problem in _walk(directory):
         folders = path.split("/")[:-1]
         if problem == HIDDEN:
-            hidden.append(path)
+            hidden.append(repr(path))
         elif problem:
             name = os.fsencode(path).decode(errors="backslashreplace")
             rejected.append((name, problem))
@@ -186,24 +186,23 @@ def _from_folders(directory: Path) -> Listing:
         elif len(folders) >= depth:
             rows.append((path, folders[depth - 1], split_of.get(folders[0], "")))
         else:
-            loose.append(path)
+            loose.append(repr(path))
     filled = {"/".join(path.split("/")[:depth]) for path, _, _ in rows}
     for name in _class_folders(directory, split_of):
         if name not in filled:
-            reason = dict(rejected).get(name, "is a class without an image; add some or remove the directory")
-            raise ValueError(f"{directory / name} {reason}")
-    warnings = []
-    if loose:
-        names = shorten([*map(repr, sorted(loose))], 3)
-        warnings.append(f"{len(loose)} files lie in no class directory and were left out: {names}")
-    if closed:
-        warnings.append(
-            f"{len(closed)} directories and all images in them were left out: {shorten(sorted(closed), 20)}; put a "
-            "copy in place of a link (cp -rL), rename, or make readable"
+            reason = dict(rejected).get(name)
+            problem = f" {reason}" if reason else ": class without an image; add some or remove the directory"
+            raise ValueError(f"{directory / name}{problem}")
+    advice = "; put a copy in place of a link (cp -rL), rename, or make readable"
+    warnings = [
+        f"{len(names)} {kind} were left out: {shorten(sorted(names), n_shown)}{advice if names is closed else ''}"
+        for names, kind, n_shown in (
+            (loose, "files lie in no class directory and", 3),
+            (closed, "directories and all images in them", 20),
+            (hidden, "hidden or system files", 3),
         )
-    if hidden:
-        names = shorten([*map(repr, sorted(hidden))], 3)
-        warnings.append(f"{len(hidden)} hidden or system files were left out: {names}")
+        if names
+    ]
     images = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
     return Listing(images, rejected, warnings)
 
@@ -226,16 +225,16 @@ def _find_splits(directory: Path) -> dict[str, str]:
 
 def _class_folders(directory: Path, splits: dict[str, str]) -> list[str]:
     """Paths of the class directories; ValueError for a split without any."""
-    if not splits:
-        return _folders(directory)
-    classes = {split: _folders(directory / split) for split in splits}
-    for split, names in classes.items():
-        if not names:
+    found = []
+    for split in splits or [""]:
+        names = _folders(directory / split)
+        if splits and not names:
             raise ValueError(
                 f"{directory / split}: no class directory in it; expected one per class; keep images without a class "
                 "elsewhere"
             )
-    return [f"{split}/{name}" for split, names in classes.items() for name in names]
+        found += [os.path.join(split, name) for name in names]
+    return found
 
 
 def _folders(directory: Path) -> list[str]:
@@ -252,11 +251,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name.encode(errors="ignore").decode() == name
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, str | None]]:

@@ -70,11 +70,8 @@ def make(name: str, directory: Path, downloads: Path) -> int:
         known = ["elpv", "digits", *TORCHVISION]
         by_case = {other.casefold(): other for other in known}
         near = [by_case[other] for other in difflib.get_close_matches(name.casefold(), by_case, 3, 0.5)]
-        raise ValueError(
-            f"params.yaml: dataset.fetch: {name!r} is unknown; nearest: {', '.join(near)}"
-            if near
-            else f"params.yaml: dataset.fetch: {name!r} is unknown; expected one of {', '.join(known)}"
-        )
+        advice = f"nearest: {', '.join(near)}" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"params.yaml: dataset.fetch: {name!r} is unknown; {advice}")
     return export(_from_torchvision(name, downloads / name), directory)
 
 

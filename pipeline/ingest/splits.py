@@ -33,14 +33,34 @@ class Leak:
 
 
 def draw(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> Split:
-    """Draw one split by `options.method`; ValueError if the data set was to give it and does not."""
-    draw_by = {"stratified": _stratified, "hash": _by_hash, "given": _as_given}[options.method]
-    return Split(seed, labels.image_id, draw_by(labels, units, options, seed))
+    """Draw one split by `options.method`; ValueError if the data set should give it and does not."""
+    if options.method == "hash":
+        return Split(seed, labels.image_id, _by_hash(labels, units, options, seed))
+    given = labels.given_split if options.method == "given" else [""] * len(labels.image_id)
+    if options.method == "given" and not any(given):
+        raise ValueError(
+            "params.yaml: split.method: found given, but the data set gives no split to any image; expected a `split` "
+            "column in its labels.csv, or train/, val/ and test/ with the classes below; or choose stratified or hash"
+        )
+    return Split(seed, labels.image_id, _stratified(labels, units, given, options, seed))
 
 
-def _stratified(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
-    split = np.full(len(labels.image_id), "train", dtype="<U6")
-    _draw_units(labels, units, {"test": options.test_fraction, "val": options.val_fraction}, seed, split)
+def _stratified(labels: Labels, units: list[list[int]], given: list[str], options: Splitting, seed: int) -> np.ndarray:
+    """The splits that are given; test or validation is drawn, stratified, where none is given.
+
+    Images without a split are train, except those tied to an image with a split: they get the same one. What is drawn
+    is taken from train, given or not.
+    """
+    split = np.array(given, dtype="<U6")
+    for unit in units:
+        blank = [row for row in unit if not split[row]]
+        split[blank] = _highest(split[unit]) or "train"
+    pool = [unit for unit in units if set(split[unit]) == {"train"}]
+    shares = {"test": options.test_fraction, "val": options.val_fraction}
+    if "test" in split:
+        shares = {"val": options.val_fraction / (1 - options.test_fraction)}  # of the images that are not test
+    if shares := {name: share for name, share in shares.items() if name not in split}:
+        _draw_units(labels, pool, shares, seed, split)
     return split
 
 
@@ -131,30 +151,6 @@ def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: i
     for unit in units:
         highest = _highest(split[unit])
         split[[row for row in unit if split[row] != highest]] = "unused"
-    return split
-
-
-def _as_given(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
-    """The splits that the data set gives; test or validation is drawn, stratified, where it gives none.
-
-    Images without a split are train, except those tied to an image with a split: they get the same one. What is drawn
-    is taken from train, given or not.
-    """
-    if not any(labels.given_split):
-        raise ValueError(
-            "params.yaml: split.method: found given, but the data set gives no split to any image; expected a `split` "
-            "column in its labels.csv, or train/, val/ and test/ with the classes below; or choose stratified or hash"
-        )
-    split = np.array(labels.given_split, dtype="<U6")
-    for unit in units:
-        blank = [row for row in unit if not split[row]]
-        split[blank] = _highest(split[unit]) or "train"
-    pool = [unit for unit in units if set(split[unit]) == {"train"}]
-    shares = {"test": options.test_fraction, "val": options.val_fraction}
-    if "test" in split:
-        shares = {"val": options.val_fraction / (1 - options.test_fraction)}  # of the images that are not test
-    if shares := {name: share for name, share in shares.items() if name not in split}:
-        _draw_units(labels, pool, shares, seed, split)
     return split
 
 

@@ -75,7 +75,10 @@ def test_params_are_frozen(tmp_path: Path):
         ({"head": ["linear"]}, 'head: found ["linear"]; expected a section with keys'),
         ({"augmentation.noise_std": float("nan")}, "augmentation.noise_std: found NaN; expected it to be a finite"),
         ({"augmentation.noise_std": float("inf")}, "augmentation.noise_std: found Infinity; expected it to be a fin"),
-        ({"head.regularization_strengths": [1.0, float("nan")]}, "head.regularization_strengths.1: found NaN; expected it to be a finite number"),
+        (
+            {"head.regularization_strengths": [1.0, float("nan")]},
+            "head.regularization_strengths.1: found NaN; expected it to be a finite number",
+        ),
         ({"augmentation.hue": 0.7}, "augmentation.hue: found 0.7; expected it to be less than or equal to 0.5"),
         ({"augmentation.scale": [1.2, 0.8]}, "augmentation.scale: found [1.2, 0.8]; expected [low, high]"),
         ({"augmentation.crop_area": [0.0, 1.0]}, "augmentation.crop_area: found [0.0, 1.0]; expected [low, high]"),
@@ -184,9 +187,13 @@ def test_a_mistake_in_the_defaults_is_reported_once_and_not_for_every_strategy(
 
 
 def test_a_mistake_in_a_strategy_is_its_own_even_if_the_defaults_have_the_key(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epochs: found 0; expected it to "):
+    with pytest.raises(
+        ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epochs: found 0; expected it to "
+    ):
         load(document_with({f"{SCRATCH}.epochs": 0}), tmp_path)
-    with pytest.raises(ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epoch: unknown key; expected epo"):
+    with pytest.raises(
+        ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epoch: unknown key; expected epo"
+    ):
         load(document_with({f"{SCRATCH}.epoch": 3}), tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_a_class_whose_name_is_not_utf8_is_a_warning(split: str, tmp_path: Path)
 
 def test_an_empty_class_directory_is_named(tmp_path: Path):
     touch(tmp_path, "cat/1.png", "dog/.hidden")
-    with pytest.raises(ValueError, match=r"dog is a class without an image"):
+    with pytest.raises(ValueError, match=r"dog: class without an image"):
         find_images(tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_train_alone_or_with_one_other_split_is_a_split_and_among_other_names_a_
         (["train/cat/1.png", "test/cat/1.png", "extra/1.png"], "extra/ lies beside test/, train/; expected train/,"),
         (["train/cat/1.png", "val/cat/1.png", "valid/cat/1.png"], "train/, val/, valid/ are not one of each split"),
         (["train/cat/1.png", "test/1.png"], "test: no class directory in it; expected one per class"),
-        (["train/cat/1.png", "val/cat/1.png", "val/dog/.hidden"], "val/dog is a class without an image"),
+        (["train/cat/1.png", "val/cat/1.png", "val/dog/.hidden"], "val/dog: class without an image"),
     ],
 )
 def test_splits_that_cannot_be_meant_are_refused(names: list[str], problem: str, tmp_path: Path):
