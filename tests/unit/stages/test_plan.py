@@ -157,7 +157,7 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
 def test_what_does_not_fit_is_one_line_with_its_key_and_nothing_is_written(
     strategy: dict[str, Any], changes: dict[str, dict[str, Any]], expected: str
 ) -> None:
-    configure({"good": {}, "tuned": strategy}, **changes)
+    configure({"good": {}, "tuned": strategy}, TINY, **changes)
     with pytest.raises(ValueError, match=r"^params\.yaml: ") as caught:
         plan.main()
     assert str(caught.value).startswith(f"params.yaml: {expected}")
