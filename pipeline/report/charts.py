@@ -56,31 +56,32 @@ def theme(colours: dict[str, Any]) -> Spec:
         "style": {
             "on-light": {"color": colours["ink"]},
             "on-strong": {"color": colours["paper"]},
-            "diagonal": {"stroke": muted, "strokeDash": [4, 4], "strokeWidth": 1.2},
+            "diagonal": {"color": muted, "strokeDash": [4, 4], "strokeWidth": 1.2},
             "plain": {"color": colours["category"][0]},
         },
     }
 
 
-def from_template(name: str, rows: Rows, height: int = HEIGHT) -> Spec:
-    """The chart that `dvc plots` draws of `rows` with .dvc/plots/<name>.json, without its title and its revisions."""
-    template = json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8"))
-    spec = _fill(template, rows)
+def from_template(name: str, rows: Rows, strategies: Sequence[str], height: int = HEIGHT) -> Spec:
+    """The chart that `dvc plots` draws of `rows` with .dvc/plots/<name>.json, without title, legends and revisions."""
+
+    def filled(value: Any) -> Any:  # noqa: ANN401
+        if value == "<DVC_METRIC_DATA>":
+            return rows
+        if isinstance(value, list):
+            return [filled(inner) for inner in value if not _is_omitted(inner)]
+        if not isinstance(value, dict):
+            return value
+        domain = {"scale": {"domain": strategies}} if value.get("field") == "strategy" and "sort" in value else {}
+        return {key: filled(inner) for key, inner in value.items() if key != "legend" and not _is_omitted(inner)} | domain
+
+    spec = filled(json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8")))
     if spec.pop("facet", None):  # by strategy and revision: one of each is left
         spec |= spec.pop("spec")
     return _sized(spec, height)
 
 
-def _fill(value: Any, rows: Rows) -> Any:  # noqa: ANN401
-    """A part of a template with the rows in it, and without what DVC fills with its title or a revision."""
-    if value == "<DVC_METRIC_DATA>":
-        return rows
-    if isinstance(value, dict):
-        return {key: _fill(inner, rows) for key, inner in value.items() if not _is_dvcs(inner)}
-    return [_fill(inner, rows) for inner in value if not _is_dvcs(inner)] if isinstance(value, list) else value
-
-
-def _is_dvcs(value: Any) -> bool:  # noqa: ANN401
+def _is_omitted(value: Any) -> bool:  # noqa: ANN401
     return value in ("rev", "<DVC_METRIC_TITLE>") or (isinstance(value, dict) and value.get("field") == "rev")
 
 

@@ -157,7 +157,7 @@ def class_rows(strategies: Json, names: Sequence[str]) -> Rows:
 def against_cost(rows: Rows, names: Sequence[str]) -> Figure:
     """Accuracy against training FLOPs, from reports/cost.json."""
     caption = "The upper left is best: accurate and cheap. Bars: 95 % interval over the test images."
-    return Figure("Accuracy against cost", caption, charts.from_template("cost", rows), numbered(names))
+    return Figure("Accuracy against cost", caption, charts.from_template("cost", rows, names), numbered(names))
 
 
 def learning(rows: Rows, names: Sequence[str]) -> Figure:
@@ -166,7 +166,7 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
     if not runs:
         return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
     caption = f"{_n(len(runs), 'run')}. Solid: validation. Dotted: training. Dot: the epoch that validation selected."
-    return Figure("Learning curves", caption, charts.from_template("curves", rows), numbered(names))
+    return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
 
 
 def penalty(strategies: Json) -> Figure:
@@ -200,7 +200,10 @@ def confusion(name: str, rows: Rows, n_classes: int) -> Figure:
     )
     if n_classes > MAX_MATRIX:
         return Figure(name, f"{caption} {n_classes} classes are too many for a matrix.")
-    return Figure(name, caption, charts.from_template("confusion", rows, min(420, max(150, 48 * n_classes))))
+    spec = charts.from_template("confusion", rows, [name], min(420, max(150, 48 * n_classes)))
+    for axis in ("x", "y"):
+        spec["encoding"][axis]["title"] = None  # the page has one explanation for all matrices
+    return Figure(name, caption, spec)
 
 
 def reliability(rows: Rows, names: Sequence[str]) -> Figure:
@@ -209,7 +212,7 @@ def reliability(rows: Rows, names: Sequence[str]) -> Figure:
         "On the dashed line, confidence equals accuracy; below it, the network is overconfident. Size of a dot: share "
         "of the images."
     )
-    return Figure("Reliability", caption, charts.from_template("reliability", rows), numbered(names))
+    return Figure("Reliability", caption, charts.from_template("reliability", rows, names), numbered(names))
 
 
 def per_class(rows: Rows, names: Sequence[str]) -> Figure:

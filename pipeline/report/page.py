@@ -74,11 +74,11 @@ def assemble() -> Json:
         "details": details,
         "n_test": evidence.n_test(strategies[best]),
         "difference": evidence.difference(strategies[best]),
-        "table": evidence.table(strategies),
+        "table_of": evidence.table(strategies),
         "tested": tables.tested(details),
         "every_metric": evidence.every_metric(strategies, names),
         "timings": provenance.timings(),
-        "charts": [
+        "figures": [
             evidence.against_cost(cost, names),
             evidence.learning(curves, names),
             evidence.penalty(strategies),
