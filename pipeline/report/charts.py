@@ -73,7 +73,9 @@ def from_template(name: str, rows: Rows, strategies: Sequence[str], height: int 
         if not isinstance(value, dict):
             return value
         domain = {"scale": {"domain": strategies}} if value.get("field") == "strategy" and "sort" in value else {}
-        return {key: filled(inner) for key, inner in value.items() if key != "legend" and not _is_omitted(inner)} | domain
+        return {
+            key: filled(inner) for key, inner in value.items() if key != "legend" and not _is_omitted(inner)
+        } | domain
 
     spec = filled(json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8")))
     if spec.pop("facet", None):  # by strategy and revision: one of each is left

@@ -19,7 +19,18 @@ from ruamel.yaml.error import YAMLError
 from pipeline.logs import TIMINGS
 
 LOCK = Path("dvc.lock")
-LIBRARIES = "torch torchvision timm openvino scikit-learn scipy statsmodels numpy pillow h5py".split()
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "openvino",
+    "scikit-learn",
+    "scipy",
+    "statsmodels",
+    "numpy",
+    "pillow",
+    "h5py",
+)
 
 
 class Output(BaseModel):
@@ -74,8 +85,8 @@ def digest(path: Path) -> str:
     """MD5 (hex) of a file; of a directory that of the list of its files, with the suffix .dir, as in dvc.lock."""
     if path.is_file():
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    files = {file.relative_to(path).parts: digest(file) for file in path.rglob("*") if file.is_file()}
-    entries = [{"md5": md5, "relpath": "/".join(parts)} for parts, md5 in sorted(files.items())]
+    files = {file.relative_to(path).as_posix(): digest(file) for file in path.rglob("*") if file.is_file()}
+    entries = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
     return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 

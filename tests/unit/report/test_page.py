@@ -1,9 +1,8 @@
-"""The page: its numbers are those of comparison.json, names are never markup, and what is missing is said."""
+"""The page: its numbers are those of details.json, names are never markup, and damaged outputs are refused."""
 
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
-from pipeline import logs
-from pipeline.features.hdf5 import Features
+from pipeline.features import hdf5
 from pipeline.files import write_json, write_text
-from pipeline.report.page import charts, evidence, gallery, page, pictures, provenance
-from tests import study
-
-REPOSITORY = Path(__file__).parents[2]
+from pipeline.report import page
+from pipeline.stages import compare
+from tests import factories
+from tests.factories import HOSTILE, N_STUDY, REPOSITORY, make_study
 
 
 class Page(HTMLParser):
@@ -58,13 +57,13 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
-    study.make(root)
+    make_study(root)
     return root
 
 
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to spoil, entered."""
+    """A copy that a test may change, entered."""
     copy = tmp_path / "study"
     shutil.copytree(finished, copy)
     monkeypatch.chdir(copy)
@@ -73,37 +72,36 @@ def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture(autouse=True)
 def _no_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The charts' library takes seconds to bundle and is no matter here."""
+    """Bundling Vega takes seconds, and these tests draw nothing."""
     monkeypatch.setattr("vl_convert.javascript_bundle", lambda _: "/* vega */")
 
 
-def page() -> Page:
-    report.main()
-    return Page(report.PAGE.read_text(encoding="utf-8"))
+def written() -> str:
+    page.write()
+    return page.PAGE.read_text(encoding="utf-8")
 
 
-def test_numbers_equal_those_of_the_comparison(root: Path):
-    comparison = json.loads((root / "reports/comparison.json").read_text())
-    cells = page().cells
-    for strategy, summary in comparison.items():
-        expected = summary["test"] | {"seeds": summary["seeds"]}
-        gain = summary.get("vs_baseline")
-        expected |= {name: gain[name] for name in ("accuracy_gain", "p_value")} if gain else {}
-        del expected["accuracy_low"], expected["accuracy_high"]
-        found = {metric: value for (name, metric), (value, _) in cells.items() if name == strategy}
-        assert found == expected
+def test_numbers_equal_those_of_the_details(root: Path):
+    cells = Page(written()).cells
+    for name, strategy in json.loads((root / "reports/details.json").read_text())["strategies"].items():
+        expected = {metric: figure["value"] for metric, figure in strategy["test"]["metrics"].items()}
+        del expected["ece_scaled"]
+        expected["seeds"] = strategy["distinct_runs"]
+        if strategy["vs_baseline"]:
+            expected |= {key: strategy["vs_baseline"]["test"][key] for key in ("difference", "p_value")}
+        assert {metric: value for (of, metric), (value, _) in cells.items() if of == name} == expected
     accuracy, text = cells["partial_freeze", "accuracy"]
     assert text.split()[0].replace("\u2009%", "") == f"{100 * accuracy:.1f}"
 
 
 def test_what_the_user_names_is_text_and_never_markup(root: Path):
-    found = page()
+    found = Page(written())
     scripts = [attributes for tag, attributes in found.elements if tag == "script"]
     assert [script.get("id") for script in scripts] == ["specs", "themes", None, None]
     assert not [attributes for _, attributes in found.elements if any(name.startswith("on") for name in attributes)]
     sources = {attributes.get("src", "") for tag, attributes in found.elements if tag == "img"}
     assert all(str(source).startswith("data:image/") for source in sources)
-    for name in study.HOSTILE:
+    for name in HOSTILE:
         assert " ".join(name.split()) in found.texts()
         assert any(_in(name.replace("\u2028", " "), spec) for spec in found.data["specs"])
 
@@ -115,7 +113,7 @@ def _in(name: str, value: Any) -> bool:
 
 
 def test_no_request_can_leave_and_no_other_script_can_run(root: Path):
-    text = page_text()
+    text = written()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text)
     assert "default-src 'none'" in policy
     assert "unsafe-eval" not in policy
@@ -123,32 +121,46 @@ def test_no_request_can_leave_and_no_other_script_can_run(root: Path):
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text)
 
 
-def page_text() -> str:
-    report.main()
-    return report.PAGE.read_text(encoding="utf-8")
-
-
-def test_every_part_is_there(root: Path):
-    text = page().texts()
+def test_every_section_is_there(root: Path):
+    text = Page(written()).texts()
     for words in (
         "Recommendation:",
         "The most confident errors",
         "Accuracy against cost",
         "Learning curves",
-        "The head's penalty",
+        "Regularization of the head",
         "By error",
         "input: 64",
         "filters of 3",
         "1 min 15 s",
-        "Labels to look at",
-        "Leaks between the parts",
+        "Labels that are probably wrong",
+        "Leaks between splits",
         "truncated",
-        "Duplicates whose labels differ",
+        "Identical files with different labels",
+        "Hamming distance 3",
         "data/images.csv",
-        "Subset by subset",
+        "Results by subset",
     ):
         assert words in text, words
     assert "run: dvc repro" not in text
+
+
+def test_strategies_have_the_same_colours_in_every_chart(root: Path):
+    found = Page(written()).data["specs"]
+    domains = [encoding["scale"]["domain"] for spec in found for encoding in _colours(spec)]
+    assert len(domains) == 4  # cost, curves, reliability, results by class
+    assert all(domain == ["feature_extraction", "partial_freeze"] for domain in domains)
+
+
+def _colours(value: Any) -> list[Any]:
+    """The colour encodings of strategies in a specification."""
+    if isinstance(value, list):
+        return [found for inner in value for found in _colours(inner)]
+    if not isinstance(value, dict):
+        return []
+    colour = value.get("color")
+    own = [colour] if isinstance(colour, dict) and colour.get("field") == "strategy" else []
+    return own + [found for key, inner in value.items() if key != "data" for found in _colours(inner)]
 
 
 def without(*paths: str) -> Callable[[], None]:
@@ -159,178 +171,114 @@ def without(*paths: str) -> Callable[[], None]:
     return spoil
 
 
-def other_network() -> None:
-    document = Path("params.yaml").read_text().replace("timm/test_resnet", "timm/resnet18")
-    Path("params.yaml").write_text(document)
-    made = json.loads(json.dumps(report.read().features.provenance))  # pyright: ignore[reportOptionalMemberAccess]
-    made["backbone"]["weights"] = "gone.safetensors"
-    _rewrite_features(made, (16,))
+def head_only() -> None:
+    yaml = YAML()
+    document = yaml.load(Path("params.yaml"))
+    document["fine_tune"]["run"] = []
+    yaml.dump(document, Path("params.yaml"))
+    compare.main()
+    Path("reports/confusion/partial_freeze.json").unlink()
+    Path("reports/runs/partial_freeze/seed_0").mkdir(parents=True)  # the lock of the study lists it
+    factories.study_lock()
 
 
-def _rewrite_features(made: dict[str, Any], shape: tuple[int, ...]) -> None:
-    inputs = report.read()
-    assert inputs.labels
-    values = np.random.default_rng(0).normal(size=(study.N, 1, *shape)).astype(np.float32)
-    report.hdf5.write_features(report.hdf5.FEATURES, values.shape, values.dtype, [values], inputs.labels.sha256, made)
+def one_strength() -> None:
+    for path in Path("reports/runs/feature_extraction").glob("*/run.json"):
+        described = json.loads(path.read_text())
+        del described["chosen"]["val_nll"]
+        write_json(path, described)
+    compare.main()
+    factories.study_lock()
+
+
+def other_weights() -> None:
+    made = hdf5.read_features().provenance
+    _rewrite_features(
+        (16,), made.model_copy(update={"backbone": made.backbone.model_copy(update={"weights_sha256": "0"})})
+    )
+
+
+def _rewrite_features(shape: tuple[int, ...], made: hdf5.Provenance) -> None:
+    values = np.random.default_rng(0).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
+    sha256 = hdf5.read_features().sha256
+    hdf5.write_features(hdf5.FEATURES, values.shape, values.dtype, [values], sha256, made)
 
 
 def maps_as_features() -> None:
-    inputs = report.read()
-    assert inputs.features
-    _rewrite_features(inputs.features.provenance, (4, 3, 3))
-
-
-def old_details() -> None:
-    write_json(Path("reports/details.json"), {"feature_extraction": {"runs": []}})
-
-
-def head_only() -> None:
-    comparison = json.loads(Path("reports/comparison.json").read_text())
-    del comparison["partial_freeze"]
-    write_json(Path("reports/comparison.json"), comparison)
-    details = json.loads(Path("reports/details.json").read_text())
-    del details["strategies"]["partial_freeze"]
-    details["recommendation"]["strategy"] = "feature_extraction"
-    write_json(Path("reports/details.json"), details)
-    curves = json.loads(Path("reports/curves.json").read_text())
-    write_json(Path("reports/curves.json"), [row for row in curves if row["strategy"] != "partial_freeze"])
-
-
-def no_penalties() -> None:
-    details = json.loads(Path("reports/details.json").read_text())
-    for strategy in details["strategies"].values():
-        for run in strategy["runs"]:
-            run["chosen"] = {"epoch": 0}
-    write_json(Path("reports/details.json"), details)
-
-
-def other_version() -> None:
-    write_json(Path("reports/curves.json"), [{"run": "partial_freeze-0", "epoch": 0, "val_loss": 0.4}])
-    details = json.loads(Path("reports/details.json").read_text())
-    for strategy in details["strategies"].values():
-        strategy["test"] = {"classes": [{}], "confusion": 1, "reliability": 2, "subsets": [1], "temperature": 3}
-        strategy["runs"] = [1]
-    write_json(Path("reports/details.json"), details)
-
-
-def garbage() -> None:
-    for name in ("details.json", "curves.json", "data/summary.json", "splits.json", "timings/extract.json"):
-        write_text(Path("reports") / name, "[1, {")
-    write_text(Path("dvc.lock"), "a: [")
-    write_text(Path("reports/label_suspects.csv"), "other\n1\n")
+    _rewrite_features((4, 3, 3), hdf5.read_features().provenance)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "word"),
+    ("change", "words"),
     [
         (head_only, "No strategy was fine-tuned"),
-        (no_penalties, "do not say what each strength"),
-        (without("reports/details.json"), "reports/details.json holds none"),
-        (old_details, "There is no confusion matrix"),
-        (without("reports/runs"), "The predictions or the labels are not there"),
-        (without("data/features.h5"), "There is no data/features.h5"),
-        (maps_as_features, "Maps are averaged over their pixels"),
-        (other_network, "The network cannot be loaded"),
-        (without("data/mine"), "the image files are gone"),
-        (without("data/images.csv", "data/labels.csv"), "There are no features of these images"),
-        (without("reports/timings", "dvc.lock"), "No stage has left its times"),
-        (without("reports/data", "reports/label_suspects.csv", "reports/splits.json"), "no reports/data/summary.json"),
-        (other_version, "The reports are damaged, or of another version"),
-        (garbage, "reports/details.json holds none"),
+        (one_strength, "there is nothing to select"),
+        (maps_as_features, "Feature maps are averaged over their pixels"),
+        (other_weights, "No feature maps: data/features.h5: made with other weights"),
+        (without("data/mine"), "No feature maps: the image files in data/mine are missing"),
+        (without("reports/timings"), "reports/timings/ is empty"),
     ],
 )
-def test_what_is_missing_is_said(root: Path, spoil: Callable[[], None], word: str):
-    spoil()
-    assert word in page().texts()
+def test_what_is_not_an_output_may_be_missing(root: Path, change: Callable[[], None], words: str):
+    change()
+    assert words in Page(written()).texts()
 
 
-def test_without_a_comparison_there_is_no_page(root: Path):
-    (root / "reports/comparison.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"comparison\.json: not found; .* run that first"):
-        report.main()
+@pytest.mark.parametrize(
+    "path",
+    [
+        "dvc.lock",
+        "data/images.csv",
+        "data/labels.csv",
+        "data/features.h5",
+        "reports/details.json",
+        "reports/curves.json",
+        "reports/cost.json",
+        "reports/reliability.json",
+        "reports/confusion",
+        "reports/data",
+        "reports/splits.json",
+        "reports/label_suspects.csv",
+        "reports/runs/partial_freeze/seed_0",
+    ],
+)
+def test_an_output_that_is_missing_or_damaged_is_refused_in_one_line(root: Path, path: str):
+    file = next(Path(path).iterdir()) if Path(path).is_dir() else Path(path)
+    write_text(file, "[1, {")
+    with pytest.raises(ValueError, match=rf"^{path}: .*; run: dvc repro( extract)?$"):
+        page.write()
+    without(path)()
+    with pytest.raises(ValueError, match=rf"^{path}: not (found|there); .*(run: dvc repro|so run that first)"):
+        page.write()
 
 
-def test_many_classes_are_cut_short(root: Path):
-    names = [f"class {i}" for i in range(60)]
-    rows = [
-        {"class": name, "f1": i / 60, "precision": 0.5, "recall": 0.5, "support": 2} for i, name in enumerate(names)
-    ]
-    counts = np.eye(60, dtype=int).tolist()
-    details = {"class_names": names, "strategies": {"a": {"test": {"classes": rows, "confusion": counts}}}}
-    bars = evidence.per_class(details, ["a"])
-    assert bars.caption.startswith("The 20 hardest of 60 classes")
-    assert bars.spec
-    assert len(bars.spec["data"]["values"]) == 20
-    (matrix,) = evidence.confusions(details, ["a"])
-    assert matrix.spec is None
-    counted = gallery.class_counts({"classes": {name: i + 1 for i, name in enumerate(names)}})
-    assert counted is not None
-    assert counted.spec
-    assert len(counted.spec["layer"]) == 2
+def test_an_output_of_another_version_is_refused(root: Path):
+    write_json(Path("reports/details.json"), {"strategies": {}})
+    with pytest.raises(ValueError, match=r"^reports/details\.json: not the output that dvc\.lock lists"):
+        page.write()
 
 
-def test_map_of_many_images_is_a_sample_and_always_the_same(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pictures, "MAX_POINTS", 30)
-    values = np.random.default_rng(0).normal(size=(100, 2, 8)).astype(np.float32)
-    first, second = (pictures.map_features(Features(values, [], {})) for _ in range(2))
-    assert len(first.rows) == 30
-    assert np.array_equal(first.rows, second.rows)
-    assert np.array_equal(first.xy, second.xy)
+def test_features_of_other_images_are_refused(root: Path):
+    made = hdf5.read_features().provenance
+    values = np.zeros((1, 1, 16), np.float32)
+    hdf5.write_features(hdf5.FEATURES, values.shape, values.dtype, [values], ["0" * 64], made)
+    with pytest.raises(ValueError, match=r"features\.h5: of other images than data/labels\.csv; run: dvc repro"):
+        page.write()
 
 
-def test_thumbnail_of_a_file_that_changed_or_lies_elsewhere_is_not_shown(root: Path):
-    files = report.read().files
-    assert files
-    album = pictures.Album(root / "data/mine", files)
-    name = files.image_id[0]
-    assert str(album.thumbnail(name)).startswith("data:image/webp;base64,")
-    shutil.copy(root / "data/mine" / files.image_id[1], root / "data/mine" / name)
-    shutil.copy(root / "data/mine" / name, root / "data/secret.png")
-    changed = pictures.Album(root / "data/mine", files)
-    assert changed.thumbnail(name) is None
-    assert changed.thumbnail("../secret.png") is None
+def test_a_mistake_of_the_code_is_not_taken_for_one_of_the_user(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    for name in ("pictures.feature_maps", "evidence.learning", "gallery.maps"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"pipeline.report.{name}", broken)
+            with pytest.raises(KeyError, match="a bug"):
+                page.write()
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0\u00a0B"), (999, "999\u00a0B"), (5.2e12, "5.2\u00a0TB")])
-def test_sizes_are_written_with_their_unit(value: float, text: str):
-    assert evidence.size(value) == text
-
-
-def test_themes_share_their_keys_and_have_a_colour_for_each_class():
-    assert charts.LIGHT.keys() == charts.DARK.keys()
-    assert len(charts.LIGHT["category"]) == len(charts.DARK["category"]) == gallery.MAX_COLOURS
-
-
-def test_timing_of_a_stage_is_noted_beside_the_outs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "__main__", _module("pipeline.stages.fine_tune"))
-    monkeypatch.setattr("sys.argv", ["fine_tune.py", "partial_freeze", "../0"])
-    logs.note_timing(1.234)
-    assert [path.name for path in logs.TIMINGS.iterdir()] == ["fine_tune-partial_freeze-_0.json"]
-    (timing,) = provenance.timings()
-    assert timing["stage"] == "fine_tune-partial_freeze-_0"
-    assert timing["wall_seconds"] == 1.23
-    assert timing["peak_memory_bytes"] > 10**6
-    ignored = (REPOSITORY / ".gitignore").read_text()
-    assert f"/{logs.TIMINGS.as_posix()}/" in ignored
-    assert f"/{report.PAGE.as_posix()}" in ignored
-
-
-def test_only_stages_note_their_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "__main__", _module("pipeline.cuts"))
-    logs.note_timing(1.0)
-    monkeypatch.setitem(sys.modules, "__main__", _module("pipeline.stages.compare"))
-    monkeypatch.setattr("sys.argv", ["compare.py", "--against", "main"])
-    logs.note_timing(1.0)
-    assert not logs.TIMINGS.exists()
-
-
-def _module(name: str) -> Any:
-    return type("Main", (), {"__spec__": type("Spec", (), {"name": name})})
-
-
-def test_template_travels_with_the_package():
+def test_files_of_the_page_travel_with_the_package_and_the_page_is_not_committed():
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    for path in (REPOSITORY / "pipeline").glob("report.*"):
+    for path in (REPOSITORY / "pipeline/report").glob("page.*"):
         assert path.suffix == ".py" or f'"{path.name}"' in project
+    assert f"/{page.PAGE.as_posix()}" in (REPOSITORY / ".gitignore").read_text()
