@@ -148,14 +148,7 @@ def _chart(rows: Rows) -> alt.Chart:
 
 def _sized(spec: Spec, height: int) -> Spec:
     """As wide as its container, and without the colours, which the theme gives."""
-    kept = {key: _speakable(value) for key, value in spec.items() if key not in ("config", "$schema")}
-    return kept | {"width": "container", "height": height}
-
-
-def _speakable(value: Any) -> Any:  # noqa: ANN401
-    """Without the two line separators that JSON allows in a text and Vega's parser of expressions does not."""
-    if isinstance(value, dict):
-        return {key: _speakable(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_speakable(inner) for inner in value]
-    return re.sub("[\u2028\u2029]", " ", value) if isinstance(value, str) else value
+    kept = {key: value for key, value in spec.items() if key not in ("config", "$schema")}
+    text = json.dumps(kept | {"width": "container", "height": height}, ensure_ascii=False)
+    # JSON allows these two line separators in a text, Vega's parser of expressions does not
+    return json.loads(re.sub("[\u2028\u2029]", " ", text))

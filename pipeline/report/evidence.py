@@ -71,9 +71,15 @@ def cell(metric: str, estimate: Json | None) -> Json:
     return {"metric": metric, "value": estimate["value"], "text": shown(metric, estimate["value"]), "note": note}
 
 
+def measured(strategies: Json, split: str) -> list[str]:
+    """The metrics that have a value for some strategy."""
+    found = [strategy[split]["metrics"] for strategy in strategies.values()]
+    return [name for name in METRICS if any(metrics.get(name, {}).get("value") is not None for metrics in found)]
+
+
 def table(strategies: Json) -> Json:
     """The main table: its columns, and the cells of each strategy."""
-    metrics = [name for name in _metrics(strategies) if name != "ece_scaled"]
+    metrics = [name for name in measured(strategies, "test") if name != "ece_scaled"]
     rows = []
     for name, strategy in strategies.items():
         found = strategy["test"]["metrics"]
@@ -100,19 +106,6 @@ def difference(strategy: Json) -> Json | None:
     }
 
 
-def every_metric(strategies: Json, names: Sequence[str]) -> list[Json]:
-    """All metrics on validation and test with their intervals, a row each."""
-    return [
-        {
-            "metric": METRICS[metric],
-            "split": title,
-            "cells": [cell(metric, strategies[name][split]["metrics"].get(metric)) for name in names],
-        }
-        for split, title in (("val", "validation"), ("test", "test"))
-        for metric in _metrics(strategies, split)
-    ]
-
-
 def cost_text(key: str, value: int) -> str:
     """A cost as text."""
     unit = {"train_flops": "FLOP", "cached_bytes": "B"}.get(key)
@@ -123,30 +116,6 @@ def scaled(value: float, unit: str) -> str:
     """5.2e12 -> 5.2 TFLOP."""
     power = min(int(math.log10(max(float(f"{value:.3g}"), 1)) // 3), len(PREFIXES) - 1)
     return f"{value / 1000**power:.3g}\u00a0{PREFIXES[power]}{unit}"
-
-
-def breakdown(strategies: Json, names: Sequence[str], kind: str) -> list[Json]:
-    """Test accuracy by `subsets` or `groups`: a row each, a cell per strategy."""
-    found = {name: strategies[name]["test"][kind] for name in names}
-    numbers = {value: part["n"] for parts in found.values() for value, part in parts.items()}
-    return [
-        {
-            "value": value,
-            "n": n,
-            "cells": [cell("accuracy", parts.get(value, {}).get("accuracy")) for parts in found.values()],
-        }
-        for value, n in numbers.items()
-    ]
-
-
-def calibration(strategies: Json, names: Sequence[str]) -> list[list[str]]:
-    """Rows of a strategy: ECE before and after temperature scaling, and the mean temperature."""
-    rows = []
-    for name in names:
-        test = strategies[name]["test"]
-        before, after = (shown(metric, test["metrics"][metric]["value"]) for metric in ("ece", "ece_scaled"))
-        rows.append([name, before, after, f"{sum(test['temperature']) / len(test['temperature']):.2f}"])
-    return rows
 
 
 def class_rows(strategies: Json, names: Sequence[str]) -> Rows:
@@ -224,17 +193,6 @@ def per_class(rows: Rows, names: Sequence[str]) -> Figure:
     if len(last) > MAX_CLASSES:
         caption = f"The {MAX_CLASSES} hardest of {len(last)} classes. {caption} The table below has all."
     return Figure("Results by class", caption, charts.per_class(kept, classes, names), numbered(names))
-
-
-def n_test(strategy: Json) -> str:
-    """How many test images a seed has, as text."""
-    return " to ".join(f"{n:,}" for n in sorted({min(strategy["test"]["n"]), max(strategy["test"]["n"])}))
-
-
-def _metrics(strategies: Json, split: str = "test") -> list[str]:
-    """The metrics that some strategy has."""
-    found = [strategy[split]["metrics"] for strategy in strategies.values()]
-    return [name for name in METRICS if any(metrics.get(name, {}).get("value") is not None for metrics in found)]
 
 
 def _n(n: int, noun: str) -> str:

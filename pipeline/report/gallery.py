@@ -1,6 +1,6 @@
 """Sections of the page that show images: errors, a map of the features, label suspects, duplicates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Example:
 
     image_id: str
     uri: str | None
-    lines: list[tuple[str, str, str]]
+    lines: tuple[tuple[str, str, str], ...]
 
 
 def average(runs: Sequence[Predictions]) -> Average:
@@ -62,9 +62,9 @@ def examples(tested: Average, labels: Labels, album: Album) -> tuple[list[Exampl
     """The most confident errors, and the least confident correct predictions."""
 
     def example(i: int) -> Example:
-        row, predicted = tested.rows[i], labels.class_names[tested.predicted[i]]
-        label = labels.class_names[labels.label[row]]
-        return _example(album, labels.image_id[row], label, "", "predicted", predicted, percent(tested.confidence[i]))
+        row = tested.rows[i]
+        predicted = ("predicted", labels.class_names[tested.predicted[i]], percent(tested.confidence[i]))
+        return _example(album, labels.image_id[row], ("label", labels.class_names[labels.label[row]], ""), predicted)
 
     is_wrong = tested.predicted != labels.label[tested.rows]
     order = np.argsort(tested.confidence, kind="stable")
@@ -109,13 +109,16 @@ def maps(features: Features, labels: Labels, tested: Average) -> list[Figure]:
     ]
 
 
-def suspects(rows: Iterable[dict[str, str]], album: Album) -> list[Example]:
+def suspects(rows: Sequence[dict[str, str]], album: Album) -> list[Example]:
     """The first rows of reports/label_suspects.csv: the labels that are most probably wrong."""
     return [
         _example(
-            album, row["image_id"], row["label"], percent(float(row["self_confidence"])), "suggested", row["suggested"]
+            album,
+            row["image_id"],
+            ("label", row["label"], percent(float(row["self_confidence"]))),
+            ("suggested", row["suggested"], ""),
         )
-        for row in list(rows)[:N_SUSPECTS]
+        for row in rows[:N_SUSPECTS]
     ]
 
 
@@ -131,13 +134,10 @@ def class_counts(classes: dict[str, int]) -> Figure:
     return Figure("Images per class", caption, charts.class_counts([{"class": name, "count": n} for name, n in counts]))
 
 
-def groups(found: Iterable[Sequence[str]], album: Album) -> list[list[Example]]:
+def groups(found: Sequence[Sequence[str]], album: Album) -> list[list[Example]]:
     """The first groups of images that are alike, at most four images of each."""
-    return [[Example(name, album.thumbnail(name), []) for name in group[:4]] for group in list(found)[:N_PAIRS]]
+    return [[_example(album, image_id) for image_id in group[:4]] for group in found[:N_PAIRS]]
 
 
-def _example(
-    album: Album, image_id: str, label: str, self_confidence: str, verb: str, other: str, confidence: str = ""
-) -> Example:
-    lines = [("label", label, self_confidence), (verb, other, confidence)]
+def _example(album: Album, image_id: str, *lines: tuple[str, str, str]) -> Example:
     return Example(image_id, album.thumbnail(image_id), lines)

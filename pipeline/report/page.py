@@ -72,11 +72,8 @@ def assemble() -> Json:
         "names": names,
         "best": best,
         "details": details,
-        "n_test": evidence.n_test(strategies[best]),
-        "difference": evidence.difference(strategies[best]),
         "table_of": evidence.table(strategies),
         "tested": tables.tested(details),
-        "every_metric": evidence.every_metric(strategies, names),
         "timings": provenance.timings(),
         "figures": [
             evidence.against_cost(cost, names),
@@ -87,11 +84,8 @@ def assemble() -> Json:
         "confusions": [
             evidence.confusion(name, _json(f"confusion/{name}.json"), len(labels.class_names)) for name in names
         ],
-        "calibration": evidence.calibration(strategies, names),
         "per_class": evidence.per_class(class_rows, names),
         "class_rows": class_rows,
-        "subsets": evidence.breakdown(strategies, names, "subsets"),
-        "groups": evidence.breakdown(strategies, names, "groups"),
         "errors": errors,
         "correct": correct,
         "n_tested": len(tested.rows),
@@ -156,6 +150,9 @@ def render(page: Json) -> str:
         **page,
         place=place,
         specs=specs,
+        cell=evidence.cell,
+        measured=evidence.measured,
+        metrics=evidence.METRICS,
         costs=evidence.COSTS,
         cost_text=evidence.cost_text,
         themes={"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)},
