@@ -1,15 +1,26 @@
-# make repro   set up .venv, run the whole pipeline, write reports/report.html
-# make test    set up .venv and run every test
+# make repro        set up .venv, run the whole pipeline, write reports/report.html
+# make test         set up .venv and run every test
+# make test-fast    … those that take seconds: no dvc repro, no browser, no zoo of architectures
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# OpenMP threads that wait sleep, instead of keeping a core busy; must be set before torch is loaded, changes no bits
+export OMP_WAIT_POLICY := PASSIVE
+RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.lock
+LOCKS := $(RUN_LOCKS) requirements-dev.lock
+PYTEST := python -m pytest --numprocesses logical --dist loadgroup
 
-.PHONY: repro test check venv lock fresh plots-page bench bench-quick elpv
+.PHONY: repro test test-fast check venv lock fresh bench bench-quick elpv
+# DVC promises no order among independent stages: `plan` first, so that a wrong name fails in seconds
 repro: venv
+	dvc repro plan
 	dvc repro
-	python -m pipeline.report
+	python -m pipeline report
 
 test: venv
-	python -m pytest
+	$(PYTEST)
+
+test-fast: venv
+	$(PYTEST) -m 'not (architectures or browser or end_to_end)'
 
 check: venv
 	ruff check .
@@ -18,26 +29,28 @@ check: venv
 
 venv: .venv/installed
 
-.venv/installed: requirements.lock requirements-dev.lock pyproject.toml
+# Also writes the page that `dvc plots show` fills, which holds the libraries of vl-convert
+.venv/installed: $(LOCKS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	python -m pip install --quiet --requirement requirements.lock --requirement requirements-dev.lock
+	python -m pip install --quiet $(LOCKS:%=--requirement %)
 	python -m pip install --quiet --no-deps --editable .
+	python -m pipeline plots-page
 	touch $@
 
-# Pins for Linux x86-64 and Arm, macOS Arm and Windows x86-64, from pyproject.toml.
+# Pins for Linux x86-64 and Arm, macOS Arm and Windows x86-64, from pyproject.toml. A package that several locks name
+# has one version in all of them.
+COMPILE := uv pip compile --quiet --universal
 lock: venv
-	uv pip compile --quiet --universal pyproject.toml --output-file requirements.lock
-	uv pip compile --quiet --universal --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(COMPILE) pyproject.toml --output-file requirements.lock
+	$(COMPILE) --group compare --constraint requirements.lock --output-file requirements-compare.lock
+	$(COMPILE) --group report --constraint requirements.lock --constraint requirements-compare.lock --output-file requirements-report.lock
+	$(COMPILE) --group dev $(RUN_LOCKS:%=--constraint %) --output-file requirements-dev.lock
 
 # Whether dvc.lock and the committed reports are those of the committed code, parameters and data; runs no stage.
 fresh: venv
 	@announced=$$(dvc repro --dry --allow-missing) && ! echo "$$announced" | grep '^Running stage' \
 		|| { echo 'dvc.lock is stale: dvc repro, and commit'; exit 1; }
-
-# The page that `dvc plots show` fills, from vl-convert; run it again when that changes.
-plots-page: venv
-	python -m pipeline.plots_page
 
 # Needs what `make repro` makes.
 bench: venv

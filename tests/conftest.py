@@ -1,8 +1,10 @@
-"""One thread for torch: two fight with what else runs on two cores, and tests are small."""
+"""One thread for torch: tests are small, and run side by side."""
 
 import os
 
+# Before torch is loaded, here and in every process that a test starts; threads that wait sleep instead of spinning
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,9 +30,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     rows: list[Row] = []
     load_batches = extraction.load_batches
 
-    def counted(batches: Sequence[Sequence[Sample]], *how: Any) -> Iterator[torch.Tensor]:
+    def counted(batches: Sequence[Sequence[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
         rows.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
-        return load_batches(batches, *how)
+        return load_batches(batches, *arguments)
 
     monkeypatch.setattr(extraction, "load_batches", counted)
     return rows

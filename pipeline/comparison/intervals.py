@@ -138,7 +138,7 @@ def spread_of(by_run: Sequence[Influence], rows: Sequence[np.ndarray], unit: np.
     units = [unit[own] for own in rows]
     share = sum_by([metric.share for metric in by_run], units)
     moved = sum_by([metric.influence for metric in by_run], units)
-    effective, n_units = float(share.sum() ** 2 / (share**2).sum()), np.count_nonzero(share)
+    effective, n_units = float(share.sum() ** 2 / (share**2).sum()), int(np.count_nonzero(share))
     extra = float(np.mean([metric.extra_variance for metric in by_run]))
     variance = float((moved**2).sum()) * n_units / max(n_units - 1, 1) + extra
     degrees = max(min(n_units - 1, float(np.mean([metric.degrees for metric in by_run]))), 1)

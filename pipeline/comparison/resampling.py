@@ -61,7 +61,7 @@ def ece_interval(
         by_chance = np.einsum("bnr,nrk->brk", would_be_correct - confidence, in_bin, optimize=True)
         if_calibrated.append(_mean_ece(by_chance, total))
     low, high = 2 * value - np.quantile(np.concatenate(resampled), [0.975, 0.025])
-    if value <= np.quantile(np.concatenate(if_calibrated), 0.975):
+    if value <= np.quantile(np.concatenate(if_calibrated), 0.975) + 1e-9:  # ties are ties whatever the rounding
         low = 0.0
     return value, float(min(max(low, 0.0), value)), float(max(min(high, 1.0), value))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.logs import one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, bundled_state, load_state, read_state
@@ -36,7 +37,7 @@ class Backbone:
 
 
 def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
-    """Build the network and load its weights; ValueError in one line for whatever does not fit."""
+    """Build the network and load its weights; ValueError in one line if name, weights or size do not fit."""
     library, _, name = choice.name.partition("/")
     build = _build_torchvision if library == "torchvision" else _build_timm
     with torch.random.fork_rng(devices=[]):
@@ -54,11 +55,11 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
         geometry = geometry.model_copy(update={"resize": resize, "crop": image_size})
     width = _measure_width(choice.name, network, geometry.crop)
     is_published = choice.weights in ("default", "bundled")
-    return Backbone(choice.name, network, geometry, _digest(network), width, licence if is_published else None)
+    return Backbone(choice.name, network, geometry, state_sha256(network), width, licence if is_published else None)
 
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
-    """Load the backbone of `plan` again; ValueError, naming `source`, if the weights are others now."""
+    """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
     backbone = load(plan.choice, plan.image_size)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
@@ -68,7 +69,7 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     return backbone
 
 
-def _digest(module: nn.Module) -> str:
+def state_sha256(module: nn.Module) -> str:
     """SHA-256 (hex) of the names, types, shapes and bytes of a module's parameters and buffers."""
     total = hashlib.sha256()
     for name, value in module.state_dict().items():
@@ -87,12 +88,12 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
     if name not in known:
         raise ValueError(_unknown("torchvision", name, known))
     published = torchvision.models.get_model_weights(name)["DEFAULT"]
-    # What torchvision sets itself where it loads the published weights of these two networks
+    # torchvision sets these itself when it loads the published weights of the two networks
     special = {"transform_input": True, "aux_logits": True, "init_weights": False}
     options = special if name in ("inception_v3", "googlenet") and not pretrained else {}
     try:
         network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the digest of what came is another
+    except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
         raise ValueError(_unreachable(f"torchvision/{name}", error)) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
@@ -120,7 +121,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
         raise ValueError(_unknown("timm", name, timm.list_models()))
     try:
         published = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a network that timm has, with weights that it has not
+    except RuntimeError:  # timm has the network, but not these weights
         raise ValueError(_unknown("timm", name, timm.list_pretrained())) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
     try:
@@ -128,12 +129,11 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
         if not pretrained or isinstance(error, AssertionError | TypeError):
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({reason})") from None
+            raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise ValueError(_unreachable(f"timm/{name}", error)) from None
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
-        raise ValueError(f"timm/{name}: its weights want crop mode {config['crop_mode']!r}, which is not supported")
+        raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
     side = int(config["input_size"][1] / config["crop_pct"])
     geometry = Preprocessing(
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
@@ -155,13 +155,13 @@ def _unknown(library: str, name: str, known: list[str]) -> str:
 def _unreachable(name: str, error: Exception) -> str:
     return (
         f"params.yaml: backbone.weights: default: the published weights of {name} could not be loaded "
-        f"({' '.join(str(error).split())[:200]}); without a network, put a weights file into {WEIGHTS}/ and name it"
+        f"({one_line(error)}); without a network, put a weights file into {WEIGHTS}/ and name it"
     )
 
 
 def _remove(network: nn.Module, paths: list[str]) -> None:
-    """Take away the classification layer, and auxiliary classifiers where there are any."""
-    if hasattr(network, "reset_classifier"):  # timm knows what else belongs to the classifier
+    """Remove the classification layer, and auxiliary classifiers where there are any."""
+    if hasattr(network, "reset_classifier"):  # timm knows which other layers belong to the classifier
         network.reset_classifier(0)  # pyright: ignore[reportCallIssue]
         return
     for path in paths:
@@ -176,8 +176,9 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"params.yaml: features.image_size: {name} takes no images of {size} px ({reason})") from None
+        raise ValueError(
+            f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})"
+        ) from None
     if len(shape) != 2:
         raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")
     return shape[1]

@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a network: matrix products and convolutions, two per multiply-add."""
+"""Count the parameters and the floating-point operations (two per multiply-add) of a network."""
 
 from typing import Any
 
@@ -8,8 +8,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, trainable or not; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def flops_per_image(module: nn.Module, example: torch.Tensor, *, is_training: bool = False) -> int:
-    """Floating-point operations for `example`, one image; with the backward pass if `is_training`."""
+    """Floating-point operations of matrix products and convolutions for `example`, one image.
+
+    With the backward pass if `is_training`.
+    """
     module.eval()
     # Attention is counted where it is written out as matrix products
     with counter() as counted, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(is_training):

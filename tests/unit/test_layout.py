@@ -1,4 +1,4 @@
-"""Who imports whom, and what dvc.yaml says of it."""
+"""The layers of pipeline/, and what dvc.yaml says of the files that a stage loads."""
 
 import ast
 import re
@@ -11,56 +11,132 @@ from ruamel.yaml import YAML
 import pipeline
 
 REPOSITORY = Path(__file__).parents[2]
-ORDER = [
-    name
-    for line in re.findall(r"^    .+?   (.*)$", str(pipeline.__doc__), re.MULTILINE)
-    for name in line.strip().split(", ")
-]
+ROWS = re.findall(r"^    (\S+(?:, \S+)*)   ", str(pipeline.__doc__), re.MULTILINE)
+LAYER = {name: number for number, row in enumerate(ROWS) for name in row.split(", ")}
+MODULES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in (REPOSITORY / "pipeline").rglob("*.py")
+    if path.name != "__init__.py"
+)
+IN_NO_DEPS = {"pipeline/params.py", "pipeline/logs.py"}  # DVC tracks the values of the first; the second only prints
 STAGES = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+COMPUTING = ("extract", "train_head", "fine_tune")
 
 
 def definition(stage: str) -> dict:
     return STAGES[stage].get("do", STAGES[stage])
 
 
-def imports(module: str) -> set[str]:
-    """Modules of the pipeline that a module (heads, stages.split) imports itself, wherever in the file."""
-    tree = ast.parse((REPOSITORY / "pipeline" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree):
+def deps(stage: str) -> set[str]:
+    return {dep for dep in definition(stage)["deps"] if dep.startswith("pipeline/")}
+
+
+def covers(dep: str, module: str) -> bool:
+    return module == dep or module.startswith(f"{dep}/")
+
+
+def imported_names(module: str) -> set[str]:
+    """What the file `module` imports, wherever in it, by its full name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((REPOSITORY / module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    short = {name.removeprefix("pipeline.") for name in found if name.startswith("pipeline.")}
-    return {name for name in short if (REPOSITORY / "pipeline" / f"{name.replace('.', '/')}.py").is_file()}
+            names |= {alias.name for alias in node.names}
+    return names
 
 
-def all_imports(module: str) -> set[str]:
-    direct = imports(module)
-    return direct.union(*map(all_imports, direct))
+def imports(module: str) -> set[str]:
+    """Modules of the pipeline among them."""
+    names = imported_names(module)
+    return {path for name in names if (path := f"{name.replace('.', '/')}.py") in MODULES}
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert {path.stem for path in (REPOSITORY / "pipeline").glob("*.py")} - {"__init__"} == set(ORDER)
+def loaded(module: str) -> set[str]:
+    """The file `module`, and the modules of the pipeline that it imports, directly or not."""
+    found, new = {module}, {module}
+    while new := set().union(*map(imports, new)) - found:
+        found |= new
+    return found
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_from_those_listed_before_it(module: str):
-    assert imports(module) - set(ORDER[: ORDER.index(module)]) == set()
+def layer(module: str) -> str:
+    return Path(module).relative_to("pipeline").parts[0].removesuffix(".py")
+
+
+def test_every_package_is_listed_and_says_only_what_lives_there():
+    packages = {path.parent for path in (REPOSITORY / "pipeline").rglob("__init__.py")}
+    assert {path.name for path in packages} - {"pipeline"} <= LAYER.keys()
+    assert {layer(module) for module in MODULES} - {"__main__"} == LAYER.keys()
+    for package in packages:
+        tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), package
+        assert len(tree.body) == 1, package
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_packages_above_its_own(module: str):
+    if module == "pipeline/__main__.py":  # the command line
+        return
+    names = {layer(name) for name in imports(module)}
+    assert {name for name in names if LAYER[name] > LAYER[layer(module)]} == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_never_import_each_other(stage: str):
-    assert {name for name in all_imports(f"stages.{stage}") if name.startswith("stages")} == set()
+def test_a_stage_imports_no_other_stage_and_nothing_that_draws_or_serves_the_command_line(stage: str):
+    own = f"pipeline/stages/{stage}.py"
+    others = ("pipeline/report/", "pipeline/tools/", "pipeline/stages/", "pipeline/__main__.py")
+    assert {module for module in loaded(own) - {own} if module.startswith(others)} == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_exactly_the_modules_it_imports(stage: str):
-    files = {dep for dep in definition(stage)["deps"] if dep.startswith("pipeline/")}
-    needed = (all_imports(f"stages.{stage}") | {f"stages.{stage}"}) - {"logs"}
-    assert files == {f"pipeline/{name.replace('.', '/')}.py" for name in needed}
+def test_every_file_that_a_stage_loads_is_among_its_deps(stage: str):
+    needed = loaded(f"pipeline/stages/{stage}.py") - IN_NO_DEPS
+    assert {module for module in needed if not any(covers(dep, module) for dep in deps(stage))} == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_there_and_of_use(stage: str):
+    needed = loaded(f"pipeline/stages/{stage}.py")
+    for dep in deps(stage):
+        assert (REPOSITORY / dep).exists(), dep
+        assert any(covers(dep, module) for module in needed), dep
+        assert not any(covers(other, dep) for other in deps(stage) - {dep}), dep
+    assert not any(covers(dep, module) for dep in deps(stage) for module in IN_NO_DEPS)
+
+
+@pytest.mark.parametrize("stage", COMPUTING)
+def test_touching_a_file_that_a_stage_does_not_load_does_not_run_what_computes_features_or_trains(stage: str):
+    needed = loaded(f"pipeline/stages/{stage}.py")
+    covered = {module for module in MODULES if any(covers(dep, module) for dep in deps(stage))}
+    assert covered - needed == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_new_versions_of_libraries_run_again_what_they_can_change(stage: str):
+    names = set().union(*map(imported_names, loaded(f"pipeline/stages/{stage}.py")))
+    libraries = {name.partition(".")[0] for name in names}
+    locks = {dep for dep in definition(stage)["deps"] if dep.startswith("requirements")}
+    assert ("requirements-compare.lock" in locks) == bool(libraries & {"sklearn", "statsmodels"})
+    assert locks <= {"requirements.lock", "requirements-compare.lock"}
+    assert locks
+    assert libraries & {"altair", "click", "jinja2", "markupsafe", "vl_convert"} == set()
+
+
+def test_a_package_has_one_version_in_all_locks_and_those_below_scikit_learn_are_in_its_lock():
+    pins: dict[str, dict[str, str]] = {}
+    for path in REPOSITORY.glob("requirements*.lock"):
+        found = re.findall(r"^([a-z0-9-]+)==([^ \n]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        pins[path.stem] = dict(found)
+    assert set(pins) == {"requirements", *(f"requirements-{group}" for group in ("compare", "report", "dev"))}
+    assert {"numpy", "pandas", "scikit-learn", "scipy", "statsmodels"} <= pins["requirements-compare"].keys()
+    versions = {(name, version) for lock in pins.values() for name, version in lock.items()}
+    assert len(versions) == len({name for name, _ in versions})
+
+
+def test_dvc_yaml_names_little_code():
+    assert sum(len(deps(stage)) for stage in STAGES) <= 65
 
 
 def test_every_stage_is_a_file_and_every_file_a_stage():

@@ -1,0 +1,485 @@
+"""extraction: each row computed once and never again, whatever was interrupted, and assembled in order."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.features import extraction, hdf5
+from pipeline.features.extraction import Computation, Share
+from pipeline.features.hdf5 import Row
+from pipeline.features.store import Store
+from pipeline.network import backbones, cuts
+from pipeline.network.backbones import Backbone, state_sha256
+from pipeline.network.cuts import Prefix
+from pipeline.network.preprocessing import Normalize, Preprocessing
+from pipeline.params import Augmentation, BackboneChoice
+from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
+
+CPU = torch.device("cpu")
+N_IMAGES = 12
+EVERYTHING = Share(0, 1)
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """The images by SHA-256, in a repository that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    random, found = np.random.default_rng(0), {}
+    for number in range(N_IMAGES):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(random.integers(0, 256, (10, 10, 3), np.uint8)).save(path)
+        found[hashlib.sha256(path.read_bytes()).hexdigest()] = path
+    return found
+
+
+def make_computation(
+    augmentation: Augmentation = FLIPS,
+    *,
+    seed: int = 0,
+    cut: str = "all",
+    pool: str = "none",
+    store_dtype: str = "fp32",
+    engine: str = "torch",
+    preprocessing: Preprocessing = PREPROCESSING,
+    name: str = "torchvision/tiny",
+    module: nn.Module | None = None,
+) -> Computation:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = module or nn.Sequential(nn.Flatten(), nn.Linear(3 * preprocessing.crop**2, 5))
+    backbone = Backbone(name, layers, preprocessing, state_sha256(layers), 5, None)
+    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool)
+    return extraction.prepare(prefix, augmentation, feature_options(store_dtype=store_dtype, engine=engine), CPU)
+
+
+def fill(
+    computation: Computation,
+    paths: dict[str, Path],
+    rows: Sequence[Row],
+    max_gb: float = math.inf,
+    share: Share = EVERYTHING,
+) -> Store:
+    return extraction.fill(computation, paths, rows, workers=0, max_gb=max_gb, share=share)
+
+
+def all_rows(paths: dict[str, Path], views: int = 2) -> list[Row]:
+    return [(name, view) for name in paths for view in range(views)]
+
+
+def shards(root: Path = Path()) -> list[Path]:
+    return sorted(root.glob("data/.feature_store/*/*.h5"))
+
+
+def test_every_row_is_computed_once_and_never_again(paths: dict[str, Path], computed: list[Row]) -> None:
+    rows = all_rows(paths)
+    fill(make_computation(), paths, [*rows, *rows[:5]])
+    assert sorted(computed) == sorted(rows)
+    computed.clear()
+    store = fill(make_computation(), paths, rows)
+    assert computed == []
+    assert store.missing(rows) == []
+
+
+def test_only_what_is_missing_is_computed(paths: dict[str, Path], computed: list[Row]) -> None:
+    rows = all_rows(paths)
+    fill(make_computation(), paths, rows[:7])
+    computed.clear()
+    fill(make_computation(), paths, rows)
+    assert sorted(computed) == sorted(rows[7:])
+
+
+def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    store = fill(make_computation(module=network), paths, all_rows(paths))
+    name, path = next(iter(paths.items()))
+    with Image.open(path) as image:
+        pixels = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+    views = np.stack([pixels, pixels[:, ::-1]])  # with `flips: both` view 1 is the horizontal flip
+    with torch.no_grad():
+        expected = network(Normalize(PREPROCESSING)(torch.from_numpy(views))).numpy()
+    np.testing.assert_allclose(store.read([(name, 0), (name, 1)]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
+    backbone = backbones.load(BackboneChoice(name="torchvision/squeezenet1_1", weights="random", seed=0), 64)
+    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", "none")
+    pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        made = extraction.prepare(prefix, FLIPS, feature_options(engine="openvino"), CPU)
+        found.append(next(made.runner.run([pixels])))
+    assert np.array_equal(*found)
+
+
+def test_threads_are_in_the_key_where_they_change_the_rows() -> None:
+    names = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        names |= {(engine, threads): make_computation(engine=engine).key.name(0) for engine in ("torch", "openvino")}
+    assert names["torch", 1] != names["torch", 2]
+    assert names["openvino", 1] == names["openvino", 2]
+
+
+def test_rows_are_read_in_the_order_asked_for(paths: dict[str, Path]) -> None:
+    rows = all_rows(paths)
+    store = fill(make_computation(), paths, rows)
+    values = store.read(rows)
+    assert values.shape == (len(rows), 5)
+    assert values.dtype == np.float32
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(store.read([rows[i] for i in order]), values[order])
+    with pytest.raises(KeyError):
+        store.read([("0" * 64, 0)])
+
+
+def test_other_augmentation_leaves_view_0_in_place(paths: dict[str, Path], computed: list[Row]) -> None:
+    rows = all_rows(paths, views=3)
+    fill(make_computation(), paths, rows)
+    computed.clear()
+    other = FLIPS.model_copy(update={"brightness": 0.2})
+    fill(make_computation(other), paths, rows)
+    assert sorted(computed) == sorted(row for row in rows if row[1])
+    computed.clear()
+    fill(make_computation(), paths, rows)
+    assert computed == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"cut": "layer3"},
+        {"pool": "avg"},
+        {"store_dtype": "fp16"},
+        {"name": "timm/tiny"},
+        {"preprocessing": PREPROCESSING.model_copy(update={"crop": 6})},
+        {"preprocessing": PREPROCESSING.model_copy(update={"interpolation": "bicubic"})},
+        {"preprocessing": PREPROCESSING.model_copy(update={"mean": (0.4, 0.5, 0.5)})},
+    ],
+    ids=["weights", "cut", "pool", "stored type", "network", "size", "interpolation", "mean"],
+)
+def test_whatever_can_change_a_row_has_a_key_of_its_own(
+    paths: dict[str, Path], computed: list[Row], change: dict[str, Any]
+) -> None:
+    rows = all_rows(paths)
+    fill(make_computation(), paths, rows)
+    computed.clear()
+    fill(make_computation(**change), paths, rows)
+    assert sorted(computed) == sorted(rows)
+
+
+@pytest.mark.parametrize("name", ["precision", "engine", "device", "versions", "schema", "weights_sha256"])
+def test_key_says_how_rows_were_made(name: str) -> None:
+    key = make_computation().key
+    assert name in key.describe(0)
+    assert key.describe(0)["augmentation"] is None
+    assert key.describe(1) == key.describe(2)
+    assert key.describe(1)["augmentation"]["flips"] == "both"
+
+
+def test_store_lies_below_dvc_root_where_that_is_set(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
+    fill(make_computation(), paths, all_rows(paths))
+    assert shards(tmp_path / "main")
+    assert not shards()
+
+
+def test_cache_over_the_limit_is_refused_before_anything_is_computed(
+    paths: dict[str, Path], computed: list[Row]
+) -> None:
+    rows = all_rows(paths)
+    needed = len(rows) * 5 * 4 / 1e9
+    with pytest.raises(ValueError, match=r"runtime\.store_max_gb: .* needs 4\.8e-07 GB.*boundary_cache: off") as caught:
+        fill(make_computation(), paths, rows, max_gb=0.99 * needed)
+    assert all(way in str(caught.value) for way in ("fewer views", "a later cut", "features.store_dtype: fp16"))
+    assert computed == []
+    assert shards() == []
+    fill(make_computation(), paths, [*rows, *rows], max_gb=needed)
+    fill(make_computation(store_dtype="fp16"), paths, rows, max_gb=needed / 2)
+
+
+def test_values_are_stored_as_asked_with_the_error_that_this_makes(paths: dict[str, Path]) -> None:
+    rows = all_rows(paths)
+    full, half = (fill(make_computation(store_dtype=kind), paths, rows) for kind in ("fp32", "fp16"))
+    exact, rounded = full.read(rows), half.read(rows)
+    assert (exact.dtype, rounded.dtype) == (np.float32, np.float16)
+    assert 2 * rounded.nbytes == exact.nbytes
+    assert np.array_equal(rounded, exact.astype(np.float16))
+    assert len({path.parent for path in shards()}) == 4, "view 0 and the others, of either type"
+    expected = (np.abs(rounded.astype(np.float64) - exact).max(axis=1) / np.abs(exact).max(axis=1)).tolist()
+    assert full.largest_rounding(rows) == 0
+    assert half.largest_rounding(rows) == pytest.approx(max(expected), rel=1e-5)
+    assert 0 < max(expected) < 2**-11
+    smallest = int(np.argmin(expected))
+    assert half.largest_rounding([rows[smallest]]) == pytest.approx(expected[smallest], rel=1e-5)
+    again = Store(make_computation(store_dtype="fp16").key)
+    assert again.largest_rounding(rows) == half.largest_rounding(rows)
+
+
+def test_rows_of_zeros_have_no_error(paths: dict[str, Path]) -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    nn.init.zeros_(layers[1].weight)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(layers[1].bias)  # pyright: ignore[reportArgumentType]
+    store = fill(make_computation(module=layers, store_dtype="fp16"), paths, all_rows(paths))
+    assert store.largest_rounding(all_rows(paths)) == 0
+
+
+@pytest.mark.parametrize("value", [65_600.0, -1e6])
+def test_value_that_fp16_cannot_hold_is_an_error_and_not_stored(
+    paths: dict[str, Path], computed: list[Row], value: float
+) -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    nn.init.zeros_(layers[1].weight)  # pyright: ignore[reportArgumentType]
+    nn.init.constant_(layers[1].bias, value)  # pyright: ignore[reportArgumentType]
+    how = make_computation(module=layers, cut="layer3", store_dtype="fp16")
+    with pytest.raises(
+        ValueError, match=r"features\.store_dtype: fp16 cannot hold .* at layer3; expected fp32"
+    ) as caught:
+        fill(how, paths, all_rows(paths))
+    assert str(caught.value).startswith("params.yaml: features.store_dtype: ")
+    assert "\n" not in str(caught.value)
+    assert computed
+    assert shards() == []
+    assert fill(make_computation(module=layers), paths, all_rows(paths)).largest_rounding(all_rows(paths)) == 0
+
+
+def test_rows_of_any_shape_are_read_as_they_were_written(paths: dict[str, Path]) -> None:
+    computation = make_computation(module=nn.Conv2d(3, 4, 3, stride=2))
+    rows = all_rows(paths)
+    store = fill(computation, paths, rows)
+    assert store.read(rows[:3]).shape == (3, 4, 3, 3)
+    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
+    values = hdf5.read_features(Path("features.h5")).values
+    assert values.shape == (N_IMAGES, 2, 4, 3, 3)
+    assert np.array_equal(values.reshape(-1, 4, 3, 3), store.read(rows))
+
+
+def test_features_are_assembled_as_they_are_stored(paths: dict[str, Path]) -> None:
+    store = fill(make_computation(store_dtype="fp16"), paths, all_rows(paths))
+    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
+    assert hdf5.read_features(Path("features.h5")).values.dtype == np.float16
+
+
+def test_shard_that_shrinks_while_it_is_read_is_an_error(paths: dict[str, Path]) -> None:
+    store = fill(make_computation(), paths, all_rows(paths))
+    for path in shards():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OSError, match="was cut short while it was read"):
+        store.read(all_rows(paths))
+
+
+class Stops(nn.Module):
+    """Raises KeyboardInterrupt after so many batches."""
+
+    def __init__(self, after: float) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.linear = nn.Linear(3 * 64, 5)
+        self.left = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.linear(x.flatten(1))
+
+
+def test_interrupted_fill_keeps_what_it_has_computed_and_says_how_much(
+    paths: dict[str, Path], computed: list[Row], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 5)
+    rows = all_rows(paths)
+    stopping = make_computation(module=Stops(1 + 2))  # the first finds the shape of a row
+    with caplog.at_level(logging.WARNING, "pipeline"), pytest.raises(KeyboardInterrupt):
+        fill(stopping, paths, rows)
+    assert not list(Path().glob("data/.feature_store/*/.*")), "temporary files are left"
+    kept = Store(stopping.key)
+    assert kept.missing(rows) == rows[16:], "two batches were computed: three shards of 5 and a row"
+    assert "16 of 24 rows are kept; the next run computes the rest" in caplog.text
+
+    computed.clear()
+    whole = make_computation(module=Stops(float("inf")))
+    store = fill(whole, paths, rows)
+    assert sorted(computed) == sorted(rows[16:])
+    assert store.missing(rows) == []
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def replace_by_link(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file.move("features", "elsewhere")
+        file["features"] = h5py.SoftLink("/elsewhere")
+
+
+def drop_rows(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        values = file["view"][:-1]  # pyright: ignore[reportIndexIssue]
+        del file["view"]
+        file["view"] = values
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, empty, replace_by_link, drop_rows])
+def test_damaged_shard_is_set_aside_with_a_warning_and_computed_again(
+    paths: dict[str, Path],
+    computed: list[Row],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+) -> None:
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 4)
+    rows = all_rows(paths, views=1)
+    before = fill(make_computation(), paths, rows).read(rows).copy()
+    assert len(shards()) == 3
+    damage(shards()[1])
+    damaged = shards()[1]
+    computed.clear()
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        store = fill(make_computation(), paths, rows)
+    assert f"{damaged} is damaged" in caplog.text
+    assert damaged.with_suffix(".damaged").exists()
+    assert len(computed) == 4
+    assert np.array_equal(store.read(rows), before)
+
+
+def test_image_with_other_bytes_than_were_indexed_is_refused(paths: dict[str, Path]) -> None:
+    path = next(iter(paths.values()))
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match=rf"{path}: the file changed since it was indexed"):
+        fill(make_computation(), paths, all_rows(paths))
+
+
+def test_features_that_are_not_finite_are_refused_and_not_stored(paths: dict[str, Path]) -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
+    nn.init.constant_(layers[1].bias, float("nan"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="gives features that are not finite"):
+        fill(make_computation(module=layers), paths, all_rows(paths))
+    assert shards() == []
+
+
+def assemble(paths: dict[str, Path], path: Path = Path("features.h5")) -> Path:
+    store = fill(make_computation(), paths, all_rows(paths))
+    extraction.assemble(store, list(paths), 2, provenance(), path)
+    return path
+
+
+def test_features_are_read_as_they_were_assembled(paths: dict[str, Path]) -> None:
+    features = hdf5.read_features(assemble(paths))
+    assert features.values.shape == (N_IMAGES, 2, 5)
+    assert features.values.dtype == np.float32
+    assert isinstance(features.values, np.memmap)
+    assert features.sha256 == list(paths)
+    assert features.provenance == provenance()
+    store = Store(make_computation().key)
+    assert np.array_equal(features.values.reshape(-1, 5), store.read(all_rows(paths)))
+
+
+def test_image_that_is_listed_twice_has_its_row_twice(paths: dict[str, Path]) -> None:
+    store = fill(make_computation(), paths, all_rows(paths))
+    names = [*paths, next(iter(paths))]
+    extraction.assemble(store, names, 2, provenance(), Path("features.h5"))
+    features = hdf5.read_features(Path("features.h5"))
+    assert features.sha256 == names
+    assert np.array_equal(features.values[0], features.values[-1])
+
+
+def test_each_run_says_what_it_reused_computed_and_dropped(
+    paths: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = all_rows(paths)
+    with caplog.at_level(logging.INFO, "pipeline"):
+        for chosen in (rows[:20], rows[4:], rows[4:]):
+            fill(make_computation(), paths, chosen)
+    logged = [message for message in caplog.messages if "reused" in message]
+    assert [message.partition(": ")[2].partition(" (")[0] for message in logged] == [
+        "0 rows reused, 20 computed, 0 dropped",
+        "16 rows reused, 4 computed, 4 dropped",
+        "20 rows reused, 0 computed, 4 dropped",
+    ]
+
+
+def test_file_whose_bytes_change_costs_its_own_rows_and_one_that_moves_costs_none(
+    paths: dict[str, Path], computed: list[Row], tmp_path: Path
+) -> None:
+    fill(make_computation(), paths, all_rows(paths))
+    computed.clear()
+    first, second, *others = paths
+    moved = {first: paths[first].rename(tmp_path / "another name.png"), **{name: paths[name] for name in others}}
+    Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(paths[second])
+    changed = hashlib.sha256(paths[second].read_bytes()).hexdigest()
+    now = moved | {changed: paths[second]}
+    store = fill(make_computation(), now, all_rows(now))
+    assert computed == [(changed, 0), (changed, 1)]
+    extraction.assemble(store, list(now), 2, provenance(), Path("incremental.h5"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(tmp_path / "empty"))
+        extraction.assemble(fill(make_computation(), now, all_rows(now)), list(now), 2, provenance(), Path("fresh.h5"))
+    assert Path("incremental.h5").read_bytes() == Path("fresh.h5").read_bytes()
+
+
+def test_ranks_share_the_rows_and_each_counts_the_size_of_all(paths: dict[str, Path], computed: list[Row]) -> None:
+    rows = all_rows(paths)
+    done = []
+    for rank in range(2):
+        fill(make_computation(), paths, rows, share=Share(rank, 2))
+        done.append(set(computed) - set().union(*done))
+        assert len({name for name, _ in done[-1]}) * 2 == len(done[-1]), "an image's views stay together"
+    assert sorted(computed) == sorted(rows), "each once"
+    assert all(len(part) > 0 for part in done)
+    needed = len(rows) * 5 * 4 / 1e9
+    with pytest.raises(ValueError, match=r"runtime\.store_max_gb"):
+        fill(make_computation(), paths, rows, max_gb=0.99 * needed, share=Share(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [
+        ({}, Share(0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, Share(1, 4)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Share(0, 1)),
+    ],
+)
+def test_the_share_is_that_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, str], share: Share
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if name in found:
+            monkeypatch.setenv(name, found[name])
+    assert extraction.share_of_environment() == share
+
+
+def test_a_rank_that_was_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"environment: found .*expected 0 <= RANK < WORLD_SIZE"):
+        extraction.share_of_environment()
+
+
+@pytest.mark.parametrize("found", ["2 2", "x 2", "-1 2", "0 0", "0 x", "1 1"])
+def test_ranks_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    for name, value in zip(("RANK", "WORLD_SIZE"), found.split(), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"environment: found .*expected 0 <= RANK < WORLD_SIZE"):
+        extraction.share_of_environment()

@@ -1,0 +1,189 @@
+"""Decoding, the evaluation transform, and augmented views that depend on seed, image and number alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.dataset.decoding import decode, sha256
+from pipeline.features.views import Sample, load_batches, make_views
+from pipeline.network.preprocessing import Preprocessing
+from pipeline.params import Augmentation
+from tests.factories import PLAIN, encoded, noise, photograph
+
+KNOBS: list[dict[str, Any]] = [
+    {"flips": "horizontal"},
+    {"flips": "vertical"},
+    {"flips": "both"},
+    {"right_angles": True},
+    {"rotation_degrees": 40.0},
+    {"shift_fraction": 0.5},
+    {"scale": (1.2, 1.5)},
+    {"crop_area": (0.2, 0.5)},
+    {"crop_aspect": (1.5, 2.0)},
+    {"brightness": 0.9},
+    {"contrast": 0.9},
+    {"saturation": 0.9},
+    {"hue": 0.5},
+    {"noise_std": 20.0},
+]
+EVERYTHING: dict[str, Any] = {key: value for knob in KNOBS for key, value in knob.items()}
+SMALL = Preprocessing(resize=(20,), crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+NAME = "0" * 64
+
+
+def augmentation(**changes: Any) -> Augmentation:
+    return PLAIN.model_copy(update=changes)
+
+
+def view(k: int, options: Augmentation, image: Image.Image | None = None, name: str = NAME) -> np.ndarray:
+    return make_views(image or photograph(), name, [k], SMALL, options)[0]
+
+
+# views
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("options", [PLAIN, augmentation(flips="both"), augmentation(**EVERYTHING)])
+def test_a_grey_image_gives_what_it_gives_as_rgb(interpolation: str, options: Augmentation):
+    grey = photograph().convert("L")
+    how = SMALL.model_copy(update={"interpolation": interpolation}), options
+    assert np.array_equal(make_views(grey, NAME, range(4), *how), make_views(grey.convert("RGB"), NAME, range(4), *how))
+
+
+def test_view_0_is_resized_by_its_shorter_side_and_cropped_in_the_middle():
+    resized = photograph().resize((25, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(view(0, PLAIN), np.asarray(resized.crop((4, 2, 20, 18))))
+
+
+def test_a_resize_to_height_and_width_changes_the_aspect():
+    squashed = SMALL.model_copy(update={"resize": (16, 16)})
+    expected = np.asarray(photograph().resize((16, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(make_views(photograph(), NAME, [0], squashed, PLAIN)[0], expected)
+
+
+@pytest.mark.parametrize("knob", [*KNOBS, EVERYTHING, {"seed": 5}])
+def test_view_0_is_the_evaluation_transform_whatever_the_augmentation(knob: dict[str, Any]):
+    assert np.array_equal(view(0, augmentation(**knob)), view(0, PLAIN))
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=lambda knob: next(iter(knob)))
+def test_every_knob_on_its_own_changes_view_1_and_keeps_its_kind(knob: dict[str, Any]):
+    changed = view(1, augmentation(**knob))
+    assert (changed.shape, changed.dtype) == ((16, 16, 3), np.uint8)
+    assert not np.array_equal(changed, view(1, PLAIN))
+
+
+def test_without_augmentation_all_views_are_the_same():
+    assert np.array_equal(view(3, PLAIN), view(0, PLAIN))
+
+
+@pytest.mark.parametrize(("flips", "axis"), [("horizontal", 1), ("vertical", 0)])
+def test_one_flip_alternates(flips: str, axis: int):
+    options = augmentation(flips=flips)
+    for k in range(4):
+        expected = np.flip(view(0, PLAIN), axis) if k % 2 else view(0, PLAIN)
+        assert np.array_equal(view(k, options), expected)
+
+
+def test_with_both_flips_a_round_is_the_four_flips_exactly():
+    original = view(0, PLAIN)
+    four = [original, original[:, ::-1], original[::-1], original[::-1, ::-1]]
+    found = make_views(photograph(), NAME, range(8), SMALL, augmentation(flips="both"))
+    assert np.array_equal(found, [*four, *four])
+
+
+def test_right_angles_alone_are_the_four_turns():
+    found = make_views(photograph(), NAME, range(5), SMALL, augmentation(right_angles=True))
+    assert np.array_equal(found, [np.rot90(view(0, PLAIN), turn) for turn in range(5)])
+
+
+@pytest.mark.parametrize("flips", ["horizontal", "vertical", "both"])
+def test_flips_and_right_angles_show_each_symmetry_of_the_square_once_in_eight_views(flips: str):
+    original = view(0, PLAIN)
+    symmetries = {np.rot90(side, turn).tobytes() for side in (original, original[::-1]) for turn in range(4)}
+    found = make_views(photograph(), NAME, range(16), SMALL, augmentation(flips=flips, right_angles=True))
+    assert len(symmetries) == 8
+    assert {pixels.tobytes() for pixels in found[:8]} == symmetries
+    assert {pixels.tobytes() for pixels in found[8:]} == symmetries
+
+
+@pytest.mark.parametrize("knob", [{"rotation_degrees": 40.0}, {"noise_std": 20.0}, EVERYTHING])
+def test_a_view_depends_on_seed_image_and_number_and_on_nothing_else(knob: dict[str, Any]):
+    options = augmentation(**knob)
+    reference = view(1, options)
+    torch.manual_seed(99)
+    together = make_views(photograph(), NAME, [5, 1, 0], SMALL, options)
+    assert np.array_equal(together[1], reference)
+    assert not np.array_equal(together[0], reference)
+    assert not np.array_equal(view(1, augmentation(**knob, seed=1)), reference)
+    assert not np.array_equal(view(1, options, name="1" * 64), reference)
+
+
+def test_noise_has_the_deviation_that_was_asked_for():
+    grey = Image.new("L", (64, 64), 128)
+    large = SMALL.model_copy(update={"resize": (64,), "crop": 64})
+    (noisy,) = make_views(grey, NAME, [1], large, augmentation(noise_std=10.0))
+    assert noisy.std() == pytest.approx(10, abs=0.5)
+    assert noisy.mean() == pytest.approx(128, abs=0.5)
+
+
+def test_what_a_rotation_uncovers_is_filled_with_the_mean_of_the_weights():
+    turned = view(1, augmentation(rotation_degrees=180.0), Image.new("RGB", (40, 40)))
+    assert turned.reshape(-1, 3).max(axis=0).tolist() == [128, 102, 76]
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    make_views(photograph(), NAME, range(4), SMALL, augmentation(**EVERYTHING))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# load_batches
+
+
+def files(directory: Path, n: int) -> list[tuple[Path, str]]:
+    contents = [encoded(Image.fromarray(noise(20 + i, 24, 3))) for i in range(n)]
+    for i, content in enumerate(contents):
+        (directory / f"{i}.png").write_bytes(content)
+    return [(directory / f"{i}.png", sha256(content)) for i, content in enumerate(contents)]
+
+
+def test_batches_are_the_same_with_and_without_workers(tmp_path: Path):
+    options = augmentation(**EVERYTHING)
+    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, 2)]
+    batches = [samples[:4], samples[4:], samples[3:2:-1]]
+    alone, helped = (list(load_batches(batches, SMALL, options, workers)) for workers in (0, 2))
+    assert [tuple(batch.shape) for batch in alone] == [(4, 16, 16, 3), (2, 16, 16, 3), (1, 16, 16, 3)]
+    assert all(batch.dtype == torch.uint8 for batch in alone)
+    assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
+    last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, [2], SMALL, options)
+    assert np.array_equal(alone[2].numpy(), last)
+
+
+def test_no_batches_are_no_batches():
+    assert list(load_batches([], SMALL, PLAIN, 2)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["changed", "unreadable", "absent"])
+def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: str, workers: int, tmp_path: Path):
+    (good, name), (bad, other) = files(tmp_path, 2)
+    if damage == "changed":
+        bad.write_bytes(good.read_bytes())
+    elif damage == "unreadable":
+        bad.write_bytes(b"no image")
+        other = sha256(b"no image")
+    else:
+        bad.unlink()
+    batches = load_batches([[Sample(good, name, 0)], [Sample(bad, other, 0)]], SMALL, PLAIN, workers)
+    assert next(batches).shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match=str(bad)) as error:
+        next(batches)
+    assert len(str(error.value).splitlines()) == 1
+    if damage == "changed":
+        assert str(error.value) == f"{bad}: the file changed since it was indexed; run: dvc repro"

@@ -1,0 +1,110 @@
+"""What is kept, what is rejected, and what is there twice."""
+
+import pandas as pd
+
+from pipeline.ingest.indexing import Inspected
+from pipeline.ingest.inventory import Inventory, take
+from pipeline.ingest.listing import OPTIONAL, Listing
+
+SIZE = ("L", "30", "20", "1")
+
+
+def taken(*entries: tuple[str, str, Inspected], bits: int = 6) -> Inventory:
+    frame = pd.DataFrame([(path, label) for path, label, _ in entries], columns=["path", "label"]).assign(**OPTIONAL)
+    listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"])
+    return take(listing, [inspected for *_, inspected in entries], bits)
+
+
+def image(sha256: str, phash: int = 0, kind: str = "PNG") -> Inspected:
+    return Inspected("", sha256, kind, *SIZE, f"{phash:016x}" if phash else "")
+
+
+BAD = Inspected("empty file", "0")
+
+
+def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed():
+    found = taken(("a.png", "cat", image("1")), ("b.png", "dog", BAD), ("c.png", "dog", image("2")))
+    assert list(found.kept["path"]) == ["a.png", "c.png"]
+    assert found.rejected == [("b.png", "empty file"), ("z", "is a pipe; expected a file")]
+    assert found.conflicts == []
+    assert found.summary == {
+        "n_images": 2,
+        "n_rejected": 2,
+        "n_distinct": 2,
+        "classes": {"cat": 1, "dog": 1},
+        "width": {"min": 30, "median": 30.0, "max": 30},
+        "height": {"min": 20, "median": 20.0, "max": 20},
+        "formats": {"PNG": 2},
+        "modes": {"L": 2},
+        "orientations": {"1": 2},
+        "exact_duplicates": [],
+        "n_exact_duplicates": 0,
+        "conflicts": [],
+        "near_duplicates": [],
+        "n_near_duplicates": 0,
+        "warnings": ["left out"],
+    }
+
+
+def test_equal_bytes_of_one_label_are_kept_and_listed():
+    found = taken(*((f"{n}.png", "cat", image("1", 5)) for n in range(3)), ("x.png", "cat", image("2", 2**63)))
+    assert found.summary["exact_duplicates"] == [["0.png", "1.png", "2.png"]]
+    assert found.summary["n_exact_duplicates"] == 2
+    assert len(found.kept) == 4
+
+
+def test_all_images_of_equal_bytes_and_different_labels_are_rejected():
+    found = taken(
+        ("a.png", "cat", image("1")),
+        ("b.png", "cat", image("2")),
+        ("c.png", "dog", image("1")),
+        ("d.png", "cat", image("1")),
+    )
+    assert list(found.kept["path"]) == ["b.png"]
+    assert found.summary["conflicts"] == [["a.png", "c.png", "d.png"]]
+    assert dict(found.conflicts) == {
+        "a.png": "labelled 'cat', but 'c.png' with the same bytes 'dog'",
+        "c.png": "labelled 'dog', but 'a.png' with the same bytes 'cat'",
+        "d.png": "labelled 'cat', but 'c.png' with the same bytes 'dog'",
+    }
+    assert set(found.conflicts) < set(found.rejected)
+
+
+def test_near_duplicates_are_listed_in_pairs_and_grouped_with_their_copies():
+    found = taken(
+        ("a.png", "cat", image("1", 0b1)),
+        ("b.png", "dog", image("2", 0b111)),
+        ("c.png", "cat", image("1", 0b1)),  # a copy of a
+        ("d.png", "cat", image("3", 2**63 - 1)),  # far from all
+        ("e.png", "cat", image("4")),  # flat
+        ("f.png", "cat", image("5", 2**63 - 1 - 2**40)),
+        ("g.png", "cat", image("4")),
+        bits=2,
+    )
+    assert found.summary["near_duplicates"] == [
+        {"a": "d.png", "b": "f.png", "bits": 1},
+        {"a": "a.png", "b": "b.png", "bits": 2},
+    ]
+    assert found.summary["n_near_duplicates"] == 2
+    assert found.near_duplicate_group == ["near_1", "near_1", "near_1", "near_3", "", "near_3", ""]
+    (warning,) = found.summary["warnings"][1:]
+    assert warning == (
+        "1 of the 2 nearest pairs of near-duplicates are labelled differently, first a.png (cat) and b.png (dog)"
+    )
+
+
+def test_files_with_the_extension_of_another_format_are_named_and_kept():
+    found = taken(
+        ("a.png", "cat", image("1", kind="JPEG")),
+        ("b.JPG", "cat", image("2", kind="JPEG")),
+        ("c.jpg", "cat", image("3", kind="MPO")),
+        ("d", "cat", image("4", kind="GIF")),
+        ("e.exe", "cat", image("5")),
+    )
+    assert len(found.kept) == 5
+    assert found.summary["warnings"][1:] == ["2 files have the extension of another format: a.png (JPEG), e.exe (PNG)"]
+
+
+def test_a_summary_of_nothing_is_a_summary():
+    found = taken(("a.png", "cat", BAD))
+    assert (found.summary["n_images"], found.summary["width"], found.near_duplicate_group) == (0, {}, [])

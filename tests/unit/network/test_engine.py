@@ -1,0 +1,189 @@
+"""engine: rows in order that do not depend on their neighbours, and errors for engines that cannot run."""
+
+import logging
+import subprocess
+import sys
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.network import engine
+
+CPU = torch.device("cpu")
+ENGINES = ["torch", "openvino"]
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+
+
+def inputs(n: int) -> torch.Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_last_batch_gives_its_own_rows_only(network: nn.Module, name: str) -> None:
+    outputs = list(engine.run(network, inputs(11).split(4), name, "fp32", CPU))
+    assert [output.shape for output in outputs] == [(4, 5), (4, 5), (3, 5)]
+    assert all(output.dtype == np.float32 for output in outputs)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_row_does_not_depend_on_padding_or_neighbours(network: nn.Module, name: str) -> None:
+    x = inputs(12)
+    padded = np.concatenate(list(engine.run(network, x[:11].split(4), name, "fp32", CPU)))
+    full = np.concatenate(list(engine.run(network, x.split(4), name, "fp32", CPU)))
+    assert np.array_equal(padded, full[:11])
+    reversed_ = np.concatenate(list(engine.run(network, x.flip(0).split(4), name, "fp32", CPU)))
+    assert np.array_equal(reversed_[::-1], full)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_single_short_batch_needs_no_padding(network: nn.Module, name: str) -> None:
+    (output,) = engine.run(network, [inputs(3)], name, "fp32", CPU)
+    assert output.shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_batches_give_no_outputs(network: nn.Module, name: str) -> None:
+    assert list(engine.run(network, [], name, "fp32", CPU)) == []
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_outputs_come_in_the_order_of_the_batches(name: str) -> None:
+    batches = [torch.full((2, 3, 4, 4), float(number)) for number in range(60)]
+    outputs = list(engine.run(nn.Sequential(nn.Flatten()), batches, name, "fp32", CPU))
+    assert [output[0, 0] for output in outputs] == list(range(60))
+    assert all((output == output[0, 0]).all() for output in outputs)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_outputs_are_the_callers_to_keep(network: nn.Module, name: str) -> None:
+    x = inputs(40)
+    kept = list(engine.run(network, x.split(2), name, "fp32", CPU))
+    with torch.no_grad():
+        expected = network(x).numpy()
+    np.testing.assert_allclose(np.concatenate(kept), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_batches_are_taken_as_they_are_needed(network: nn.Module, name: str) -> None:
+    taken = []
+    batches = (taken.append(number) or batch for number, batch in enumerate(inputs(400).split(2)))
+    first = list(islice(engine.run(network, batches, name, "fp32", CPU), 3))
+    assert len(first) == 3
+    assert len(taken) < 100
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_network_runs_in_evaluation_mode(network: nn.Module, name: str) -> None:
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    list(engine.run(network.train(), [inputs(4)], name, "fp32", CPU))
+    assert not network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_bf16_is_close_to_fp32(network: nn.Module, name: str) -> None:
+    x = inputs(4)
+    (exact,) = engine.run(network, [x], name, "fp32", CPU)
+    (rough,) = engine.run(network, [x], name, "bf16", CPU)
+    assert rough.dtype == np.float32
+    assert np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("capabilities", "is_able"), [(["FP32", "INT8"], False), (["FP32", "BF16"], True)])
+def test_bf16_is_refused_on_a_cpu_without_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: list[str], is_able: bool
+) -> None:
+    core = SimpleNamespace(get_property=lambda *_: capabilities)
+    monkeypatch.setattr(engine, "_core", lambda: core)
+    engine.check_precision("features.precision", "fp32", CPU)
+    engine.check_precision("features.precision", "bf16", torch.device("cuda"))
+    if is_able:
+        engine.check_precision("features.precision", "bf16", CPU)
+    else:
+        with pytest.raises(ValueError, match=r"params\.yaml: features\.precision: this CPU has no bf16; expected fp32"):
+            engine.check_precision("features.precision", "bf16", CPU)
+
+
+def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(network: nn.Module) -> None:
+    assert engine.prepare("auto", network, inputs(2), "fp32", CPU).engine == "openvino"
+    assert engine.prepare("torch", network, inputs(2), "fp32", CPU).engine == "torch"
+    with pytest.raises(ValueError, match=r"features\.engine: openvino runs on a CPU; expected auto or torch"):
+        engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.network.engine._core"])
+def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such\noperation")
+
+    monkeypatch.setattr(failing, fail)
+    with caplog.at_level(logging.WARNING, "pipeline"):
+        assert engine.prepare("auto", network, inputs(2), "fp32", CPU).engine == "torch"
+    assert "OpenVINO cannot convert this network, torch runs it (no such operation)" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"features\.engine: openvino cannot convert this network \(no such operation\)"
+    ):
+        engine.prepare("openvino", network, inputs(2), "fp32", CPU)
+
+
+def test_openvino_is_taken_only_where_it_gives_what_torch_gives(
+    network: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = inputs(4)
+    with torch.no_grad():
+        expected = network.eval()(x[:1]).numpy()
+    assert engine.prepare("auto", network, x, "fp32", CPU, expected).engine == "openvino"
+    other = expected + 2e-4 * np.abs(expected).max()
+    assert engine.prepare("auto", network, x, "bf16", CPU, other).engine == "openvino", "bf16 differs anyway"
+    assert engine.prepare("auto", network, x, "fp32", CPU, other).engine == "torch"
+    assert "torch runs it (it differs from torch by 0.0002 of the largest value)" in caplog.text
+    assert engine.prepare("auto", network, x, "fp32", CPU, np.full_like(expected, np.nan)).engine == "torch"
+    with pytest.raises(ValueError, match=r"features\.engine: openvino cannot .* differs from torch"):
+        engine.prepare("openvino", network, x, "fp32", CPU, other)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: str) -> None:
+    x = inputs(12)
+    runner = engine.prepare(name, network, x[:4], "fp32", CPU)
+    first, again = (np.concatenate(list(runner.run(x.split(4)))) for _ in range(2))
+    assert np.array_equal(first, again)
+    (alone,) = runner.run([x[:1]])
+    assert np.array_equal(alone, first[:1])
+
+
+@pytest.mark.parametrize("first", ["network.engine", "features.extraction"])
+def test_openvino_sends_nothing_whichever_module_comes_first(first: str) -> None:
+    code = f"import sys, pipeline.{first}; print(*(n for n in sys.modules if n.startswith('openvino_telemetry.')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
+    code = """
+import faulthandler, signal, time, torch
+from torch import nn
+from pipeline.network import engine
+cpu, x = torch.device("cpu"), torch.zeros(2, 3, 8, 8)
+faulthandler.enable()  # which gives signals a stack
+signal.signal(signal.SIGALRM, lambda *_: None)  # Python's handlers run on it
+first = engine.prepare("openvino", nn.Conv2d(3, 8, 3), x, "fp32", cpu)
+second = engine.prepare("openvino", nn.Conv2d(3, 4, 3), x, "fp32", cpu)
+del first
+del second
+signal.setitimer(signal.ITIMER_REAL, 0.01)
+time.sleep(0.1)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,356 @@
+"""fine_tune: training from cached activations is training through the whole network, on the stages' own path."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.dataset import manifest
+from pipeline.features import hdf5
+from pipeline.features.hdf5 import Row
+from pipeline.network import backbones, cuts
+from pipeline.params import BackboneChoice
+from pipeline.stages import extract, fine_tune, index, plan, split, train_head
+from pipeline.tools import predict
+from pipeline.training import fit, models
+from pipeline.training.runs import Run, read_run
+
+REPOSITORY = Path(__file__).parents[3]
+SIZE = 32
+COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
+N_IMAGES = 30
+TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
+SWIN = "timm/swin_tiny_patch4_window7_224"
+PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Grows by the loss of every training step."""
+    losses: list[float] = []
+    step = fit._step
+
+    def recorded(*arguments: Any) -> tuple[float, float]:
+        sums = step(*arguments)
+        losses.append(sums[0])
+        return sums
+
+    monkeypatch.setattr(fit, "_step", recorded)
+    return losses
+
+
+def make_weights(name: str) -> None:
+    """Random weights whose BatchNorm statistics fit them, more or less: neither 0 and 1, nor those of a batch."""
+    network = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE).module
+    normalising = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for module in normalising:
+            module.momentum = None
+        network.train()(torch.randn(16, 3, SIZE, SIZE))
+        for module in normalising:
+            mean, variance = module.get_buffer("running_mean"), module.get_buffer("running_var")
+            mean += 0.2 * variance.sqrt() * torch.randn_like(mean)
+            variance *= torch.empty_like(variance).uniform_(0.7, 1.4)
+    Path("data/weights").mkdir(parents=True)
+    save_file(network.state_dict(), "data/weights/own.safetensors")
+
+
+def make_images(directory: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(N_IMAGES):
+        name = sorted(COLOURS)[number % 3]
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        pixels = random.normal(COLOURS[name], 60, (36, 36, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(directory / name / f"{number:02}.png")
+
+
+STRATEGY = {
+    "init": "cached_head",
+    "freeze_until": "none",
+    "boundary_cache": "on",
+    "batchnorm": "frozen",
+    "views": 2,
+    "epochs": 3,
+    "patience": 3,
+    "batch_size": 6,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "learning_rate_base": 3e-4,
+    "learning_rate_head": 3e-4,
+    "warmup_epochs": 0,
+    "weight_decay": 0.01,
+    "label_smoothing": 0.1,
+    "class_weights": "balanced",
+    "precision": "fp32",
+}
+Tune = Callable[..., Run]
+
+
+def configure(name: str, **changes: Any) -> None:
+    """params.yaml of the repository, with sizes for which the stages take seconds, and sections changed."""
+    yaml = YAML()
+    params = yaml.load(REPOSITORY / "params.yaml")
+    sections: dict[str, dict[str, Any]] = {
+        "dataset": {"fetch": [], "path": "images"},
+        "split": {"seeds": [0], "test_fraction": 0.2, "val_fraction": 0.2},
+        "backbone": {"name": name, "weights": "own.safetensors"},
+        "features": {"views": 2, "image_size": SIZE, "engine": "torch"},
+        "evaluation": {"views": 2},
+        "head": {"regularization_strengths": [0.1], "epochs": 2},
+        "fine_tune": {"run": ["tuned"], "seeds": [0], "strategies": {"tuned": STRATEGY}},
+        "compare": {"guard": {}},
+        "runtime": {"device": "cpu", "workers": 0},
+    }
+    for section, values in sections.items():
+        params[section].update(values | changes.get(section, {}))
+    params["threads"] = 1
+    yaml.dump(params, Path("params.yaml"))
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
+    """Run every stage up to fine_tune in a directory of its own, whatever was done before included."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+    def run(name: str, strategy: dict[str, Any], **changes: Any) -> Run:
+        fine_tuning = {"strategies": {"tuned": STRATEGY | strategy}}
+        is_new = not Path("images").exists()
+        configure(name, **changes, fine_tune=fine_tuning)
+        if is_new:
+            make_images(Path("images"))
+            make_weights(name)
+            monkeypatch.setattr(sys, "argv", ["a stage"])
+            for stage in (index, split, plan, extract, train_head):
+                stage.main()
+        plan.main()
+        monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
+        fine_tune.main()
+        return read_run("tuned", 0)
+
+    return run
+
+
+DENSENET = ("torchvision/densenet121", "features.norm0")  # with BatchNorm on both sides
+BOUNDARIES = [  # with a learning rate
+    ("torchvision/resnet18", "layer3", 1e-3),
+    ("timm/tf_efficientnet_lite0", "blocks.5", 3e-3),
+    (*DENSENET, 1e-3),
+    (MOBILENET, "features.9", 3e-4),  # with dropout behind
+]
+
+
+@pytest.mark.parametrize(("name", "boundary", "rate"), BOUNDARIES)
+def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
+    name: str, boundary: str, rate: float, tune: Tune, steps: list[float], computed: list[Row]
+) -> None:
+    strategy = {"freeze_until": boundary, "learning_rate_base": rate, "learning_rate_head": rate}
+    whole = tune(name, strategy | {"boundary_cache": "off"})
+    expected = steps.copy()
+    steps.clear()
+    computed.clear()
+    cached = tune(name, strategy | {"boundary_cache": "on"})
+    assert len(steps) == len(expected) == 3 * 3  # epochs, batches of 6 of 18 images
+    assert abs(whole.curve[3]["val_loss"] - whole.curve[0]["val_loss"]) > 0.01, "nothing is learnt"
+    np.testing.assert_allclose(steps, expected, rtol=1e-3)
+    assert cached.chosen == whole.chosen
+    for key in ("train_loss", "val_loss"):
+        curves = [[line[key] for line in run.curve[1:]] for run in (cached, whole)]
+        # Where a kernel of this CPU rounds otherwise, training lets it grow; the predictions below may differ as much
+        np.testing.assert_allclose(*curves, rtol=1e-3, atol=1e-3)
+    for of_cached, of_whole in ((cached.val, whole.val), (cached.test, whole.test)):
+        found, expected_values = of_cached.log_probability, of_whole.log_probability
+        np.testing.assert_allclose(found, expected_values, atol=2e-3)
+        assert np.array_equal(found.argmax(1), expected_values.argmax(1))
+    # Two views to train on and two to look at, each once; whole: every image in every epoch
+    assert len(computed) == len({*computed}) == N_IMAGES * 2
+    head_passes = 18 * 2
+    assert (cached.cost.base_passes, whole.cost.base_passes) == (head_passes + 18 * 2, head_passes + 18 * 3)
+    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
+    prefix, *_ = cuts.split(backbone, cuts.resolve(backbone, boundary))
+    with torch.no_grad():
+        row_bytes = prefix(torch.zeros(1, 3, SIZE, SIZE)).numel() * 4
+    head_bytes = N_IMAGES * 2 * hdf5.read_features().values[0, 0].nbytes
+    read_bytes = (cached.cost.cached_bytes, whole.cost.cached_bytes)
+    assert read_bytes == (head_bytes + N_IMAGES * 2 * row_bytes, head_bytes)
+
+
+def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:
+    name, boundary = DENSENET
+    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
+    before, behind = (
+        [module for module in piece.modules() if not any(module.children()) and any(True for _ in module.parameters())]
+        for piece in cuts.split(backbone, boundary)
+    )
+    assert isinstance(before[-1], _BatchNorm)
+    assert isinstance(behind[0], _BatchNorm)
+
+
+def rows_of(part: str, views: Sequence[int]) -> list[Row]:
+    images = manifest.read_images()
+    rows = manifest.read_split(0, images.image_id).rows(part)
+    return [(images.sha256[row], view) for row in rows for view in views]
+
+
+@pytest.mark.parametrize("cut", ["all", "layer3"])
+def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
+    cut: str, tune: Tune, computed: list[Row]
+) -> None:
+    features = {"cut": cut, "pool": "none" if cut == "all" else "avg"}
+    first = tune(TINY, {"freeze_until": "all", "views": 1, "epochs": 1}, features=features)
+    extracted = [row for part in ("train", "val", "test") for row in rows_of(part, range(2))]
+    assert sorted(computed) == sorted(extracted)  # by extract, and none by fine_tune
+    assert first.cost.trainable_params == sum(parameter.numel() for parameter in head_of_run().parameters())
+    computed.clear()
+    tune(TINY, {"freeze_until": "all", "views": 3}, features=features)
+    assert sorted(computed) == sorted(rows_of("train", (2, 3)))
+
+
+def head_of_run() -> nn.Module:
+    network, _ = models.load_network(Path("models/tuned/seed_0.json"))
+    return network[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "head", "strategy"),
+    [
+        (TINY, {"cut": "all"}, {}, {"freeze_until": 5}),
+        (TINY, {"cut": "all"}, {}, {"init": "random", "batchnorm": "train"}),
+        (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"freeze_until": "layer2"}),
+        (TINY, {"cut": 8, "pool": "flatten", "store_dtype": "fp16"}, {}, {"freeze_until": "all"}),
+        (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
+        (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
+        (SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
+        (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
+    ],
+)
+def test_saved_runs_load_and_predict_what_they_predicted(
+    name: str, features: dict[str, Any], head: dict[str, Any], strategy: dict[str, Any], tune: Tune
+) -> None:
+    tune(name, strategy, features=features, head=head)
+    labels = manifest.read_labels()
+    for run in (read_run("feature_extraction", 0), read_run("tuned", 0)):
+        paths = [Path("images", labels.image_id[row]) for row in run.test.rows]
+        predictions, failures = predict.predict(Path("models", run.strategy, "seed_0.json"), paths)
+        assert failures == []
+        found = [entry["probability"] for entry in predictions]
+        log_probability = run.test.log_probability
+        np.testing.assert_allclose(found, np.exp(log_probability).max(1), atol=1e-3)
+        assert [entry["class"] for entry in predictions] == [labels.class_names[i] for i in log_probability.argmax(1)]
+
+
+@pytest.mark.parametrize(
+    ("features", "strategy"),
+    [
+        ({"cut": "all"}, {"freeze_until": "layer2"}),
+        ({"cut": "all"}, {"freeze_until": "layer2", "boundary_cache": "off"}),
+        ({"cut": "all", "store_dtype": "fp16"}, {"freeze_until": "all", "views": 0}),
+        ({"cut": "layer3", "pool": "avg"}, {"freeze_until": "none"}),
+        ({"cut": "layer3", "pool": "avg"}, {"init": "random", "batchnorm": "train"}),
+    ],
+    ids=["cached", "not cached", "head alone", "whole base", "random"],
+)
+def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
+    features: dict[str, Any], strategy: dict[str, Any], tune: Tune
+) -> None:
+    run = tune(TINY, {"freeze_until": "none", "epochs": 2, "patience": 2} | strategy, features=features)
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    end = cuts.resolve(backbone, features["cut"])
+    boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
+    prefix, suffix = cuts.prefix_and_suffix(
+        backbone, end if boundary == "all" else boundary, end, features.get("pool", "none")
+    )
+    trained = nn.Sequential(suffix, head_of_run()).eval().requires_grad_(True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        activation = prefix.module(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))
+    prefix_flops = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        trained(activation).sum().backward()
+    is_cached = strategy.get("boundary_cache") != "off" and boundary != "none"
+    n_views = 1 if strategy.get("views") == 0 else 2
+    passes = 18 * (n_views if is_cached else 2)
+    n_read = 18 * n_views + 12 * 2 if is_cached else 0
+    value_bytes = 2 if features.get("store_dtype") == "fp16" else 4
+    head = read_run("feature_extraction", 0).cost
+    before = (0, 0, 0) if strategy.get("init") else (head.train_flops, head.base_passes, head.cached_bytes)
+    assert run.cost.trainable_params == sum(parameter.numel() for parameter in trained.parameters())
+    assert run.cost.train_flops == before[0] + passes * prefix_flops + 2 * 18 * counter.get_total_flops()
+    assert run.cost.base_passes == before[1] + passes
+    assert run.cost.cached_bytes == before[2] + n_read * value_bytes * activation.numel()
+    assert run.network["params"] == sum(p.numel() for part in (prefix.module, trained) for p in part.parameters())
+
+
+def test_cost_of_the_head_is_that_of_the_base_and_of_its_products(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    cost, features = read_run("feature_extraction", 0).cost, hdf5.read_features()
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.module(torch.zeros(1, 3, SIZE, SIZE))
+    width = features.values.shape[2]
+    assert cost.trainable_params == 3 * (width + 1)
+    assert (cost.base_passes, cost.cached_bytes) == (18 * 2, N_IMAGES * 2 * 4 * width)
+    passes, rest = divmod(cost.train_flops - 36 * counter.get_total_flops(), 6 * cost.trainable_params * 36)
+    assert (passes > 1, rest) == (True, 0), "whole passes over the rows, forward and backward"
+
+
+def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})  # with `threads: 1`
+    for stage in (extract, train_head, fine_tune):
+        torch.set_num_threads(2)  # what the environment says
+        stage.main()
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("stage", ["extract", "fine_tune"])
+def test_weights_that_differ_from_the_plan_are_refused_in_one_line(stage: str, tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    written = {path: path.read_bytes() for path in Path("models").rglob("*.json")}
+    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    save_file(network.state_dict(), "data/weights/own.safetensors")
+    main = extract.main if stage == "extract" else fine_tune.main
+    with pytest.raises(
+        ValueError, match=r"^data/plan/backbone\.json: made with other weights of .*run: dvc repro"
+    ) as caught:
+        main()
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in Path("models").rglob("*.json")} == written
+
+
+def test_a_head_on_another_backbone_than_the_plans_is_refused(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    save_file(network.state_dict(), "data/weights/own.safetensors")
+    plan.main()
+    with pytest.raises(
+        ValueError, match=r"seed_0\.json: fitted on features of another backbone; run: dvc repro train_head"
+    ):
+        fine_tune.main()
+
+
+def test_rounding_of_the_cache_is_reported(tune: Tune) -> None:
+    run = tune(TINY, {"freeze_until": "layer2"}, features={"store_dtype": "fp16"})
+    assert 0 < run.network["largest_rounding"] < 1e-3
+    assert run.network["boundary"].startswith("layer2.")
+    assert 0 < read_run("feature_extraction", 0).network["largest_rounding"] < 1e-3
+    assert tune(TINY, {"freeze_until": "layer2", "boundary_cache": "off"}).network["largest_rounding"] == 0
+
+
+def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:
+    tune(TINY, {"freeze_until": "all"})
+    computed.clear()
+    with pytest.raises(ValueError, match=r"store_max_gb: 1e-06, but the cache at layer1.* needs .* GB; .* off"):
+        tune(TINY, {"freeze_until": "layer1"}, runtime={"store_max_gb": 1e-6})
+    assert computed == []

@@ -1,0 +1,127 @@
+"""The stage: what it refuses, what it leaves out by option, and what it writes."""
+
+import csv
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline.dataset import manifest
+from pipeline.stages import index
+
+PARAMS = Path(__file__).parents[3] / "params.yaml"
+Index = Callable[..., None]
+
+
+def picture(seed: int, quality: int = 90) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(small).resize((63, 49), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def index_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """Run the stage on `set/`: five cats and five dogs, and whatever a test has changed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["index"])
+    for number in range(10):
+        path = Path("set", ("cat", "dog")[number % 2], f"{number}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+
+    def run(**dataset: Any) -> None:
+        yaml = YAML()
+        params = yaml.load(PARAMS)
+        params["dataset"].update({"fetch": [], "path": "set"} | dataset)
+        params["runtime"]["workers"] = 0
+        yaml.dump(params, Path("params.yaml"))
+        index.main()
+
+    return run
+
+
+def rejected() -> dict[str, str]:
+    with Path("reports/data/rejected.csv").open(newline="") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def test_conflicting_labels_are_an_error_that_names_the_files(index_with: Index):
+    Path("set/dog/copy.jpg").write_bytes(picture(0))
+    with pytest.raises(ValueError, match=r"2 images have other labels than images with the same bytes") as error:
+        index_with()
+    assert "set/cat/0.jpg (labelled 'cat', but 'dog/copy.jpg' with the same bytes 'dog')" in str(error.value)
+    assert "dataset.on_conflict: drop" in str(error.value)
+    assert set(rejected()) == {"cat/0.jpg", "dog/copy.jpg"}
+    assert not manifest.IMAGES.exists()
+
+
+def test_conflicting_images_are_dropped_if_so_chosen_and_do_not_count_as_unreadable(index_with: Index):
+    Path("set/dog/copy.jpg").write_bytes(picture(0))
+    index_with(on_conflict="drop", max_rejected_fraction=0.0)
+    kept = manifest.read_images().image_id
+    assert len(kept) == 9
+    assert not {"cat/0.jpg", "dog/copy.jpg"} & set(kept)
+    assert set(rejected()) == {"cat/0.jpg", "dog/copy.jpg"}
+
+
+def test_a_class_all_of_whose_images_are_dropped_is_an_error(index_with: Index):
+    Path("set/owl").mkdir()
+    Path("set/owl/copy.jpg").write_bytes(picture(0))
+    with pytest.raises(ValueError, match=r"set: no image of class 'owl' can be used; see reports/data/rejected\.csv"):
+        index_with(on_conflict="drop")
+
+
+@pytest.mark.parametrize("choice", ["report", "group"])
+def test_near_duplicates_are_reported_and_grouped_only_if_so_chosen(choice: str, index_with: Index):
+    Path("set/cat/again.jpg").write_bytes(picture(0, quality=60))
+    index_with(near_duplicates=choice)
+    labels = manifest.read_labels()
+    group = dict(zip(labels.image_id, labels.near_duplicate_group, strict=True))
+    pair = {group.pop("cat/again.jpg"), group.pop("cat/0.jpg")}
+    assert len(pair) == 1
+    assert (pair == {""}) == (choice == "report")
+    assert set(group.values()) == {""}
+    assert '"n_near_duplicates": 1,' in Path("reports/data/summary.json").read_text()
+
+
+def test_near_duplicates_have_at_most_the_chosen_distance(index_with: Index):
+    Path("set/cat/again.jpg").write_bytes(picture(0, quality=5))
+    index_with(near_duplicates="group", near_duplicate_distance=0)
+    few = [group for group in manifest.read_labels().near_duplicate_group if group]
+    index_with(near_duplicates="group", near_duplicate_distance=10)
+    assert (len(few), len([group for group in manifest.read_labels().near_duplicate_group if group])) == (0, 2)
+
+
+def test_too_many_bad_files_are_an_error_and_the_list_is_complete(index_with: Index):
+    for number in range(2):
+        Path(f"set/cat/bad_{number}.jpg").write_bytes(b"no image")
+    Path("set/dog/link.jpg").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"3 of 13 images cannot be read, first set/cat/bad_0\.jpg \(not an image"):
+        index_with(max_rejected_fraction=0.2)
+    assert set(rejected()) == {"cat/bad_0.jpg", "cat/bad_1.jpg", "dog/link.jpg"}
+    index_with(max_rejected_fraction=0.25)
+    assert len(manifest.read_images().image_id) == 10
+
+
+def test_one_class_is_an_error(index_with: Index):
+    for path in Path("set/dog").iterdir():
+        path.unlink()
+    Path("set/dog").rmdir()
+    with pytest.raises(ValueError, match=r"set: one class only \(cat\); expected two or more"):
+        index_with()
+
+
+def test_verify_is_an_option_and_nothing_else_is(index_with: Index, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["index", "--verify"])
+    index_with()
+    monkeypatch.setattr(sys, "argv", ["index", "--everything"])
+    with pytest.raises(SystemExit):
+        index_with()

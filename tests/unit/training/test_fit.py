@@ -1,0 +1,433 @@
+"""fit: the network starts as the cached head, what is frozen stays frozen, and the best epoch is restored."""
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vgg import VGG
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.vgg import make_layers
+
+from pipeline.network import backbones, cuts, engine
+from pipeline.network.backbones import Backbone
+from pipeline.network.device import place
+from pipeline.network.preprocessing import Normalize, Preprocessing
+from pipeline.params import BackboneChoice, HeadOptions, Strategy
+from pipeline.training import fit, heads
+from pipeline.training.fit import Batch, Load, Task
+from pipeline.training.heads import Examples
+from tests.factories import LINEAR
+
+CPU = torch.device("cpu")
+N_CLASSES, N_IMAGES = 3, 36
+TRAIN, VAL = np.arange(24), np.arange(24, N_IMAGES)
+LABEL = np.arange(N_IMAGES) % N_CLASSES
+WEIGHT = np.where(np.arange(N_IMAGES) % 5, 1.0, 0.5)
+RESNET, RESNET18, MOBILENET = "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"
+ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "timm/vgg in small"
+
+HEAD = LINEAR.model_copy(update={"regularization_strengths": (0.1, 0.01), "max_iterations": 200})
+MLP = HEAD.model_copy(update={"kind": "mlp", "hidden": (8,), "dropout": 0.5})
+PRETRAINED = HEAD.model_copy(update={"kind": "pretrained", "dropout": 0.5, "standardize": False})
+STRATEGY = Strategy(
+    init="cached_head",
+    freeze_until="none",
+    boundary_cache="off",
+    batchnorm="frozen",
+    views=0,
+    epochs=2,
+    patience=2,
+    batch_size=8,
+    optimizer="adamw",
+    momentum=0.9,
+    learning_rate_base=1e-3,
+    learning_rate_head=1e-3,
+    warmup_epochs=0,
+    weight_decay=0.01,
+    label_smoothing=0.0,
+    class_weights="none",
+    precision="fp32",
+)
+
+
+def strategy(**changes: Any) -> Strategy:
+    return Strategy.model_validate(STRATEGY.model_dump() | changes)
+
+
+@cache
+def make_images(size: int) -> torch.Tensor:
+    """Noise (n, size, size, 3) uint8 around a grey level that tells the class, not perfectly."""
+    random = np.random.default_rng(0)
+    level = 100 + 12 * LABEL[:, None, None, None] + random.normal(0, 6, (N_IMAGES, 1, 1, 3))
+    pixels = random.normal(level, 30, (N_IMAGES, size, size, 3))
+    return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8))
+
+
+IMAGES = make_images(32)
+
+
+def from_memory(inputs: torch.Tensor) -> Load:
+    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        return (inputs[[row for row, _ in batch]] for batch in batches)
+
+    return load
+
+
+def task(inputs: torch.Tensor = IMAGES, load: Load | None = None) -> Task:
+    return Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, 1, "torch")
+
+
+class Vgg(nn.Module):
+    """VGG of torchvision in small, without its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = make_layers([8, "M", 16, "M"])
+        self.classifier = nn.Sequential(nn.Linear(16 * 8 * 8, 12), nn.ReLU(inplace=True), nn.Dropout(), nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+def load(name: str) -> Backbone:
+    """A backbone with random weights, whose BatchNorm statistics are not those of a batch."""
+    if name in (VGG_LINEAR, VGG_CONVOLUTIONS):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
+        geometry = Preprocessing(resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+        return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
+    size = 64 if name == ALEXNET else 32
+    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
+    give_statistics(backbone.module)
+    return backbone
+
+
+def give_statistics(network: nn.Module) -> None:
+    """Random BatchNorm statistics, which those of a batch are not, as with pretrained weights."""
+    random = torch.Generator().manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1, generator=random)
+            module.running_var.uniform_(0.5, 2, generator=random)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A backbone, the cut where it ends and its pooling, its features (n, 1, *shape) and the head fitted on them."""
+
+    backbone: Backbone
+    cut: str
+    pool: str
+    features: np.ndarray
+    fitted: heads.Fitted
+    images: torch.Tensor
+
+
+@cache
+def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions = HEAD) -> Prepared:
+    backbone = load(name)
+    images = make_images(backbone.preprocessing.crop)
+    end = cuts.resolve(backbone, cut)
+    base, dense = cuts.split(backbone, end)
+    whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool))
+    features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU)))[:, None]
+    train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
+    torch.manual_seed(0)
+    fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, 1, head)
+    return Prepared(backbone, end, pool, features, fitted, images)
+
+
+def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
+    """Sequential(prefix, suffix, head) as fine_tune makes it, from copies."""
+    backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
+    boundary = cuts.resolve(backbone, freeze_until)
+    boundary = prepared.cut if boundary == cuts.ALL else boundary
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, prepared.pool)
+    network = nn.Sequential(prefix.module, suffix, copy.deepcopy(prepared.fitted.head))
+    place(network, CPU)
+    return network
+
+
+def state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def is_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def batchnorms(module: nn.Module) -> dict[str, torch.Tensor]:
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: value for name, value in state(module).items() if name.endswith(names)}
+
+
+MIDDLES: dict[str, str | int] = {
+    RESNET: "layer2",
+    RESNET18: 8,
+    MOBILENET: "features.6",
+    ALEXNET: "features.5",
+    VGG_LINEAR: 1,
+    VGG_CONVOLUTIONS: "features.2",
+}
+
+
+@pytest.mark.parametrize("freeze_until", ["none", "middle", "all"])
+@pytest.mark.parametrize(
+    ("name", "cut", "pool", "head"),
+    [
+        (RESNET, "all", "none", HEAD),
+        (RESNET, "layer3", "avg", HEAD),
+        (RESNET, "layer3", "flatten", HEAD),
+        (RESNET, "layer3", "avg", MLP),
+        (RESNET, "layer2", "avg", HEAD),  # the middle is where the base ends
+        (RESNET18, "all", "none", HEAD),
+        (MOBILENET, "all", "none", HEAD),
+        (MOBILENET, "features.10", "avg", MLP),
+        (MOBILENET, "flatten", "none", PRETRAINED),
+        (ALEXNET, "all", "none", HEAD),
+        (ALEXNET, "features", "avg", HEAD),
+        (VGG_LINEAR, "all", "none", MLP),
+        (VGG_LINEAR, "features", "flatten", HEAD),
+        (VGG_LINEAR, "features", "none", PRETRAINED),
+        (VGG_LINEAR, "classifier.0", "none", HEAD),
+        (VGG_CONVOLUTIONS, "features", "avg", HEAD),
+        (VGG_CONVOLUTIONS, "features", "none", PRETRAINED),
+    ],
+    ids=lambda value: value.kind if isinstance(value, HeadOptions) else value,
+)
+def test_network_predicts_what_the_cached_head_predicts_before_the_first_step(
+    name: str, cut: str, pool: str, head: HeadOptions, freeze_until: str
+) -> None:
+    prepared = prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
+    network = build(prepared, MIDDLES[name] if freeze_until == "middle" else freeze_until)
+    expected = heads.predict(prepared.fitted.head, prepared.features, 1)
+    found = fit.predict(network, task(prepared.images), np.arange(N_IMAGES), "fp32")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+
+
+def test_first_validation_loss_is_that_of_the_cached_head() -> None:
+    fitted, network = prepare(RESNET).fitted, build(prepare(RESNET), "layer2")
+    _, curve = fit.train(network, task(), strategy(epochs=1), 0, "run")
+    assert curve[0]["val_loss"] == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-4)
+
+
+@pytest.mark.parametrize(("cut", "behind"), [("layer2", "layer3"), ("layer2", 12), ("conv1", "layer1.0")])
+def test_nothing_can_be_frozen_behind_the_end_of_the_base(cut: str, behind: str | int) -> None:
+    with pytest.raises(ValueError, match=r"lies behind .*, where the backbone ends"):
+        build(prepare(RESNET, cut, "avg"), behind)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "pool", "head", "reason"),
+    [
+        (RESNET, "layer4", "none", PRETRAINED, "has no dense layers of its own behind features.cut but the last"),
+        (RESNET, "layer2", "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_LINEAR, 1, "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_CONVOLUTIONS, 1, "none", PRETRAINED, "behind features.cut there is more than dense layers"),
+        (VGG_LINEAR, "features", "none", HEAD, "`head.kind: linear` needs vectors; expected avg or flatten"),
+        (VGG_LINEAR, "features", "none", MLP, "`head.kind: mlp` needs vectors; expected avg or flatten"),
+        (RESNET, "all", "avg", HEAD, "features.cut gives vectors; expected none"),
+    ],
+)
+def test_cuts_and_heads_that_do_not_go_together_are_refused(
+    name: str, cut: str, pool: str, head: HeadOptions, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
+    assert str(caught.value).startswith("params.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm() -> None:
+    features, fitted = prepare(RESNET).features, prepare(RESNET).fitted
+    network = build(prepare(RESNET), "none")
+    rates = {"learning_rate_base": 1e-12, "learning_rate_head": 1e-12}
+    _, curve = fit.train(network, task(), strategy(epochs=1, **rates), 0, "run")
+    log_probability = heads.predict(fitted.head, features[TRAIN], 1)
+    nll = -log_probability[np.arange(len(TRAIN)), LABEL[TRAIN]]
+    assert curve[1]["train_loss"] == pytest.approx(np.average(nll, weights=WEIGHT[TRAIN]), abs=1e-4)
+
+
+@pytest.mark.parametrize("cut", ["none", "layer2", "all"])
+def test_frozen_batchnorm_keeps_every_statistic_and_the_frozen_part_keeps_everything(cut: str) -> None:
+    network = build(prepare(RESNET), cut)
+    before, frozen, head = batchnorms(network), state(network[0]), state(network[2])
+    final = finish(network, strategy())
+    assert is_same(batchnorms(final), before)
+    assert is_same(state(final[0]), frozen)
+    assert not is_same(state(final[2]), head)
+
+
+def test_trained_batchnorm_moves_the_statistics_of_the_body_and_not_of_the_frozen_part() -> None:
+    network = build(prepare(RESNET), "layer2")
+    frozen, body = state(network[0]), batchnorms(network[1])
+    final = finish(network, strategy(batchnorm="train"))
+    assert is_same(state(final[0]), frozen)
+    after = batchnorms(final[1])
+    assert not [name for name in body if torch.equal(after[name], body[name])]
+
+
+def finish(network: nn.Sequential, options: Strategy, seed: int = 0) -> nn.Sequential:
+    """The network as it is in its last validation, before the best epoch is restored."""
+    seen: list[nn.Sequential] = []
+    inputs = from_memory(IMAGES)
+
+    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        if batches[0][0][0] in VAL:
+            seen.append(copy.deepcopy(network))
+        return inputs(batches)
+
+    fit.train(network, task(load=load), options, seed, "run")
+    return seen[-1]
+
+
+def test_everything_behind_the_boundary_learns() -> None:
+    network = build(prepare(RESNET), "layer2")
+    before = copy.deepcopy(network)
+    final = finish(network, strategy())
+    for part in (1, 2):
+        old = dict(before[part].named_parameters())
+        assert old
+        assert not [name for name, value in final[part].named_parameters() if torch.equal(value, old[name])]
+
+
+def test_standardisation_of_the_head_is_no_parameter() -> None:
+    network = build(prepare(RESNET), "all")
+    before = state(cast(nn.Sequential, network[2])[0])
+    fit.train(network, task(), strategy(), 0, "run")
+    assert is_same(state(cast(nn.Sequential, network[2])[0]), before)
+    assert before.keys() == {"mean", "deviation"}
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "train"])
+def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str) -> None:
+    options = strategy(batchnorm=batchnorm, epochs=3, patience=3)
+    whole = build(prepare(RESNET), "layer2")
+    cached = copy.deepcopy(whole)
+    activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU)))
+    cached[0] = nn.Identity()
+    _, expected = fit.train(whole, task(), options, 0, "whole")
+    _, found = fit.train(cached, task(torch.from_numpy(activations)), options, 0, "cached")
+    for key in ("train_loss", "val_loss"):
+        values = [[line[key] for line in curve[1:]] for curve in (found, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-3)
+
+
+def is_one_line_that_names_the_run(error: pytest.ExceptionInfo) -> bool:
+    line = str(error.value)
+    return line.startswith("full_retrain-7: ") and "\n" not in line and "learning_rate_base" in line
+
+
+@pytest.mark.parametrize("batch_size", [8, len(TRAIN)])
+def test_exploding_learning_rate_is_one_line_that_names_the_run(batch_size: int) -> None:
+    network = build(prepare(RESNET), "layer2")
+    rates = {"learning_rate_base": 1e30, "learning_rate_head": 1e30, "optimizer": "sgd"}
+    options = strategy(**rates, epochs=1, batch_size=batch_size)
+    with pytest.raises(ValueError, match="loss") as caught:
+        fit.train(network, task(), options, 0, "full_retrain-7")
+    assert is_one_line_that_names_the_run(caught)
+
+
+def test_loss_that_is_not_a_number_is_one_line_that_names_the_run() -> None:
+    network = build(prepare(RESNET), "all")
+    with torch.no_grad():
+        cast(nn.Linear, cast(nn.Sequential, network[2])[-1]).bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="the validation loss is nan in epoch 0") as caught:
+        fit.train(network, task(), STRATEGY, 0, "full_retrain-7")
+    assert is_one_line_that_names_the_run(caught)
+
+
+HARMFUL = {"learning_rate_base": 1e-6, "learning_rate_head": 3.0, "epochs": 9}
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(patience: int) -> None:
+    network = build(prepare(RESNET), "layer3")
+    before = state(network)
+    best_epoch, curve = fit.train(network, task(), strategy(**HARMFUL, patience=patience), 0, "run")
+    assert best_epoch == 0
+    assert [line["epoch"] for line in curve] == list(range(patience + 1))
+    assert min(line["val_loss"] for line in curve[1:]) > curve[0]["val_loss"]
+    assert is_same(state(network), before)
+    assert not any(module.training for module in network.modules())
+
+
+def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored() -> None:
+    network = build(prepare(RESNET), "layer3")
+    best_epoch, curve = fit.train(network, task(), strategy(epochs=4, patience=4), 0, "run")
+    losses = [line["val_loss"] for line in curve]
+    assert best_epoch == int(np.argmin(losses))
+    log_probability = fit.predict(network, task(), VAL, "fp32")
+    nll = -log_probability[np.arange(len(VAL)), LABEL[VAL]]
+    assert np.average(nll, weights=WEIGHT[VAL]) == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
+    states = []
+    for seed in (4, 4, 5):
+        torch.rand(3)  # what the process drew before does not matter
+        states.append(state(finish(build(prepare(RESNET), "layer3"), strategy(epochs=1), seed)))
+    assert is_same(states[0], states[1])
+    assert not is_same(states[0], states[2])
+
+
+@pytest.mark.parametrize(("views", "expected"), [(0, [0, 0, 0]), (2, [1, 2, 1]), (8, [1, 2, 3])])
+def test_epochs_cycle_through_the_views_and_see_every_training_image_once(views: int, expected: list[int]) -> None:
+    seen: list[list[tuple[int, int]]] = []
+    inputs = from_memory(IMAGES)
+
+    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        seen.append([pair for batch in batches for pair in batch])
+        return inputs(batches)
+
+    options = strategy(views=views, epochs=3, patience=3)
+    fit.train(build(prepare(RESNET), "all"), task(load=load), options, 0, "run")
+    epochs = [pairs for pairs in seen if pairs[0][0] in TRAIN]
+    assert [sorted(row for row, _ in pairs) for pairs in epochs] == [list(TRAIN)] * 3
+    assert [{view for _, view in pairs} for pairs in epochs] == [{view} for view in expected]
+    assert epochs[0] != epochs[1]
+    assert {view for pairs in seen if pairs[0][0] in VAL for _, view in pairs} == {0}
+
+
+def test_images_count_by_their_weight_in_the_losses() -> None:
+    light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, 1, "torch")
+    curves, states = [], []
+    for each in (task(), light):
+        network = build(prepare(RESNET), "all")
+        _, curve = fit.train(network, each, STRATEGY, 0, "run")
+        curves.append([line["val_loss"] for line in curve] + [line["train_loss"] for line in curve[1:]])
+        states.append(network[2].state_dict())
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)  # only ratios of weights matter
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None:
+    rare = np.where(LABEL == 0, 0.1, 1.0)
+    counted = rare.copy()
+    counted[TRAIN] *= rare[TRAIN].sum() / (3 * np.bincount(LABEL[TRAIN], rare[TRAIN])[LABEL[TRAIN]])
+    as_weights, balanced = (
+        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, 1, "torch") for weight in (counted, rare)
+    )
+    found = []
+    for each, options in ((as_weights, STRATEGY), (balanced, strategy(class_weights="balanced"))):
+        network = build(prepare(RESNET), "all")
+        _, curve = fit.train(network, each, options, 0, "run")
+        found.append(([line["train_loss"] for line in curve[1:]], curve, network[2].state_dict()))
+    (losses, _, state), (balanced_losses, curve, balanced_state) = found
+    np.testing.assert_allclose(losses, balanced_losses, rtol=1e-5)
+    for name in state:
+        torch.testing.assert_close(state[name], balanced_state[name], rtol=1e-4, atol=1e-6)
+    _, plain = fit.train(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, "run")
+    assert curve[0] == plain[0], "validation goes by the images' weights"
+    assert abs(curve[1]["train_loss"] - plain[1]["train_loss"]) > 1e-4
