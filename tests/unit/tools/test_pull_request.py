@@ -253,10 +253,7 @@ def test_a_guarded_figure_that_is_gone_is_worse_and_a_new_one_is_not():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "full_retrain.test.metrics.acuracy.value",
-            "is higher or lower better? Expected a name with one of the keys ",
-        ),
+        ("full_retrain.test.metrics.acuracy.value", "is higher or lower better? Expected a name with one of the keys "),
         ("full_retrain.distinct_runs", "is higher or lower better? Expected a name with one of the keys "),
         ("full_retrain.test.metric.accuracy.value", f"is not in reports/details.json; close matches: {ACCURACY}"),
         ("full_retrain.test.metrics.accuracy", f"close matches: {ACCURACY}"),
