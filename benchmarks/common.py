@@ -17,8 +17,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
 from pipeline.dataset.manifest import Images
-from pipeline.features.views import sha256
+from pipeline.params import BackboneChoice
 
 # A process starts with the peak memory of the one that started it, so a small one has to
 LAUNCH = """
@@ -64,7 +65,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory with params.yaml and data/images.csv, in which `python -m` runs code of this repository."""
+    """A directory with params.yaml, data/images.csv and data/plan/; `python -m` in it runs code of this repository."""
 
     root: Path
 
@@ -105,20 +106,26 @@ class Workspace:
         manifest.write_images(Images(**chosen), path)
 
 
+def choose(name: str) -> BackboneChoice:
+    """A network whose weights are at hand: random ones are as fast."""
+    return BackboneChoice(name=name, weights="bundled" if name == LITE else "random", seed=0)
+
+
 @contextmanager
 def workspace(images: Images, directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
     """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
     params["dataset"]["path"] = str(directory.resolve())
-    params["backbone"].update({"name": name, "weights": "bundled" if name == LITE else "random"})
+    params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = 1
+    params["fine_tune"]["run"] = []
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
-        (made.root / "data").mkdir()
         yaml.dump(params, made.root / "params.yaml")
         made.list_images(images, slice(None))
+        made.run("pipeline.stages.plan")
         yield made
 
 
@@ -140,19 +147,11 @@ def generate(n: int, directory: Path) -> Images:
     return Images(names, digests, [300] * n, [300] * n)
 
 
-def show(lines: Iterable[Line]) -> list[Line]:
-    """Print lines as they come."""
-    seen = []
-    for line in lines:
-        verdict = "holds" if line.holds else "MISSED"
-        print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
-        seen.append(line)
-    return seen
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run `main`; where what it needs is not there, that is one line."""
+def run(measure: Callable[..., Iterable[Line]]) -> None:
+    """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     try:
-        main()
+        for line in measure(is_quick="--quick" in sys.argv):
+            verdict = "holds" if line.holds else "MISSED"
+            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

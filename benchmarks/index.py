@@ -6,7 +6,6 @@ seconds that the stage needs beside reading are those of a run in which it knows
 """
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import Line, Workspace, generate, run, show, workspace
+from benchmarks.common import Line, Workspace, generate, run, workspace
 from pipeline.dataset import decoding
 from pipeline.dataset.manifest import Images
 
@@ -122,10 +121,5 @@ def one(path: str) -> tuple[str, tuple[int, int]]:
     return decoding.sha256(content), decoding.decode(content).size
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

@@ -5,7 +5,6 @@ wrong before count as misses. For scikit-learn's digits (features are computed h
 for the data set of the repository, all views (needs `dvc repro extract`).
 """
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,14 +17,14 @@ from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from benchmarks.common import EXTRACT, Line, run, show, workspace
+from benchmarks.common import EXTRACT, Line, run, workspace
 from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
 from pipeline.dataset.manifest import Images, Labels
 from pipeline.dataset.units import make_units
 from pipeline.features import hdf5
-from pipeline.features.views import sha256
 from pipeline.params import load_params
-from pipeline.training import suspects
+from pipeline.stages import label_suspects
 
 SHARE = 0.05
 N_FLIPS = 5
@@ -48,11 +47,11 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 
 def precision(values: np.ndarray, labels: Labels, n_flips: int, title: str) -> float:
     """Mean over `n_flips` flips; prints it with its 95 % interval (t) over them."""
-    found, options = [], load_params().label_suspects
-    units = make_units(labels)
+    found, params = [], load_params()
+    options = make_units(labels), params.label_suspects, params.threads, torch.device("cpu")
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        listed = suspects.find(values, replace(labels, label=label), units, options, torch.device("cpu")).rows
+        listed = label_suspects.find(values, replace(labels, label=label), *options).rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error
@@ -88,10 +87,5 @@ def write_digits(directory: Path, first: int | None) -> tuple[Images, Labels]:
     return Images(names, digests, [8] * n, [8] * n), labels
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

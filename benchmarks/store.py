@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import EXTRACT, REPOSITORY, Line, generate, run, show, workspace
+from benchmarks.common import EXTRACT, REPOSITORY, Line, generate, run, workspace
 from pipeline.dataset import manifest
 from pipeline.features.extraction import SHARD_ROWS
 from pipeline.params import load_params
@@ -94,10 +94,5 @@ def nothing_to_do() -> Iterator[Line]:
     yield Line("dvc repro with nothing to do", time.perf_counter() - start, "s", "at most", 2)
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)
