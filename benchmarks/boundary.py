@@ -46,11 +46,11 @@ class Study:
             "backbone": choose(name),
             "features": params.features.model_copy(update={"cut": "all", "pool": "none", "image_size": None}),
         }
+        self.files, self.labels = manifest.read_images(), manifest.read_labels()
+        self.seed = seed
         self.params = params.model_copy(update=changes)
         self.backbone = backbones.load(self.params.backbone, None)
         self.base = plan.plan_backbone(self.backbone, self.params)
-        self.files, self.labels = manifest.read_images(), manifest.read_labels()
-        self.seed = seed
         split = manifest.read_split(seed, self.labels.image_id)
         self.train, self.val = split.rows("train")[:n_images], split.rows("val")
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,22 @@ def test_a_stage_imports_no_other_stage_and_nothing_that_draws_or_serves_the_com
     own = f"pipeline/stages/{stage}.py"
     others = ("pipeline/report/", "pipeline/tools/", "pipeline/stages/", "pipeline/__main__.py")
     assert {module for module in loaded(own) - {own} if module.startswith(others)} == set()
+
+
+@pytest.mark.parametrize(
+    ("stages", "libraries"),
+    [
+        (("fetch", "index", "split"), set()),
+        (("compare",), {"sklearn", "statsmodels"}),
+        (("plan", "extract", "train_head", "fine_tune", "label_suspects"), {"torch"}),
+    ],
+)
+def test_stages_start_without_libraries_that_they_may_not_need(stages: tuple[str, ...], libraries: set[str]):
+    heavy = {"torch", "torchvision", "timm", "openvino", "sklearn", "statsmodels", "altair", "vl_convert"}
+    names = ", ".join(f"pipeline.stages.{stage}" for stage in stages)
+    code = f"import sys, {names}; print(*{heavy}.intersection(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == libraries
 
 
 @pytest.mark.parametrize("stage", STAGES)
