@@ -1,7 +1,7 @@
-"""Logging, progress bars, and how a stage ends: 0 when done, one line and 1 on a mistake.
+"""Logging, progress bars, and how a stage ends: exit code 0, or one line and exit code 1 for a user's mistake.
 
-A stage that is done leaves reports/timings/<stage>[-<arguments>].json, which git and DVC do not know: it differs from
-run to run.
+A stage that succeeds writes reports/timings/<stage>[-<arguments>].json. Git and DVC ignore this file, because it
+differs from run to run.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -34,45 +33,47 @@ log = logging.getLogger("pipeline")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; a user's mistake (ValueError, OSError) is one line, no traceback.
+    """Run a stage's `main`. A user's mistake (ValueError, OSError) ends it with one line and no traceback.
 
-    Ended by Ctrl-C or SIGTERM alike, it says so and keeps what was finished.
+    SIGTERM ends it as Ctrl-C does: with the line "interrupted", and with every finished file kept.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "timm", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.excepthook = _quiet_in_workers(os.getpid())
+    main_process = os.getpid()  # print tracebacks only there: the workers are copies of it
+    sys.excepthook = lambda *error: sys.__excepthook__(*error) if os.getpid() == main_process else None
     start = time.perf_counter()
     try:
         main()
         note_timing(time.perf_counter() - start)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # HDF5 tells a full disk in ten lines
+    except OSError as error:  # HDF5 reports a full disk in ten lines
         sys.exit(f"error: {' '.join(str(error).split())}")
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # what torch says of workers, not what they say
+        if not str(error).startswith("DataLoader worker"):  # torch's own message when a worker was killed
             raise
-        sys.exit(f"error: a process that decodes images was killed, as happens when memory is full ({error})")
+        sys.exit(f"error: a process that decodes images was killed, probably because memory is full ({error})")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
 
-def _quiet_in_workers(main: int) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
-    """What goes wrong in a decoding worker reaches the main process; what it shows itself is that this one is gone."""
+def leave_signals(*_worker: int) -> None:
+    """Initialise a worker process: the main process handles Ctrl-C and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        if os.getpid() == main:
-            sys.__excepthook__(kind, error, where)
 
-    return show
+def one_line(error: Exception) -> str:
+    """The message of an error of another library in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def note_timing(wall_seconds: float) -> None:
-    """Write what the stage that this process runs took; nothing where it runs something else.
+    """Write time and memory of the stage that this process runs; nothing if it runs no stage.
 
-    `peak_memory_bytes` is of the main process, None where the system does not say it.
+    `peak_memory_bytes` is that of the main process, None where the system does not report it.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or not spec.name.startswith(STAGES) or any(word.startswith("-") for word in sys.argv[1:]):
@@ -82,11 +83,11 @@ def note_timing(wall_seconds: float) -> None:
     peak = None
     if resource is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with contextlib.suppress(OSError):  # what was computed counts, not how long it took
+    with contextlib.suppress(OSError):  # a timing that cannot be written is no reason to fail
         write_json(TIMINGS / f"{name}.json", {"wall_seconds": round(wall_seconds, 2), "peak_memory_bytes": peak})
 
 
 def progress(items: Iterable[T], total: int, unit: str, description: str = "") -> Iterable[T]:
-    """`items` behind a bar with rate and time left; plain lines apart where there is no terminal."""
+    """Iterate over `items` with a progress bar; without a terminal, print a line every ten seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(items, description, total, unit=f" {unit}", mininterval=interval, smoothing=0.1)

@@ -1,4 +1,4 @@
-"""params.yaml -> frozen, validated Params. There are no defaults here: params.yaml holds every number."""
+"""Read params.yaml into frozen, validated records. There are no defaults here: params.yaml holds every number."""
 
 import difflib
 import json
@@ -64,7 +64,7 @@ class Record(BaseModel):
 
 
 class Dataset(Record):
-    """Where the images are."""
+    """Where the images are, and what to do about images that are unreadable or that occur twice."""
 
     fetch: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     path: Text
@@ -75,7 +75,7 @@ class Dataset(Record):
 
 
 class Splitting(Record):
-    """Sizes are shares of all images."""
+    """How images are split; the fractions are of all images."""
 
     method: Literal["stratified", "hash", "given"]
     seeds: Annotated[Seeds, Field(min_length=1)]
@@ -160,14 +160,14 @@ class HeadOptions(Record):
             )
         if self.kind == "pretrained" and self.standardize:
             raise ValueError(
-                "standardize: found true, expected false with `kind: pretrained`: pretrained layers want what they "
-                "were trained on"
+                "standardize: found true, expected false with `kind: pretrained`: pretrained layers need features as "
+                "they were in pretraining"
             )
         return self
 
 
 class SuspectOptions(Record):
-    """How labels that are probably wrong are looked for."""
+    """How probably wrong labels are found."""
 
     folds: Annotated[int, Field(ge=3, le=100)]
     seed: Natural
@@ -209,15 +209,16 @@ class Strategy(Record):
 
 
 class FineTune(Record):
-    """The strategies, each merged with `fine_tune.defaults`, and which of them run."""
+    """The strategies, and which of them run. Each strategy is already merged with the defaults."""
 
     run: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     seeds: Seeds
+    defaults: dict[str, Any]
     strategies: dict[Name, Strategy]
 
 
 class Compare(Record):
-    """How strategies are compared, and what a pull request must not make worse."""
+    """How strategies are compared, and the largest regressions allowed in a pull request."""
 
     baseline: Name
     practical_margin: BelowOne
@@ -226,7 +227,7 @@ class Compare(Record):
 
 
 class Runtime(Record):
-    """What changes no result (but for the device)."""
+    """Settings that change no result, except the device."""
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Natural
@@ -294,32 +295,36 @@ class Params(Record):
 def load_params(path: Path = PARAMS) -> Params:
     """Read and validate `path`; ValueError with one line per mistake.
 
-    Parsed as DVC parses it (ruamel.yaml, YAML 1.2: 1e-5 is a number, on and off are words), and validated from
-    JSON, where a list is a valid tuple but "3" is no valid integer.
+    The file is parsed as DVC parses it (ruamel.yaml, YAML 1.2: 1e-5 is a number, on and off are words). It is then
+    validated as JSON, because a JSON list is a valid tuple while the text "3" is no valid integer.
     """
-    document: Any = None
     try:
         document = json.loads(json.dumps(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))))
-        return Params.model_validate_json(json.dumps(_merged(document)))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; run from the top of the repository") from None
-    except ValidationError as error:
-        mistakes = [_mistake(dict(mistake), document) for mistake in error.errors()]
-        raise ValueError("\n".join(f"{path}: {mistake}" for mistake in dict.fromkeys(mistakes))) from None
     except (YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from None
+    try:
+        return Params.model_validate_json(json.dumps(_with_defaults(document)))
+    except ValidationError as error:
+        mistakes = [_describe(dict(mistake), document) for mistake in error.errors()]
+        raise ValueError("\n".join(f"{path}: {mistake}" for mistake in dict.fromkeys(mistakes))) from None
 
 
-def _merged(document: Any) -> Any:  # noqa: ANN401
-    """The document with `fine_tune.defaults` put into every strategy that does not set the key itself."""
+def _with_defaults(document: Any) -> Any:  # noqa: ANN401
+    """The document with `fine_tune.defaults` merged into each strategy; the strategy's own keys win."""
     match document:
-        case {"fine_tune": {"defaults": dict(defaults), "strategies": dict(strategies), **others}}:
-            merged = {name: defaults | own if isinstance(own, dict) else own for name, own in strategies.items()}
-            return document | {"fine_tune": others | {"strategies": merged}}
+        case {"fine_tune": {"strategies": dict(strategies)} as fine_tune}:
+            defaults = fine_tune.get("defaults")
+            if isinstance(defaults, dict):
+                merged = {name: defaults | own if isinstance(own, dict) else own for name, own in strategies.items()}
+            else:
+                merged = {}  # the error is about the defaults, not about every key that they would have given
+            return document | {"fine_tune": fine_tune | {"strategies": merged}}
     return document
 
 
-IN_YAML_TERMS = {  # for pydantic's messages that a user of YAML would not understand
+EXPECTED = {  # replaces those of pydantic's messages that speak of Python, by type of mistake
     "too_short": "expected at least one entry",
     "string_too_short": "expected a word",
     "string_pattern_mismatch": "expected letters, digits and _ only",
@@ -329,21 +334,21 @@ IN_YAML_TERMS = {  # for pydantic's messages that a user of YAML would not under
 }
 
 
-def _mistake(mistake: dict, document: dict) -> str:
+def _describe(mistake: dict, document: dict) -> str:
     """One line: the key, what was found, what was expected."""
     where = list(mistake["loc"])
-    if where[:2] == ["fine_tune", "strategies"] and len(where) > 3:
-        fine_tune = document["fine_tune"]
-        if where[3] not in fine_tune["strategies"][where[2]] and where[3] in fine_tune["defaults"]:
-            where[1:3] = ["defaults"]
-    key = "".join(f"{part}: " for part in [".".join(map(str, where))] if part)
+    match where:  # "[key]" stands for the name of the strategy itself
+        case ["fine_tune", "strategies", name, key, *_] if key != "[key]":
+            if key not in document["fine_tune"]["strategies"][name]:
+                where[1:3] = ["defaults"]
+    key = f"{'.'.join(map(str, where))}: " if where else ""
     if mistake["type"] == "missing":
         return f"{key}is missing"
     if mistake["type"] == "extra_forbidden":
         records = [record for record in Record.__subclasses__() if record.__module__ == __name__]
         known = {field for record in records for field in record.model_fields}
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        return f"{key}unknown key; expected {'only those of the params.yaml in git' if not near else near[0]}"
+        return f"{key}unknown key; expected {near[0] if near else 'only keys of the params.yaml in git'}"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
     message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
-    return f"{key}{found}{IN_YAML_TERMS.get(mistake['type'], message)}"
+    return f"{key}{found}{EXPECTED.get(mistake['type'], message)}"

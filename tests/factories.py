@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import hdf5
-from pipeline.features.hdf5 import Provenance
+from pipeline.features.hdf5 import Provenance, Row
+from pipeline.features.store import Key, Store, root
 from pipeline.files import write_json, write_text
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.network.preprocessing import Preprocessing
@@ -191,6 +192,38 @@ def provenance(**changes: Any) -> Provenance:
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
     stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
+
+
+# The feature store
+
+STORE_ROWS: list[Row] = [(f"{number:064x}", 0) for number in range(12)]
+STORE_VALUES = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+
+
+def store_key(backbone: str = "torchvision/resnet18", width: int = 5, store_dtype: str = "fp32") -> Key:
+    """The key of rows of `width` numbers."""
+    description = {
+        "backbone": backbone,
+        "weights_sha256": "c0ffee00" * 8,
+        "cut": "layer3",
+        "pool": "avg",
+        "preprocessing": {"crop": 224},
+        "precision": "fp32",
+        "store_dtype": store_dtype,
+        "engine": "openvino",
+        "device": "cpu",
+    }
+    return Key(description, FLIPS, (width,))
+
+
+def fill_store(key: Key, rows: list[Row] = STORE_ROWS) -> list[Path]:
+    """Write STORE_VALUES as three shards of four rows each; the paths of those that are new."""
+    store = Store(key)
+    before = {*root().glob("*/*.h5")}
+    for start in range(0, 12, 4):
+        values = np.resize(STORE_VALUES, (12, *key.row_shape))[start : start + 4]
+        store.write(rows[start : start + 4], values)
+    return sorted({*root().glob("*/*.h5")} - before)
 
 
 # Runs

@@ -1,4 +1,4 @@
-"""What every stage knows of the data: the tables of images, labels and splits, units, and decoding.
+"""What every stage knows about the data: the tables of images, labels and splits, units, and decoding.
 
-How these tables are made from a user's directory is in ingest.
+The code that makes these tables from a user's directory is in ingest.
 """

@@ -1,7 +1,7 @@
-"""Decode image files as the network sees them: the bytes of any file -> upright 8-bit L or RGB, or the reason why not.
+"""Decode image files: the bytes of any file -> an upright 8-bit image (L or RGB), or the reason why not.
 
-Colour profiles are ignored, as where the pretrained weights come from. Of a file with several pictures of equal rank
-none is chosen: it is refused.
+Colour profiles are ignored, as in the training of the pretrained weights. A file with several pictures of equal rank
+is refused.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-VERSION = 2  # raise it when other pixels come out: features and the memory of `index` are then made anew
-EXTENSIONS = {  # of the formats that are read, none of which runs a program
+VERSION = 2  # raise it when the pixels change: features and the memory of `index` are then computed again
+EXTENSIONS = {  # of the formats that are read; none of them runs a program
     "AVIF": (".avif", ".avifs"),
     "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
@@ -26,10 +26,10 @@ EXTENSIONS = {  # of the formats that are read, none of which runs a program
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
-FORMATS = tuple(kind for kind in EXTENSIONS if kind != "MPO")  # as Pillow opens them; MPO comes as a kind of JPEG
-MAX_ASPECT = 50  # of an image: resizing the shorter side makes the longer one so many times as long
-MOST_SCANNED = 2e10  # px that all scans of a JPEG pass over, about a minute; cameras' files have ten scans
-TURNS = {  # what makes a picture upright, by the orientation that its EXIF block states
+FORMATS = tuple(kind for kind in EXTENSIONS if kind != "MPO")  # for Pillow, MPO is a kind of JPEG
+MAX_ASPECT = 50  # of the sides: when the shorter one is resized to 224 px, the longer one has up to 11,200
+MAX_SCANNED = 2e10  # px in all scans of a JPEG, about a minute; files of cameras have ten scans
+TURNS = {  # how to turn a picture upright, by the orientation in its EXIF block
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,27 +52,27 @@ class Decoded:
 
 
 def sha256(content: bytes) -> str:
-    """SHA-256 (hex), which names an image wherever it lies."""
+    """SHA-256 (hex) of a file's bytes, which identifies an image wherever it is stored."""
     return hashlib.sha256(content).hexdigest()
 
 
 def decode(content: bytes) -> Image.Image:
-    """The image alone, as `examine` gives it."""
+    """The image alone; raises as `examine` does."""
     return examine(content).image
 
 
 def examine(content: bytes) -> Decoded:
-    """Decode the whole file; ValueError says in one line why it cannot be read, the same words in every run.
+    """Decode the whole file; ValueError with one line, the same in every run, if it cannot be read.
 
-    Grey stays grey (one channel to resize instead of three, the same result). 16 bits are scaled by their full range,
-    never by what occurs. What is transparent becomes white, as viewers show it: the colours underneath are whatever
-    the writer left there. Decompression bombs (over 89 megapixels) are refused by their header.
+    Grey stays grey (one channel to resize instead of three, with the same result). 16 bits are scaled by their full
+    range, not by the values that occur. Transparent pixels become white, as in viewers: the colours underneath are
+    arbitrary. Decompression bombs (over 89 megapixels) are refused by their header.
     """
     if not content:
         raise ValueError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a broken EXIF block is no broken image
+            warnings.simplefilter("ignore")  # an image with a broken EXIF block is usable
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 kind, mode = str(image.format), image.mode
@@ -80,24 +80,24 @@ def examine(content: bytes) -> Decoded:
                 orientation = _orientation(image)
                 image.load()
                 pixels = _eight_bits(image)
-    except UnidentifiedImageError:  # whose text holds an address in memory
+    except UnidentifiedImageError:  # its text contains an address in memory, so it differs from run to run
         if content.startswith((b"II*\0", b"MM\0*")):
             raise ValueError("a TIFF of a kind that is not read; expected 8- or 16-bit grey, or RGB") from None
         raise ValueError(f"not an image of a known format ({', '.join(FORMATS)})") from None
-    except MemoryError:  # which says nothing of the file
+    except MemoryError:  # not the fault of the file
         raise
-    # Pillow's decoders raise almost anything on broken input; whatever it is, the file is at fault
+    # Pillow's decoders raise almost any exception on broken input, so the file is at fault
     except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-    if orientation in TURNS and kind != "TIFF":  # which Pillow turns itself
+    if orientation in TURNS and kind != "TIFF":  # Pillow turns a TIFF itself
         pixels = pixels.transpose(TURNS[orientation])
     return Decoded(pixels, kind, mode, orientation)
 
 
 def check_sums(content: bytes) -> None:
-    """ValueError for a PNG whose checksums say that its bytes are not those that were written; other formats have none.
+    """ValueError for a PNG whose checksums do not fit its bytes; other formats have no checksums.
 
-    Decoding does not check those of the pixels, nor that the end is there.
+    Decoding alone checks neither the checksums of the pixels nor that the end of the file is there.
     """
     if not content.startswith(b"\x89PNG"):
         return
@@ -114,21 +114,21 @@ def _check_header(image: Image.Image, content: bytes) -> None:
         raise ValueError(f"{width} x {height} px; expected at least one pixel")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width} x {height} px; expected a side at most {MAX_ASPECT} times the other")
-    # The other pictures of a camera's MPO are previews and second views of the first
+    # In a camera's MPO, the other pictures are previews or second views of the first
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ValueError("several frames or pages; expected a single picture")  # to count thousands takes long
-    # Each scan of a progressive JPEG passes over all pixels, and takes few bytes
-    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") * width * height > MOST_SCANNED:
+        raise ValueError("several frames or pages; expected a single picture")  # not counted: that may take long
+    # A scan of a progressive JPEG needs few bytes, but decoding it visits all pixels
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") * width * height > MAX_SCANNED:
         raise ValueError(f"a JPEG of {width} x {height} px in too many scans")
 
 
 def _orientation(image: Image.Image) -> int:
-    """What the EXIF block says, 1 (upright) where there is none or it cannot be read."""
+    """The orientation in the EXIF block; 1 (upright) if there is none or it cannot be read."""
     try:
-        stated = image.getexif().get(0x0112)
+        orientation = image.getexif().get(0x0112)
     except Exception:  # as above
         return 1
-    return stated if isinstance(stated, int) and stated in TURNS else 1
+    return orientation if isinstance(orientation, int) and orientation in TURNS else 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -144,17 +144,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Whole numbers of more than 8 bits, by the range that the file's type has."""
+    """Scale integers of more than 8 bits to 8 bits, by the full range of their type."""
     pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits, is_signed = tags.get(BITS, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))[0] == 2
-    if bits > 16:  # of which most files use a part, and say not which
+    if bits > 16:  # most such files use a smaller range, and do not state it
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"{bits}-bit pixels from {pixels.min()} to {pixels.max()}; expected 0 to 65535")
         bits, is_signed = 16, False
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if is_signed else (0, 2**bits - 1)
     table = np.round(np.arange(high - low + 1) * (255 / (high - low))).astype(np.uint8)
     grey = table[np.clip(pixels.astype(np.int32), low, high) - low]
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero
+    if tags.get(PHOTOMETRIC) == 0:  # zero means white
         grey = 255 - grey
     if isinstance(transparent := image.info.get("transparency"), int):
         grey[pixels == transparent] = 255

@@ -1,6 +1,6 @@
-"""Images, Labels and Splits: the tables that say what is trained on what, as CSV files.
+"""Images, Labels and Splits: the tables of the images, their labels and the splits, as CSV files.
 
-All are in the order of `image_id` (POSIX path below the dataset directory).
+All are in the order of `image_id` (POSIX path below the directory of the data set).
 """
 
 import csv
@@ -16,7 +16,7 @@ from pipeline.files import write_text
 IMAGES = Path("data/images.csv")
 LABELS = Path("data/labels.csv")
 SPLITS = Path("data/splits")
-PARTS = ("train", "val", "test", "unused")
+SPLIT_NAMES = ("train", "val", "test", "unused")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Images:
 class Labels:
     """One entry per image: `label` (n,) int64 indexes `class_names`; `weight` (n,) float64.
 
-    The others are text, empty where the dataset says nothing; `sha256` ties a row to its features.
+    The other columns are text, empty where the data set gives nothing. `sha256` connects a row to its features.
     """
 
     image_id: list[str]
@@ -50,15 +50,15 @@ class Labels:
 
 @dataclass(frozen=True)
 class Split:
-    """Which part each image plays for one seed: train, val, test or unused."""
+    """For one seed, the split that each image belongs to, (n,) of str: train, val, test or unused."""
 
     seed: int
     image_id: list[str]
     split: np.ndarray
 
-    def rows(self, part: str) -> np.ndarray:
-        """Positions (int64) of the images of one part."""
-        return np.flatnonzero(self.split == part)
+    def rows(self, name: str) -> np.ndarray:
+        """Positions (int64) of the images of train, val, test or unused."""
+        return np.flatnonzero(self.split == name)
 
 
 def write_images(images: Images, path: Path = IMAGES) -> None:
@@ -73,13 +73,13 @@ def read_images(path: Path = IMAGES) -> Images:
 
 
 def write_labels(labels: Labels, path: Path = LABELS) -> None:
-    """Write labels.csv: the label by name, the weight as the shortest decimal that reads back."""
+    """Write labels.csv: the label by name, the weight as the shortest decimal that reads back exactly."""
     frame = pd.DataFrame({column: values for column, values in vars(labels).items() if column != "class_names"})
     write_csv(path, frame.assign(label=[labels.class_names[index] for index in labels.label]))
 
 
 def read_labels(path: Path = LABELS) -> Labels:
-    """Read labels.csv; class names are those that occur, sorted."""
+    """Read labels.csv; the class names are those that occur, sorted."""
     columns = [field.name for field in fields(Labels) if field.name != "class_names"]
     frame = _read(path, columns, "index")
     class_names = sorted(set(frame["label"]))
@@ -94,7 +94,7 @@ def write_split(split: Split, directory: Path = SPLITS) -> None:
 
 
 def read_split(seed: int, image_id: Sequence[str], directory: Path = SPLITS) -> Split:
-    """Read seed_<s>.csv; ValueError unless it is about just the images `image_id`, in this order."""
+    """Read seed_<s>.csv; ValueError unless its images are exactly `image_id`, in this order."""
     path = directory / f"seed_{seed}.csv"
     frame = _read(path, ["image_id", "split"], "split")
     if list(frame["image_id"]) != list(image_id):
@@ -111,18 +111,18 @@ def read_splits(image_id: Sequence[str], directory: Path = SPLITS) -> list[Split
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a table with a header, without the index."""
     text = frame.to_csv(index=False, lineterminator="\n")
-    if "\r" in text:  # in a name it would end a row, and it is quoted only if everything is
+    if "\r" in text:  # pandas does not quote a name for it, though it would end the row
         text = frame.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
     write_text(path, text)
 
 
 def _read(path: Path, columns: list[str], stage: str) -> pd.DataFrame:
-    """A table that `stage` wrote, as text; ValueError, which says so, where it is not there or something else."""
+    """Read a table of `stage` as text; ValueError that names the stage to run if the file is missing or damaged."""
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: not there; run: dvc repro {stage}") from None
-    except ValueError as error:  # no CSV, or not UTF-8
+    except ValueError as error:  # not CSV, or not UTF-8
         raise ValueError(f"{path}: {' '.join(str(error).split())}; run: dvc repro {stage}") from None
     if missing := set(columns) - set(frame.columns):
         raise ValueError(f"{path}: column {min(missing)!r} is missing; run: dvc repro {stage}")

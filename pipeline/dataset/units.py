@@ -1,4 +1,6 @@
-"""Units: images that must stay together, in splits as in folds."""
+"""Units: images that must stay together, in splits and in folds."""
+
+from collections import Counter
 
 import networkx
 
@@ -6,15 +8,20 @@ from pipeline.dataset.manifest import Labels
 
 
 def make_units(labels: Labels) -> list[list[int]]:
-    """Rows that must stay together: connected by equal bytes, by group or by near-duplicate group."""
-    ties = networkx.Graph()
-    ties.add_nodes_from(range(len(labels.image_id)))
+    """Rows of each unit: images connected by equal bytes, by group or by near-duplicate group."""
+    graph = networkx.Graph()
+    graph.add_nodes_from(range(len(labels.image_id)))
     for values in ties_of(labels).values():
         first: dict[str, int] = {}
-        ties.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(values) if value)
-    return [sorted(unit) for unit in networkx.connected_components(ties)]
+        graph.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(values) if value)
+    return [sorted(unit) for unit in networkx.connected_components(graph)]
+
+
+def count_units(labels: Labels, units: list[list[int]]) -> Counter[int]:
+    """The number of units that hold images of each class, by the index of the class."""
+    return Counter(label for unit in units for label in set(labels.label[unit].tolist()))
 
 
 def ties_of(labels: Labels) -> dict[str, list[str]]:
-    """What ties images, by what it is called: a value per image, which those of the same value share; "" ties none."""
+    """For each reason why images belong together, a value per image; equal values tie images, "" ties none."""
     return {"identical bytes": labels.sha256, "group": labels.group, "near-duplicates": labels.near_duplicate_group}

@@ -1,14 +1,13 @@
-"""Extraction: run a frozen network once over the views that the feature store lacks, and assemble what it holds.
+"""Extraction: run a frozen network over the views that the feature store lacks, and assemble data/features.h5.
 
 The assembled file is in the order of images.csv, so that its bytes do not depend on how the store was filled.
 """
 
 import logging
-import math
 import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
@@ -16,22 +15,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.dataset import decoding
+from pipeline.dataset.manifest import Images
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.store import Key, Store
 from pipeline.features.views import Sample, load_batches
 from pipeline.logs import progress
 from pipeline.network import engine
-from pipeline.network.backbones import Backbone
+from pipeline.network.cuts import Prefix
 from pipeline.network.device import BATCH
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, FeatureOptions
 
 SHARD_BYTES = 32 * 2**20
-SHARD_ROWS = 256  # the most that is lost when the process is killed
+SHARD_ROWS = 256  # the most rows that are lost when the process is killed
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "openvino")  # their versions can change the values
 log = logging.getLogger("pipeline")
 
@@ -46,18 +45,11 @@ class Computation:
 
 
 def prepare(
-    module: nn.Module,
-    backbone: Backbone,
-    cut: str,
-    pool: str,
-    augmentation: Augmentation,
-    options: FeatureOptions,
-    threads: int,
-    device: torch.device,
+    prefix: Prefix, augmentation: Augmentation, options: FeatureOptions, device: torch.device
 ) -> Computation:
-    """Prepare `module`, which is `backbone` from pixels to `cut`, pooled, and describe it."""
+    """Make the prefix ready to run, and describe it; ValueError if the engine or the precision does not go with it."""
     engine.check_precision("features.precision", options.precision, device)
-    torch.set_num_threads(threads)
+    backbone, module = prefix.backbone, prefix.module
     shape = BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3
     example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -66,36 +58,41 @@ def prepare(
     description = {
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
-        "cut": cut,
-        "pool": pool,
+        "cut": prefix.boundary,
+        "pool": prefix.pool,
         "decoding": decoding.VERSION,
         "preprocessing": backbone.preprocessing.model_dump(mode="json"),
         "precision": options.precision,
         "store_dtype": options.store_dtype,
         "engine": runner.engine,
         "device": device.type,
-        "threads": threads if (runner.engine, device.type) == ("torch", "cpu") else None,
+        "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
         "versions": {library: metadata.version(library) for library in LIBRARIES},
     }
     return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
 
 
+def locate(images: Images, directory: str) -> dict[str, Path]:
+    """The path of each image file below `directory`, by the SHA-256 of its bytes."""
+    return {sha256: Path(directory, name) for name, sha256 in zip(images.image_id, images.sha256, strict=True)}
+
+
 @dataclass(frozen=True)
 class Share:
-    """Which part of the missing rows this process computes: rank `rank` of `world_size` that fill one store."""
+    """The share of the missing rows that this process computes: rank `rank` of `world_size` that fill one store."""
 
     rank: int
     world_size: int
 
     def holds(self, row: Row) -> bool:
-        """Whether the row belongs to it: by the image's digest, so that all know without talking."""
+        """Whether the row is in this share: the image's digest decides, so the ranks need not communicate."""
         return int(row[0][:16], 16) % self.world_size == self.rank
 
 
 def share_of_environment() -> Share:
-    """RANK and WORLD_SIZE, as torchrun sets them; everything where they are not set."""
-    of_all = os.environ.get("WORLD_SIZE", "1")
-    found = {"RANK": os.environ.get("RANK", "0" if of_all == "1" else ""), "WORLD_SIZE": of_all}
+    """The share of RANK and WORLD_SIZE, which torchrun sets; all rows where they are not set. ValueError if wrong."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    found = {"RANK": os.environ.get("RANK", "0" if size == "1" else ""), "WORLD_SIZE": size}
     rank, world_size = (int(value) if value.isdecimal() else -1 for value in found.values())
     if not 0 <= rank < world_size:
         raise ValueError(f"environment: found {found}, expected 0 <= RANK < WORLD_SIZE, as torchrun sets them")
@@ -105,73 +102,66 @@ def share_of_environment() -> Share:
 def fill(
     computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, max_gb: float, share: Share
 ) -> Store:
-    """Compute the rows that are missing; `paths` says where the image of each SHA-256 lies.
+    """Compute the rows that are missing from images at `paths`, which are named by SHA-256.
 
-    Whatever was computed stays if this is interrupted. Raises ValueError before computing anything if the rows would
-    take more than `max_gb` (GB).
+    Rows that were computed before an interruption are kept. Raises ValueError before computing anything if the rows
+    would take more than `max_gb` (GB).
     """
     key = computation.key
     store, cut = Store(key), key.description["cut"]
-    wanted = list(dict.fromkeys(rows))
-    row_bytes = key.dtype.itemsize * math.prod(key.row_shape)
-    size = len(wanted) * row_bytes / 1e9
+    requested = list(dict.fromkeys(rows))
+    size = len(requested) * key.row_bytes / 1e9
     if size > max_gb:
         raise ValueError(
             f"params.yaml: runtime.store_max_gb: {max_gb:g}, but the cache at {cut} needs {size:.3g} GB; take fewer "
             "views, a later cut, `features.store_dtype: fp16` or `boundary_cache: off`, or raise it"
         )
-    n_found, missing = len(store), store.missing(wanted)
-    n_reused = len(wanted) - len(missing)
+    n_found, missing = len(store), store.missing(requested)
+    n_reused = len(requested) - len(missing)
     missing = [row for row in missing if share.holds(row)]
     if missing:
-        how = f"{key.description['engine']}, {key.description['precision']}"
-        log.info("cache at %s (%.3g GB): %d rows to compute (%s)", cut, size, len(missing), how)
+        engine_name, precision = key.description["engine"], key.description["precision"]
+        log.info("cache at %s (%.3g GB): %d rows to compute (%s, %s)", cut, size, len(missing), engine_name, precision)
         try:
-            _compute_and_write(computation, paths, missing, workers, store, row_bytes)
+            _compute_and_write(computation, paths, missing, workers, store)
         finally:
             n_computed = len(store) - n_found
             if n_computed < len(missing):
                 text = "cache at %s: %d of %d rows are kept; the next run computes the rest"
-                log.warning(text, cut, n_reused + n_computed, len(wanted))
-    n_dropped = n_found - n_reused
+                log.warning(text, cut, n_reused + n_computed, len(requested))
     text = "cache at %s: %d rows reused, %d computed, %d dropped"
-    log.info(text, cut, n_reused, len(missing), n_dropped)
+    log.info(text, cut, n_reused, len(missing), n_found - n_reused)
     return store
 
 
 def _compute_and_write(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, store: Store, row_bytes: int
+    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, store: Store
 ) -> None:
     """Compute `rows` in order, and write them a shard at a time while the next are computed."""
-    per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
-    written: Future[None] | None = None
-    buffer: list[np.ndarray] = []
-    start = 0
+    n_per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // computation.key.row_bytes))
+    writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer, closing(_compute(computation, paths, rows, workers)) as computed:
-        try:
-            bar = iter(progress(computed, len(rows), "views", computation.key.description["cut"]))
-            while start < len(rows):
-                for value in islice(bar, min(per_shard, len(rows) - start)):
-                    buffer.append(value)
-                if written:
-                    written.result()  # one shard waits in memory, not more
-                written = writer.submit(store.write, rows[start : start + len(buffer)], np.stack(buffer))
-                start, buffer = start + len(buffer), []
-            next(bar, None)  # ends the bar
-            if written:
-                written.result()
-        except BaseException:
-            if buffer:
-                with suppress(OSError, ValueError):  # told already
-                    if written:
-                        written.result()
-                    store.write(rows[start : start + len(buffer)], np.stack(buffer))
-            raise
+        values = iter(progress(computed, len(rows), "views", computation.key.description["cut"]))
+        for start in range(0, len(rows), n_per_shard):
+            buffer: list[np.ndarray] = []
+            try:
+                for value in islice(values, min(n_per_shard, len(rows) - start)):
+                    buffer.append(value)  # one by one: what there is when an error comes is written too
+            finally:
+                if buffer:
+                    part, previous = rows[start : start + len(buffer)], writing
+                    writing = writer.submit(store.write, part, np.stack(buffer))
+                    if previous:
+                        previous.result()  # one shard waits in memory, not more
+        next(values, None)  # ends the bar
+        if writing:
+            writing.result()
 
 
 def _compute(
     computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int
 ) -> Generator[np.ndarray, None, None]:
+    """The values of `rows`, one by one; ValueError if one is not finite."""
     size = computation.runner.size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     samples = [[Sample(paths[name], name, view) for name, view in batch] for batch in batches]
@@ -183,12 +173,12 @@ def _compute(
 
 
 def assemble(store: Store, sha256: Sequence[str], views: int, provenance: Provenance, path: Path) -> None:
-    """Write `path`: all views of the images `sha256`, in this order, in bounded memory."""
+    """Write all views of the images `sha256` to `path`, in this order, in bounded memory."""
     example = store.read([(sha256[0], 0)])
     shape = (views, *example.shape[1:])
     n = max(1, min(SHARD_ROWS, SHARD_BYTES // (views * example.nbytes)))
-    parts = (sha256[start : start + n] for start in range(0, len(sha256), n))
     blocks = (
-        store.read([(name, view) for name in part for view in range(views)]).reshape(-1, *shape) for part in parts
+        store.read([(name, view) for name in sha256[start : start + n] for view in range(views)]).reshape(-1, *shape)
+        for start in range(0, len(sha256), n)
     )
     hdf5.write_features(path, (len(sha256), *shape), example.dtype, blocks, sha256, provenance)

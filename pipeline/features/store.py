@@ -5,6 +5,7 @@ or absent, and never changed: several processes fill one store without communica
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row, Shard
-from pipeline.files import digest, write_json
+from pipeline.files import digest, shared, write_json
 from pipeline.params import STORE_DTYPES, Augmentation
 
 SCHEMA = 3
@@ -26,8 +27,8 @@ log = logging.getLogger("pipeline")
 
 
 def root() -> Path:
-    """The directory of the store: that of the main checkout also inside `dvc exp run --temp`, which sets DVC_ROOT."""
-    return Path(os.environ.get("DVC_ROOT", "."), "data", ".feature_store")
+    """The directory of the store, which all experiments share."""
+    return shared(".feature_store")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class Key:
 
     @property
     def dtype(self) -> np.dtype:
-        """In which rows are stored."""
+        """The type in which rows are stored."""
         return np.dtype(STORE_DTYPES[self.description["store_dtype"]])
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one row."""
+        return self.dtype.itemsize * math.prod(self.row_shape)
 
     def describe(self, view: int) -> dict[str, Any]:
         """What a row of this view depends on: on the augmentation only if it is not view 0."""

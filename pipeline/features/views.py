@@ -4,7 +4,6 @@ Only geometry and colour change here. Scaling to floats is the first layer of th
 that the decoding processes pass on a quarter of the bytes.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.dataset.decoding import decode, sha256
+from pipeline.logs import leave_signals
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
 
@@ -113,7 +113,7 @@ def load_batches(
         shuffle=False,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals,
+        worker_init_fn=leave_signals,
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # or it would draw from the numbers that dropout is drawn from
     )
@@ -121,11 +121,6 @@ def load_batches(
         if isinstance(batch, ValueError):
             raise batch
         yield batch
-
-
-def _leave_signals(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

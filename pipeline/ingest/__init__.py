@@ -1,4 +1,4 @@
-"""How data come in: from a package or a directory to images.csv, labels.csv and splits.
+"""How data come in: from a package or a directory to images.csv, labels.csv and the splits.
 
-Only `fetch`, `index` and `split` use it. Nothing here knows of networks.
+Only the stages `fetch`, `index` and `split`, and the command `import-idx`, use it. Nothing here deals with networks.
 """

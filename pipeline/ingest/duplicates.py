@@ -1,10 +1,9 @@
-"""Images that are there twice: the same bytes, or nearly the same picture by perceptual hash.
+"""Find images that occur twice: near-duplicates by a perceptual hash.
 
 The hash is the usual one of 64 bits: which of the 8 x 8 lowest frequencies (discrete cosine transform of 32 x 32 grey
-pixels) are above their median. It does not see colour, and hardly size, compression or small changes.
+pixels) are above their median. It ignores colour and hardly depends on size, compression or small changes.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,18 +15,18 @@ from scipy.sparse.csgraph import connected_components
 
 SIDE, KEPT = 32, 8  # px of the reduced picture, and frequencies kept of each direction
 COSINES = np.asarray(dct(np.eye(SIDE), axis=0, norm="ortho"))[:KEPT]
-PICKED = 4  # rows and columns of the picture that are averaged for each of these pixels
-FLAT = 1.0  # grey levels of deviation in these frequencies below which there is nothing to compare
-BLOCK = 2**17  # pairs of rows that are compared at a time: what a cache holds
+SAMPLED = 4  # rows and columns of the picture that are averaged for each of these pixels
+FLAT = 1.0  # standard deviation (grey levels) of these frequencies below which a picture counts as flat
+BLOCK = 2**17  # pairs of rows that are compared at a time, so that they fit the processor's cache
 
 
 @dataclass(frozen=True)
 class Near:
     """Near-duplicates among n pictures.
 
-    `component` (n,) int64: pictures connected by pairs share a number. `closest` (k, 3) int64: pairs (a, b) of
-    different pictures and their distance (bits), the nearest first; the first of those with one hash stands for all.
-    `n_pairs`: how many there are.
+    `component` (n,) int64: pictures connected by pairs share a number. `closest` (k, 3) int64: pairs (a, b) and their
+    Hamming distance, the nearest first; of pictures with equal hashes the first represents all. `n_pairs`: the number
+    of all pairs.
     """
 
     component: np.ndarray
@@ -35,22 +34,17 @@ class Near:
     n_pairs: int
 
 
-def perceptual_hash(image: Image.Image) -> int | None:
-    """The 64 bits of an 8-bit image (L or RGB); None for a flat picture, which would resemble every other."""
-    return hashes_of([reduced(image)])[0]
-
-
 def reduced(image: Image.Image) -> np.ndarray:
-    """The 32 x 32 grey pixels (uint8) that the hash is about."""
-    picked = image.resize((SIDE * PICKED, SIDE * PICKED), Image.Resampling.NEAREST)
-    return np.asarray(picked.reduce(PICKED).convert("L"))
+    """The 32 x 32 grey pixels (uint8) of an 8-bit image (L or RGB) that are hashed."""
+    sampled = image.resize((SIDE * SAMPLED, SIDE * SAMPLED), Image.Resampling.NEAREST)
+    return np.asarray(sampled.reduce(SAMPLED).convert("L"))
 
 
-def hashes_of(pixels: Sequence[np.ndarray]) -> list[int | None]:
-    """Hashes of what `reduced` gives, of many pictures at a time: ten times as fast as one by one."""
+def perceptual_hashes(pixels: Sequence[np.ndarray]) -> list[int | None]:
+    """The 64 bits for each result of `reduced`; None for a flat picture, which would resemble every other one."""
     if not pixels:
         return []
-    # Rounded, or noise of the last digit would decide where a frequency is absent
+    # Rounded, because noise in the last digit would decide the bit of a frequency that is absent
     low = np.round(COSINES @ np.stack(pixels).astype(np.float64) @ COSINES.T, 2).reshape(len(pixels), -1)
     is_flat = np.square(low[:, 1:]).sum(axis=1) < (FLAT * SIDE) ** 2
     bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
@@ -58,25 +52,17 @@ def hashes_of(pixels: Sequence[np.ndarray]) -> list[int | None]:
     return [None if flat else value for flat, value in zip(is_flat.tolist(), values, strict=True)]
 
 
-def exact(sha256: Sequence[str]) -> list[list[int]]:
-    """Rows of the same bytes, two or more, in order."""
-    rows = defaultdict(list)
-    for row, name in enumerate(sha256):
-        rows[name].append(row)
-    return [group for group in rows.values() if len(group) > 1]
-
-
 def near(hashes: np.ndarray, bits: int, n_closest: int) -> Near:
-    """Pairs of pictures whose hashes (n,) uint64 differ by at most `bits`.
+    """Pairs of pictures whose hashes (n,) uint64 have a Hamming distance of at most `bits`.
 
-    Hashes that differ by b bits agree in at least one of b + 1 bands, so only rows that agree in a band are compared
+    Hashes that differ in b bits agree in at least one of b + 1 bands, so only rows that agree in a band are compared
     (Manku, Jain and Das Sarma 2007). Equal hashes are compared once, however many pictures have them.
     """
     distinct, member, count = np.unique(hashes, return_inverse=True, return_counts=True)
     first = np.unique(member, return_index=True)[1]
     connected = np.arange(len(distinct))
-    closest, n_pairs = _of_equal_hashes(member, n_closest), int((count * (count - 1) // 2).sum())
-    for a, b, distance in _close(distinct, bits):
+    closest, n_pairs = _equal_pairs(member, n_closest), int((count * (count - 1) // 2).sum())
+    for a, b, distance in _close_pairs(distinct, bits):
         n_pairs += int((count[a] * count[b]).sum())
         connected = _connect(connected, a, b)
         best = np.argsort(distance, kind="stable")[:n_closest]
@@ -85,8 +71,8 @@ def near(hashes: np.ndarray, bits: int, n_closest: int) -> Near:
     return Near(connected[member], closest, n_pairs)
 
 
-def _of_equal_hashes(member: np.ndarray, n: int) -> np.ndarray:
-    """The first `n` pairs of neighbours among rows of one hash, at distance 0."""
+def _equal_pairs(member: np.ndarray, n: int) -> np.ndarray:
+    """The first `n` pairs of successive rows with equal hashes, at distance 0."""
     order = np.argsort(member, kind="stable")
     left = np.flatnonzero(member[order][:-1] == member[order][1:])
     return _nearest(np.column_stack([order[left], order[left + 1], np.zeros(len(left), np.int64)]), n)
@@ -96,8 +82,8 @@ def _nearest(pairs: np.ndarray, n: int) -> np.ndarray:
     return pairs[np.lexsort(pairs.T[[1, 0, 2]])][:n]
 
 
-def _close(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of pairs (a, b) of rows, each pair once, with their distances."""
+def _close_pairs(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of pairs of rows (a, b) with their distances; each pair occurs once."""
     width = min(64 // (bits + 1), max(1, len(hashes).bit_length() - 6))  # narrow enough for groups of some dozens
     bands = [np.uint64(sum(1 << band + i * (bits + 1) for i in range(width))) for band in range(bits + 1)]
     for number, band in enumerate(bands):
@@ -112,7 +98,7 @@ def _close(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarr
                 a, b = np.nonzero(np.bitwise_count(differing) <= bits)
                 differing, a, b = differing[a, b], a + top, b + top
                 is_new = a < b
-                for earlier in bands[:number]:  # in which the pair was found
+                for earlier in bands[:number]:  # in which the pair was found already
                     is_new &= differing & earlier != 0
                 if is_new.any():
                     yield order[a[is_new]], order[b[is_new]], np.bitwise_count(differing[is_new])

@@ -1,19 +1,18 @@
-"""Read image files once, in parallel, and remember what was read: paths -> what each file is, or why it is refused.
+"""Read image files in parallel, each once, and remember what was found: paths -> what each file is, or its problem.
 
-The memory is a CSV file per directory in <root>/data/.index/. A file of the same path, size, times of change and inode
-as remembered is not read again. Deleting the memory costs time, never a result.
+The memory is a JSON file per directory in <root>/data/.index/. A file with the same path, size, times of change and
+inode is not read again. Deleting the memory costs time and changes no result.
 """
 
-import csv
+import json
 import os
-import signal
 import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
+from itertools import groupby
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -22,19 +21,19 @@ import numpy as np
 import PIL
 
 from pipeline.dataset import decoding
-from pipeline.files import digest, replacing
+from pipeline.files import digest, shared, write_text
 from pipeline.ingest import duplicates
-from pipeline.logs import log, progress
+from pipeline.logs import leave_signals, log, progress
 
-SCHEMA = 3
-LARGEST = 1024**3  # bytes of an image file
-CHUNK, CHUNK_BYTES = 64, 2_000_000  # files, and bytes of files, after which a process is handed no more at a time
-FEW = 8  # files for which no process is started
-YOUNG = 100_000_000  # ns: a file changed so shortly before it was read could change again at the same time stamp
+SCHEMA = 4
+LARGEST_FILE = 1024**3  # bytes of an image file
+CHUNK_FILES, CHUNK_BYTES = 64, 2_000_000  # handed to a process at a time: about so many files, or so many bytes of them
+MAX_ALONE = 8  # files up to which no process is started
+TIME_STAMP_NS = 100_000_000  # a file changed so shortly before it is read could change again within one time stamp
 
 
 class Inspected(NamedTuple):
-    """What one file is, as text for CSV; `reason`, if there is one, is why it is refused.
+    """One image file, as text; `reason`, unless empty, says why it cannot be used.
 
     `width`, `height`: px, upright; `mode`: of its pixels, by Pillow's name; `orientation`: EXIF's; `phash`: the
     perceptual hash (hex), empty for a flat picture.
@@ -51,35 +50,31 @@ class Inspected(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """By which an unchanged file is known.
+    """Identifies an unchanged file.
 
-    ctime, which no tool sets back, notices what keeps size, mtime and inode: an edit in place, or a file written anew.
+    No tool sets ctime back, so it changes even if size, mtime and inode stay: with an edit in place, for example.
     """
 
-    size: str
-    mtime_ns: str
-    ctime_ns: str
-    inode: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
 
 
 Memory = dict[str, tuple[Stamp, Inspected]]
 
 
-def root() -> Path:
-    """Where the memory lies: in the main checkout also inside `dvc exp run --temp`, which sets DVC_ROOT."""
-    return Path(os.environ.get("DVC_ROOT", "."), "data", ".index")
-
-
 def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying: bool = False) -> list[Inspected]:
-    """What each of the files `names` of a directory is; those that are remembered are read only if `is_verifying`."""
-    place = root() / f"{digest([str(directory.resolve()), SCHEMA, decoding.VERSION, PIL.__version__])[:32]}.csv"
+    """Inspect the files `names` of a directory; remembered ones are read again only if `is_verifying`."""
+    key = digest([str(directory.resolve()), SCHEMA, decoding.VERSION, PIL.__version__])[:32]
+    place = shared(".index") / f"{key}.json"
     memory = _recall(place)
     stamps = {name: stamp for name in names if (stamp := _stamp(directory / name))}
     known = {name: memory[name][1] for name, stamp in stamps.items() if name in memory and memory[name][0] == stamp}
     unread = [name for name in names if is_verifying or name not in known]
     start = time.time_ns()
     found = dict(known)
-    sizes = [int(stamps[name].size) if name in stamps else 0 for name in unread]
+    sizes = [stamps[name].size if name in stamps else 0 for name in unread]
     results = _inspect_all([f"{directory}/{name}" for name in unread], sizes, workers)
     bar = progress(results, len(unread), "images", "index") if unread else results
     try:
@@ -89,12 +84,12 @@ def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying
         new = {
             name: (stamp, found[name])
             for name, stamp in stamps.items()
-            if name in found and found[name].sha256 and (name in known or int(stamp.ctime_ns) < start - YOUNG)
+            if name in found and found[name].sha256 and (name in known or stamp.ctime_ns < start - TIME_STAMP_NS)
         }
         if new != memory:
-            _remember(place, new)
-    if wrong := [name for name in known if found[name] != known[name]]:
-        log.warning("%d files changed unnoticed, first %s", len(wrong), directory / wrong[0])
+            write_text(place, json.dumps(new))
+    if changed := [name for name in known if found[name] != known[name]]:
+        log.warning("%d files changed although they look unchanged, first %s", len(changed), directory / changed[0])
     log.info("%d files read, %d known from before", len(unread), len(names) - len(unread))
     return [found[name] for name in names]
 
@@ -105,41 +100,44 @@ def inspect_file(path: str) -> Inspected:
 
 
 def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
-    read = [_inspect(path) for path in paths]
-    hashes = iter(duplicates.hashes_of([pixels for _, pixels in read if pixels is not None]))
+    """Inspect some files; their hashes are computed together, which is ten times as fast."""
+    read = [_decode(path) for path in paths]
+    hashes = iter(duplicates.perceptual_hashes([pixels for _, pixels in read if pixels is not None]))
     return [
         inspected if pixels is None or (phash := next(hashes)) is None else inspected._replace(phash=f"{phash:016x}")
         for inspected, pixels in read
     ]
 
 
-def _inspect(path: str) -> tuple[Inspected, np.ndarray | None]:
-    """All but the hash, and the pixels that it is about."""
+def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
+    """All but the hash, and the pixels that are hashed."""
     try:
         content = _read(path)
-    except (OSError, ValueError) as error:
-        return Inspected(f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)), None
+    except OSError as error:
+        return Inspected(f"cannot be read: {error.strerror}"), None
+    except ValueError as error:
+        return Inspected(str(error)), None
     sha256 = decoding.sha256(content)
     try:
         decoded = decoding.examine(content)
         decoding.check_sums(content)
     except ValueError as error:
         return Inspected(str(error), sha256), None
-    except MemoryError:  # not remembered: another time there may be more
+    except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time
         return Inspected("needs more memory than there was"), None
-    image = decoded.image
-    told = decoded.format, decoded.mode, str(image.width), str(image.height), str(decoded.orientation)
-    return Inspected("", sha256, *told), duplicates.reduced(image)
+    width, height = map(str, decoded.image.size)
+    inspected = Inspected("", sha256, decoded.format, decoded.mode, width, height, str(decoded.orientation))
+    return inspected, duplicates.reduced(decoded.image)
 
 
 def _read(path: str) -> bytes:
-    # Without O_NONBLOCK, a pipe that took the file's place would never end
+    # O_NONBLOCK: if a pipe has taken the file's place, opening it would wait forever
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", 0) as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("not a file any more")
-        if info.st_size > LARGEST:
-            raise ValueError(f"{info.st_size:,} bytes; expected at most {LARGEST:,}")
+        if info.st_size > LARGEST_FILE:
+            raise ValueError(f"{info.st_size:,} bytes; expected at most {LARGEST_FILE:,}")
         return file.read()
 
 
@@ -147,67 +145,44 @@ def _read(path: str) -> bytes:
 
 
 def _inspect_all(paths: Sequence[str], sizes: Sequence[int], workers: int) -> Iterator[Inspected]:
-    if not workers or len(paths) <= FEW:
+    if not workers or len(paths) <= MAX_ALONE:
         yield from map(inspect_file, paths)
         return
-    chunks = list(_chunks(paths, sizes))
+    work = np.cumsum([max(1 / CHUNK_FILES, size / CHUNK_BYTES) for size in sizes]).astype(int)
+    chunks = groupby(zip(paths, work, strict=True), lambda pair: pair[1])
+    yield from _inspect_chunks([[path for path, _ in chunk] for _, chunk in chunks], workers)
+
+
+def _inspect_chunks(chunks: list[list[str]], workers: int) -> Iterator[Inspected]:
+    """Inspect in processes that may crash; a file that crashes its process is refused."""
     while chunks:
         n_done = 0
         try:
             for results in _in_processes(chunks, workers):
                 yield from results
                 n_done += 1
-        except BrokenProcessPool:  # by a file that crashes the decoder, one of those in work just now
-            yield from _one_by_one(chunks[n_done])
+        except BrokenProcessPool:
+            suspects = chunks[n_done]  # of several processes, another one may have crashed
+            if workers == len(suspects) == 1:
+                yield Inspected("ended the process that decoded it (a crash, or too little memory)")
+            else:
+                yield from _inspect_chunks([[path] for path in suspects], 1)
             n_done += 1
         chunks = chunks[n_done:]
 
 
-def _chunks(paths: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    n_bytes = 0
-    for path, size in zip(paths, sizes, strict=True):
-        chunk.append(path)
-        n_bytes += size
-        if len(chunk) == CHUNK or n_bytes >= CHUNK_BYTES:
-            yield chunk
-            chunk, n_bytes = [], 0
-    if chunk:
-        yield chunk
-
-
 def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[list[Inspected]]:
-    pool = _pool(min(workers, len(chunks)))
+    # Forked processes need not import anything again; the libraries of other systems do not allow forking
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, leave_signals)
     try:
         yield from pool.map(_inspect_chunk, chunks)
-    except BaseException:  # interrupted; what is handed out already could take minutes
+    except BaseException:  # when interrupted, do not wait for the chunks that are already handed out
         for process in active_children():
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _one_by_one(paths: Sequence[str]) -> Iterator[Inspected]:
-    """In a process that may crash: the file at which it does is refused."""
-    pool = _pool(1)
-    for path in paths:
-        try:
-            yield pool.submit(inspect_file, path).result()
-        except BrokenProcessPool:
-            yield Inspected("ended the process that decoded it (a crash, or too little memory)")
-            pool = _pool(1)
-    pool.shutdown()
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked processes have imported everything; on other systems the libraries do not bear it
-    return ProcessPoolExecutor(workers, get_context("fork" if sys.platform == "linux" else "spawn"), _leave_signals)
-
-
-def _leave_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # memory
@@ -218,23 +193,15 @@ def _stamp(path: Path) -> Stamp | None:
         info = path.stat()
     except OSError:
         return None
-    return Stamp(str(info.st_size), str(info.st_mtime_ns), str(info.st_ctime_ns), str(info.st_ino))
+    return Stamp(info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
 
 
 def _recall(place: Path) -> Memory:
     try:
-        with place.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, strict=True))
-        return {row[0]: (Stamp(*row[1:5]), Inspected(*row[5:])) for row in rows}
+        rows = json.loads(place.read_text(encoding="utf-8"))
+        return {name: (Stamp(*stamp), Inspected(*inspected)) for name, (stamp, inspected) in rows.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, IndexError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         log.warning("%s cannot be read (%s): all files are read again", place, error)
         return {}
-
-
-def _remember(place: Path, memory: Memory) -> None:
-    with replacing(place) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(
-            chain([name], stamp, inspected) for name, (stamp, inspected) in sorted(memory.items())
-        )

@@ -1,7 +1,6 @@
-"""What `fetch` can make: directories of images with a labels.csv, below data/raw/.
+"""Make data sets: directories of images with a labels.csv, from packages, from torchvision or from IDX files.
 
-`elpv` and `digits` come from installed packages, other names from torchvision, which downloads them; MNIST-like sets
-also from IDX files.
+`elpv` and `digits` come from installed packages. All other names are data sets of torchvision, which downloads them.
 """
 
 import csv
@@ -13,7 +12,7 @@ import shutil
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -21,11 +20,8 @@ from tarfile import TarError
 from typing import Any
 from zipfile import BadZipFile
 
-import elpv_dataset
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from torchvision import datasets as torchvision_datasets
 
 from pipeline import logs
 from pipeline.files import write_text
@@ -36,7 +32,7 @@ TRAIN_VAL = {"train": {"split": "train"}, "val": {"split": "val"}}
 TRAIN_VAL_TEST = TRAIN_VAL | {"test": {"split": "test"}}
 BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
 WHOLE: dict[str, dict[str, Any]] = {"": {}}
-# torchvision's data sets of one class an image: what it calls their parts ("": it has none)
+# torchvision's data sets with one class per image: the arguments of each split ("": there is only one)
 TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), BY_FLAG),
     **dict.fromkeys(("FER2013", "Food101", "GTSRB", "STL10", "SVHN", "StanfordCars"), TRAIN_TEST),
@@ -44,10 +40,10 @@ TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("CLEVRClassification", "ImageNet", "Imagenette"), TRAIN_VAL),
     **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SEMEION", "SUN397"), WHOLE),
     "Country211": TRAIN_TEST | {"val": {"split": "valid"}},
-    "EMNIST": {part: {"split": "balanced", **flag} for part, flag in BY_FLAG.items()},
+    "EMNIST": {split: {"split": "balanced", **flag} for split, flag in BY_FLAG.items()},
     "INaturalist": {"train": {"version": "2021_train_mini"}, "val": {"version": "2021_valid"}},
     "OxfordIIITPet": TRAIN_TEST | {"train": {"split": "trainval"}},
-    "Places365": {part: {"split": name, "small": True} for part, name in (("train", "train-standard"), ("val", "val"))},
+    "Places365": {key: {"split": name, "small": True} for key, name in (("train", "train-standard"), ("val", "val"))},
 }
 NOT_DOWNLOADED = ("FER2013", "ImageNet", "StanfordCars")  # by torchvision
 LABEL_WIDTH = {"CLEVRClassification": 2, "GTSRB": 2}  # digits, of labels without names
@@ -56,16 +52,16 @@ FAILURES = (OSError, RuntimeError, ValueError, EOFError, HTTPException, TarError
 
 @dataclass(frozen=True)
 class Item:
-    """An image, as a file to copy or as pixels, number `number` of its part; `part`: train, val, test or ""."""
+    """An image (a file to copy, or pixels) and its number within its split: train, val, test or ""."""
 
     image: Path | Image.Image
     label: str
-    part: str
+    split: str
     number: int
 
 
 def make(name: str, directory: Path, downloads: Path) -> int:
-    """Make the data set `name` in `directory`; the number of images. What is downloaded stays below `downloads`."""
+    """Make the data set `name` in `directory`; returns the number of images. Downloads stay below `downloads`."""
     if name == "elpv":
         return elpv(directory)
     if name == "digits":
@@ -74,39 +70,35 @@ def make(name: str, directory: Path, downloads: Path) -> int:
         known = ["elpv", "digits", *TORCHVISION]
         by_case = {other.casefold(): other for other in known}
         near = [by_case[other] for other in difflib.get_close_matches(name.casefold(), by_case, 3, 0.5)]
-        raise ValueError(
-            f"params.yaml: dataset.fetch: {name!r} is unknown; nearest: {', '.join(near)}"
-            if near
-            else f"params.yaml: dataset.fetch: {name!r} is unknown; expected one of {', '.join(known)}"
-        )
+        advice = f"nearest: {', '.join(near)}" if near else f"expected one of {', '.join(known)}"
+        raise ValueError(f"params.yaml: dataset.fetch: {name!r} is unknown; {advice}")
     return export(_from_torchvision(name, downloads / name), directory)
 
 
 def elpv(directory: Path) -> int:
-    """Write the ELPV data set (Deitsch et al. 2019) from its package; the number of images.
+    """Write the ELPV data set (Deitsch et al. 2019) from its package; returns the number of images.
 
     2,624 electroluminescence images of solar cells with a defect probability p. As in the
     publication: defective if p > 0, with weight p, or 1 where p = 0; stratified by probability and
     type of module.
     """
+    import elpv_dataset
+
     source = Path(elpv_dataset.__file__).parent / "data"
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["path", "label", "weight", "stratum", "subset"])
-    entries = sorted(line.split() for line in (source / "labels.csv").read_text().splitlines())
-    for path, text, kind in entries:
+    rows = []
+    for path, text, kind in sorted(line.split() for line in (source / "labels.csv").read_text().splitlines()):
         probability = float(text)
         label = "defective" if probability > 0 else "functional"
-        stratum = f"{probability:.2f}-{kind}"
-        writer.writerow([path, label, probability or 1.0, stratum, kind])
+        rows.append([path, label, probability or 1.0, f"{probability:.2f}-{kind}", kind])
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, directory / path)
-    write_text(directory / "labels.csv", table.getvalue())
-    return len(entries)
+    return _write_labels(directory, ["path", "label", "weight", "stratum", "subset"], rows)
 
 
 def _digits() -> Iterator[Item]:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 px in 17 grey levels."""
+    from sklearn.datasets import load_digits
+
     digits: Any = load_digits()
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         pixels = np.round(image * 255 / 16).astype(np.uint8)
@@ -114,7 +106,7 @@ def _digits() -> Iterator[Item]:
 
 
 def import_idx(source: Path, directory: Path) -> None:
-    """Make a data set of the IDX files in `source`; `directory` appears whole or not at all."""
+    """Make a data set of the IDX files in `source`; `directory` is new, and whole or absent."""
     if directory.exists():
         raise FileExistsError(f"{directory}: is there already; expected a new directory")
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
@@ -128,28 +120,27 @@ def import_idx(source: Path, directory: Path) -> None:
 
 def _from_idx(source: Path) -> Iterator[Item]:
     read = [(pair, *idx.read(pair)) for pair in idx.find_pairs(source)]
-    width = len(str(max(int(labels.max()) for _, labels, _ in read)))
-    for pair, labels, images in read:
-        shown = logs.progress(images, len(labels), "images", pair.images.name)
-        for number, (pixels, label) in enumerate(zip(shown, labels, strict=True)):
-            yield Item(Image.fromarray(pixels), f"{label:0{width}}", pair.part, number)
+    width = len(str(max(int(labels.max()) for *_, labels in read)))
+    for pair, images, labels in read:
+        for number, pixels in enumerate(logs.progress(images, len(images), "images", pair.images.name)):
+            yield Item(Image.fromarray(pixels), f"{labels[number]:0{width}}", pair.split, number)
 
 
 def _from_torchvision(name: str, root: Path) -> Iterator[Item]:
     """Every image: its file where torchvision has one for it, else its pixels."""
     if not root.exists():
         _download(name, root)
-    for part in TORCHVISION[name]:
-        dataset = _load(name, part, root, download=False)
+    for split in TORCHVISION[name]:
+        dataset = _load(name, split, root, download=False)
         classes = _class_names(dataset)
-        shown = logs.progress(_samples(name, dataset), len(dataset), "images", f"{name} {part}".strip())
-        for number, (image, label) in enumerate(shown):
+        samples = logs.progress(_samples(name, dataset), len(dataset), "images", f"{name} {split}".strip())
+        for number, (image, label) in enumerate(samples):
             text = classes[label] if classes else f"{label:0{LABEL_WIDTH.get(name, 1)}}"
-            yield Item(image, text, part, number)
+            yield Item(image, text, split, number)
 
 
 def _samples(name: str, dataset: Any) -> Iterator[tuple[Path | Image.Image, int]]:  # noqa: ANN401
-    """Each image, or its file, with its label. Two data sets do not say their files but in private."""
+    """Each image, or its file, with its label. Two data sets keep their files in private attributes."""
     if name == "GTSRB":
         yield from ((Path(path), int(label)) for path, label in dataset._samples)
         return
@@ -165,31 +156,33 @@ def _samples(name: str, dataset: Any) -> Iterator[tuple[Path | Image.Image, int]
 
 
 def _download(name: str, root: Path) -> None:
-    """Have torchvision download every part; `root` appears only when all of it is there.
+    """Have torchvision download every split; `root` appears only when it is complete.
 
-    Torchvision takes a directory for complete as soon as it exists, also where unpacking was interrupted.
+    Torchvision takes any directory that exists for complete, even if unpacking was interrupted.
     """
     partial = root.with_name(f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for part in TORCHVISION[name]:
-            _load(name, part, partial, download=True)
+        for split in TORCHVISION[name]:
+            _load(name, split, partial, download=True)
         partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load(name: str, part: str, root: Path, *, download: bool) -> Any:  # noqa: ANN401
-    """torchvision's data set; with its file where it can be asked for, in place of the image."""
-    kind = getattr(torchvision_datasets, name)
-    how = dict(TORCHVISION[name][part])
-    if "loader" in inspect.signature(kind).parameters:
-        how["loader"] = Path
+def _load(name: str, split: str, root: Path, *, download: bool) -> Any:  # noqa: ANN401
+    """torchvision's data set; it gives the path of an image in place of the image, where it can."""
+    from torchvision import datasets
+
+    make_dataset = getattr(datasets, name)
+    options = dict(TORCHVISION[name][split])
+    if "loader" in inspect.signature(make_dataset).parameters:
+        options["loader"] = Path
     if name not in NOT_DOWNLOADED:
-        how["download"] = download
+        options["download"] = download
     try:
-        return kind(root, **how)
+        return make_dataset(root, **options)
     except FAILURES as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -199,7 +192,7 @@ def _load(name: str, part: str, root: Path, *, download: bool) -> Any:  # noqa: 
 
 
 def _class_names(dataset: Any) -> list[str]:  # noqa: ANN401
-    """Names by label, [] if it has none; of synonyms the first, with its number where that is not enough."""
+    """Names by label, [] if it has none. Of synonyms the first; with the label's number if that is not unique."""
     names = next((list(getattr(dataset, key)) for key in ("classes", "categories") if hasattr(dataset, key)), [])
     first = [str(name[0] if isinstance(name, tuple) else name) for name in names]
     counts = Counter(first)
@@ -207,31 +200,30 @@ def _class_names(dataset: Any) -> list[str]:  # noqa: ANN401
 
 
 def export(items: Iterable[Item], directory: Path) -> int:
-    """Write images and labels.csv; the number of images. Files are named by their number: safe anywhere."""
+    """Write images and labels.csv; returns the number of images. A file's name is its number: safe on every system."""
     rows = []
     for item in items:
-        folder = "/".join(filter(None, (item.part, safe_name(item.label))))
-        if isinstance(item.image, Path):
-            suffix = item.image.suffix.lower()
-            path = f"{folder}/{item.number:06}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
-        else:
-            path = f"{folder}/{item.number:06}.png"
+        suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ".png"
+        name = f"{item.number:06}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
+        path = "/".join(filter(None, (item.split, safe_name(item.label), name)))
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(item.image, Path):
             shutil.copyfile(item.image, directory / path)
         else:
             item.image.save(directory / path)
-        rows.append([path, item.label, item.part])
-    has_parts = any(part for _, _, part in rows)
+        rows.append([path, item.label, item.split])
+    n_columns = 3 if any(split for *_, split in rows) else 2
+    return _write_labels(directory, ["path", "label", "split"][:n_columns], [row[:n_columns] for row in sorted(rows)])
+
+
+def _write_labels(directory: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["path", "label", "split"] if has_parts else ["path", "label"])
-    writer.writerows(row if has_parts else row[:2] for row in sorted(rows))
+    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
     write_text(directory / "labels.csv", table.getvalue())
     return len(rows)
 
 
 def safe_name(label: str) -> str:
-    """A directory's name that every system allows; not always another for another label."""
+    """A name for a directory that every system allows; several labels may get the same one."""
     plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
     return re.sub("[^A-Za-z0-9-]+", "_", plain).strip("_-")[:60] or "class"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.logs import one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, bundled_state, load_state, read_state
@@ -54,7 +55,7 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
         geometry = geometry.model_copy(update={"resize": resize, "crop": image_size})
     width = _measure_width(choice.name, network, geometry.crop)
     is_published = choice.weights in ("default", "bundled")
-    return Backbone(choice.name, network, geometry, _digest(network), width, licence if is_published else None)
+    return Backbone(choice.name, network, geometry, state_sha256(network), width, licence if is_published else None)
 
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
@@ -68,7 +69,7 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     return backbone
 
 
-def _digest(module: nn.Module) -> str:
+def state_sha256(module: nn.Module) -> str:
     """SHA-256 (hex) of the names, types, shapes and bytes of a module's parameters and buffers."""
     total = hashlib.sha256()
     for name, value in module.state_dict().items():
@@ -128,8 +129,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
         if not pretrained or isinstance(error, AssertionError | TypeError):
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({reason})") from None
+            raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise ValueError(_unreachable(f"timm/{name}", error)) from None
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
@@ -155,7 +155,7 @@ def _unknown(library: str, name: str, known: list[str]) -> str:
 def _unreachable(name: str, error: Exception) -> str:
     return (
         f"params.yaml: backbone.weights: default: the published weights of {name} could not be loaded "
-        f"({' '.join(str(error).split())[:200]}); without a network, put a weights file into {WEIGHTS}/ and name it"
+        f"({one_line(error)}); without a network, put a weights file into {WEIGHTS}/ and name it"
     )
 
 
@@ -176,8 +176,9 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"params.yaml: features.image_size: {name} takes no images of {size} px ({reason})") from None
+        raise ValueError(
+            f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})"
+        ) from None
     if len(shape) != 2:
         raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")
     return shape[1]

@@ -34,7 +34,7 @@ class CutPoint:
 
 
 class Pool(nn.Module):
-    """What becomes of the features at the end of the base: none (nothing), avg (over pixels or tokens), flatten."""
+    """Pooling of the features at the end of the base: none, avg (over pixels or tokens), or flatten."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -55,8 +55,21 @@ class Pool(nn.Module):
         return x.flatten(1, -2).mean(1) if is_channels_last else x.flatten(2).mean(2)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The frozen part of `backbone`: `module` maps uint8 images (n, crop, crop, 3) to the activations at `boundary`.
+
+    `pool` is the kind of pooling at its end.
+    """
+
+    module: nn.Sequential
+    backbone: Backbone
+    boundary: str
+    pool: str
+
+
 def resolve(backbone: Backbone, where: str | int) -> str:
-    """The name of a cut point, or none or all; ValueError names what would do.
+    """The name of a cut point, or none or all; ValueError lists the nearest names or numbers.
 
     `where`: none, all, a cut point, a module path (the last cut point inside that module), or a whole number N (the
     last cut point with exactly N convolution and linear layers before it).
@@ -69,7 +82,7 @@ def resolve(backbone: Backbone, where: str | int) -> str:
     if where in found:
         return str(where)
     if isinstance(where, int):
-        depths = {name: _weight_layers(backbone.module, before) for name, before in _tensors_before(backbone).items()}
+        depths = {name: _count_weight_layers(backbone.module, before) for name, before in _tensors_before(backbone).items()}
         inside = [name for name in found if depths[name] == where]
         near = ", ".join(map(str, sorted(sorted(set(depths.values()), key=lambda n: abs(n - where))[:3])))
         problem = f"no cut point of {backbone.name} has exactly {where} convolution and linear layers before it"
@@ -103,15 +116,16 @@ def split(backbone: Backbone, *boundaries: str) -> list[nn.Module]:
     return [*(nn.Identity() for _ in range(n_none)), *pieces, *(nn.Identity() for _ in range(n_all))]
 
 
-def prefix_and_suffix(backbone: Backbone, boundary: str, cut: str, pool: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """What lies before the freeze boundary, from uint8 images on, and what lies between it and the end of the base.
+def prefix_and_suffix(backbone: Backbone, boundary: str, cut: str, pool: str) -> tuple[Prefix, nn.Sequential]:
+    """The prefix before the freeze boundary, and the suffix between it and the end of the base.
 
-    The base ends at `cut` with the pooling `pool`, which belongs to whichever of the two ends there. Raises ValueError
-    if the boundary lies behind the cut.
+    The base ends at `cut` with the pooling `pool`, which is part of the prefix if the boundary is there too, else of
+    the suffix. Raises ValueError if the boundary lies behind the cut.
     """
-    prefix, suffix, _ = split(backbone, boundary, cut)
-    pools = [Pool(pool), Pool("none")] if boundary == cut else [Pool("none"), Pool(pool)]
-    return nn.Sequential(Normalize(backbone.preprocessing), prefix, pools[0]), nn.Sequential(suffix, pools[1])
+    before, between, _ = split(backbone, boundary, cut)
+    pools = (pool, "none") if boundary == cut else ("none", pool)
+    module = nn.Sequential(Normalize(backbone.preprocessing), before, Pool(pools[0]))
+    return Prefix(module, backbone, boundary, pools[0]), nn.Sequential(between, Pool(pools[1]))
 
 
 def describe(backbone: Backbone, value_bytes: int) -> list[CutPoint]:
@@ -120,25 +134,22 @@ def describe(backbone: Backbone, value_bytes: int) -> list[CutPoint]:
     if not found:
         return []
     meter = Meter(backbone, next(iter(found.values())).graph)
-    tensors = {id(parameter): parameter.numel() for parameter in backbone.module.parameters()}
-    described = []
-    for name, node in found.items():
-        shape = tuple(meter.values[node].shape[1:])
-        described.append(
-            CutPoint(
-                name=name,
-                shape=shape,
-                params_before=sum(tensors.get(key, 0) for key in before[name]),
-                weight_layers_before=_weight_layers(backbone.module, before[name]),
-                flops_before=meter.flops[node],
-                bytes_per_image=value_bytes * torch.Size(shape).numel(),
-            )
+    sizes = {id(parameter): parameter.numel() for parameter in backbone.module.parameters()}
+    return [
+        CutPoint(
+            name=name,
+            shape=tuple(meter.values[node].shape[1:]),
+            params_before=sum(sizes.get(key, 0) for key in before[name]),
+            weight_layers_before=_count_weight_layers(backbone.module, before[name]),
+            flops_before=meter.flops[node],
+            bytes_per_image=value_bytes * meter.values[node][0].numel(),
         )
-    return described
+        for name, node in found.items()
+    ]
 
 
 def block(network: nn.Module, cut: str) -> str:
-    """The block that a cut point lies in: the outermost module on its path that is no mere container."""
+    """The block that a cut point lies in: the outermost module on its path that is not just a container."""
     path, module = [], network
     for part in cut.split("."):
         children = dict(module.named_children())
@@ -160,6 +171,6 @@ def _tensors_before(backbone: Backbone) -> dict[str, set[int]]:
     return before
 
 
-def _weight_layers(network: nn.Module, tensors: set[int]) -> int:
+def _count_weight_layers(network: nn.Module, tensors: set[int]) -> int:
     layers = (module for module in network.modules() if isinstance(module, (nn.Linear, _ConvNd)))
     return sum(id(layer.weight) in tensors for layer in layers)

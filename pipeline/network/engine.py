@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.logs import one_line
 from pipeline.network.device import BATCH, autocast, place
 
 if TYPE_CHECKING:
@@ -73,13 +74,12 @@ def prepare(
                 _compare(compiled, example, expected)
         # The converter raises errors of many kinds, all of which mean that it cannot
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
             if engine == "openvino":
                 raise ValueError(
-                    f"params.yaml: features.engine: openvino cannot convert this network ({reason}); expected auto or "
-                    "torch"
+                    f"params.yaml: features.engine: openvino cannot convert this network ({one_line(error)}); expected "
+                    "auto or torch"
                 ) from None
-            log.warning("OpenVINO cannot convert this network, torch runs it (%s)", reason)
+            log.warning("OpenVINO cannot convert this network, torch runs it (%s)", one_line(error))
         else:
             return Runner("openvino", len(example), partial(_run_openvino, compiled, len(example)))
     place(module, device)

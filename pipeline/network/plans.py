@@ -10,6 +10,7 @@ from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import BackboneChoice, Record, Strategy
 
 PLANS = Path("data/plan")
+BACKBONE = PLANS / "backbone.json"
 P = TypeVar("P", "BackbonePlan", "StrategyPlan")
 
 
@@ -63,7 +64,7 @@ def write(plan: BackbonePlan | StrategyPlan, name: str) -> None:
 
 def read_backbone() -> BackbonePlan:
     """Read data/plan/backbone.json; ValueError if it is not what `plan` writes."""
-    return _read(PLANS / "backbone.json", BackbonePlan)
+    return _read(BACKBONE, BackbonePlan)
 
 
 def read_strategy(name: str) -> StrategyPlan:

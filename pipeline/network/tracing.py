@@ -15,6 +15,7 @@ from torch.fx.node import Argument, map_arg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.logs import one_line
 from pipeline.network.backbones import Backbone
 
 
@@ -37,9 +38,8 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
         _fold_numbers(graph, two, three)
     # Tracing runs the network's own forward on stand-ins, which can raise anything
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({reason})"
+            f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({one_line(error)})"
         ) from None
     finally:
         network.train(was_training)

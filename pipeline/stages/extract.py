@@ -7,7 +7,7 @@ Several processes fill the store side by side: `torchrun --nproc-per-node N -m p
 ordinary stage, which has nothing left to compute.
 """
 
-from pathlib import Path
+import torch
 
 from pipeline import logs
 from pipeline.dataset import manifest
@@ -23,15 +23,11 @@ def main() -> None:
     params, share = load_params(), extraction.share_of_environment()
     images, plan = manifest.read_images(), plans.read_backbone()
     features, runtime = params.features, params.runtime
-    backbone = backbones.load_planned(plan, "data/plan/backbone.json")
+    torch.set_num_threads(params.threads)
+    backbone = backbones.load_planned(plan, str(plans.BACKBONE))
     base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, plan.pool)
-    device = choose_device(runtime.device)
-    computation = extraction.prepare(
-        base, backbone, plan.cut, plan.pool, params.augmentation, features, params.threads, device
-    )
-    paths = {
-        sha256: Path(params.dataset.path, name) for name, sha256 in zip(images.image_id, images.sha256, strict=True)
-    }
+    computation = extraction.prepare(base, params.augmentation, features, choose_device(runtime.device))
+    paths = extraction.locate(images, params.dataset.path)
     rows = [(sha256, view) for sha256 in images.sha256 for view in range(features.views)]
     store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
     if share.world_size > 1:

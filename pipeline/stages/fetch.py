@@ -1,14 +1,14 @@
-"""fetch: make a data set of an installed package, or one that torchvision downloads.
+"""fetch: make a data set from an installed package, or one that torchvision downloads.
 
 Writes  data/raw/<name>/           images and labels.csv
-        data/.downloads/<name>/    what torchvision has downloaded; may be deleted
+        data/.downloads/<name>/    torchvision's downloads; may be deleted
 """
 
-import os
 import sys
 from pathlib import Path
 
 from pipeline import logs
+from pipeline.files import shared
 from pipeline.ingest import sources
 
 RAW = Path("data/raw")
@@ -17,9 +17,8 @@ RAW = Path("data/raw")
 def main() -> None:
     """`python -m pipeline.stages.fetch NAME`."""
     name = sys.argv[1]
-    downloads = Path(os.environ.get("DVC_ROOT", "."), "data", ".downloads")
-    count = sources.make(name, RAW / name, downloads)
-    logs.log.info("fetched %s: %d images", name, count)
+    n_images = sources.make(name, RAW / name, shared(".downloads"))
+    logs.log.info("fetched %s: %d images", name, n_images)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from pipeline.features.extraction import Share
 from pipeline.features.views import Sample, load_batches
 from pipeline.network import backbones, cuts, engine, plans
 from pipeline.network.backbones import Backbone
-from pipeline.network.device import BATCH, choose_device
-from pipeline.network.flops import flops_per_image
+from pipeline.network.cuts import Prefix
+from pipeline.network.device import BATCH, choose_device, place
+from pipeline.network.flops import count_parameters, flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
 from pipeline.training import fit, heads
@@ -36,6 +37,7 @@ def main() -> None:
     name, seed = sys.argv[1], int(sys.argv[2])
     params, base, plan = load_params(), plans.read_backbone(), plans.read_strategy(name)
     recipe, views = plan.recipe, params.evaluation.views
+    torch.set_num_threads(params.threads)
     device = choose_device(params.runtime.device)
     engine.check_precision(f"fine_tune.strategies.{name}.precision", recipe.precision, device)
     images, labels = manifest.read_images(), manifest.read_labels()
@@ -44,35 +46,35 @@ def main() -> None:
     card, backbone, head = start(base, recipe, seed, labels.class_names)
     prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, base.pool)
     train_views = range(1, min(recipe.views, recipe.epochs) + 1) or [0]
-    n_read, rounding = 0, 0.0
     if plan.is_cached:
         pairs = [(int(row), view) for row in train for view in train_views]
         pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
-        load, rounding = load_activations(images, pairs, prefix, backbone, plan.boundary, base, params, device)
-        n_read = len(pairs)
+        load, largest_rounding = load_activations(prefix, images, pairs, params, device)
     else:
-        load = load_images(images, backbone, params)
-    network = nn.Sequential(nn.Identity() if plan.is_cached else prefix, suffix, head)
+        pairs, load, largest_rounding = [], load_images(images, backbone, params), 0.0
+    network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
     example = next(load([[(int(val[0]), 0)] * BATCH[device.type]]))
     evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
+    place(network, device)
     task = Task(load, labels.label, labels.weight, train, val, views, evaluation_engine)
-    best_epoch, curve = fit.train(network, task, recipe, seed, params.threads, device, f"{name}-{seed}")
+    best_epoch, curve = fit.train(network, task, recipe, seed, f"{name}-{seed}")
     val_predictions, test_predictions = (
-        Predictions(rows, fit.predict(network, task, rows, recipe.precision, device)) for rows in (val, test)
+        Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
     )
 
     network.cpu()
     n_epochs = len(curve) - 1
     passes = len(train) * (len(train_views) if plan.is_cached else n_epochs)
-    before = card.cost if recipe.init == "cached_head" else None
-    cost = measure_cost(base, plan, head, passes, n_epochs * len(train), n_read, before)
+    cost = measure_cost(base, plan, head, passes, n_epochs * len(train), len(pairs))
+    if recipe.init == "cached_head":
+        cost = cost.after(card.cost)
     whole_base, _ = cuts.split(backbone, base.cut)  # as load_network cuts it, around the same tensors
-    tuned = {"strategy": name, "freeze_until": plan.boundary, "cost": cost}
-    save_model(card.model_copy(update=tuned), head, whole_base)
+    changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost}
+    save_model(card.model_copy(update=changed), head, whole_base)
     described = {
-        "params": base.parameters + sum(parameter.numel() for parameter in head.parameters()),
+        "params": base.parameters + count_parameters(head),
         "boundary": plan.boundary,
-        "largest_rounding": rounding,
+        "largest_rounding": largest_rounding,
     }
     chosen = {"epoch": best_epoch}
     save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions))
@@ -86,41 +88,28 @@ def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str
         raise ValueError(f"{path}: other classes than in {manifest.LABELS}; run: dvc repro train_head")
     if card.backbone != base:
         raise ValueError(f"{path}: fitted on features of another backbone; run: dvc repro train_head")
-    if recipe.init == "random":
-        random = base.choice.model_copy(update={"weights": "random", "seed": seed})
-        backbone = backbones.load(random, base.image_size)
+    if recipe.init == "cached_head":
+        backbone = backbones.load_planned(base, str(plans.BACKBONE))
         _, dense = cuts.split(backbone, base.cut)
-        torch.manual_seed(seed)
-        return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)
-    backbone = backbones.load_planned(base, "data/plan/backbone.json")
+        return card, backbone, load_head(path, card, dense)
+    random = base.choice.model_copy(update={"weights": "random", "seed": seed})
+    backbone = backbones.load(random, base.image_size)
     _, dense = cuts.split(backbone, base.cut)
-    return card, backbone, load_head(path, card, dense)
+    torch.manual_seed(seed)
+    return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)
 
 
 def load_activations(
-    images: Images,
-    pairs: Sequence[tuple[int, int]],
-    prefix: nn.Sequential,
-    backbone: Backbone,
-    boundary: str,
-    base: BackbonePlan,
-    params: Params,
-    device: torch.device,
+    prefix: Prefix, images: Images, pairs: Batch, params: Params, device: torch.device
 ) -> tuple[Load, float]:
-    """Batches from the activations at the freeze boundary, which are computed where they are missing.
+    """Batches of activations at the freeze boundary, float32, from the store; what it lacks of `pairs` is computed.
 
     Also the largest relative error of storing them.
     """
-    pool = base.pool if boundary == base.cut else "none"
-    computation = extraction.prepare(
-        prefix, backbone, boundary, pool, params.augmentation, params.features, params.threads, device
-    )
-    paths = {
-        sha256: Path(params.dataset.path, name) for name, sha256 in zip(images.image_id, images.sha256, strict=True)
-    }
+    computation = extraction.prepare(prefix, params.augmentation, params.features, device)
+    paths, runtime = extraction.locate(images, params.dataset.path), params.runtime
     rows = [(images.sha256[row], view) for row, view in pairs]
-    runtime, everything = params.runtime, Share(0, 1)
-    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, everything)
+    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, Share(0, 1))
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for batch in batches:
@@ -130,7 +119,7 @@ def load_activations(
 
 
 def load_images(images: Images, backbone: Backbone, params: Params) -> Load:
-    """Batches from the image files."""
+    """Batches of images from their files, uint8."""
     paths = [Path(params.dataset.path, name) for name in images.image_id]
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
@@ -141,20 +130,19 @@ def load_images(images: Images, backbone: Backbone, params: Params) -> Load:
 
 
 def measure_cost(
-    base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes: int, steps: int, n_read: int, before: Cost | None
+    base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes: int, steps: int, n_read: int
 ) -> Cost:
-    """The cost of `passes` images through the prefix, of `steps` through suffix and head and back, and what was before.
+    """The cost of `passes` images through the prefix, and of `steps` images through suffix and head and back.
 
-    `n_read`: activations that are read from the store; `before`: the cost of the cached head.
+    `n_read`: activations that are read from the store.
     """
     features = torch.zeros(1, *base.feature_shape, requires_grad=plan.trained_parameters > 0)
     head_flops = flops_per_image(head, features, is_training=True)
-    flops = passes * plan.prefix_flops + steps * (plan.suffix_training_flops + head_flops)
     return Cost(
-        trainable_params=plan.trained_parameters + sum(parameter.numel() for parameter in head.parameters()),
-        train_flops=flops + (before.train_flops if before else 0),
-        base_passes=passes + (before.base_passes if before else 0),
-        cached_bytes=n_read * plan.cached_bytes_per_image + (before.cached_bytes if before else 0),
+        trainable_params=plan.trained_parameters + count_parameters(head),
+        train_flops=passes * plan.prefix_flops + steps * (plan.suffix_training_flops + head_flops),
+        base_passes=passes,
+        cached_bytes=n_read * plan.cached_bytes_per_image,
     )
 
 

@@ -1,14 +1,13 @@
-"""index: read every image once; say what is there, what cannot be read, and what is there twice.
+"""index: read every image once; list what is there, what cannot be read, and what occurs twice.
 
 Reads   the directory dataset.path
 Writes  data/images.csv, data/labels.csv
         reports/data/summary.json, rejected.csv
 
-Unchanged files are known from before (data/.index/); `python -m pipeline.stages.index --verify` reads them all again.
+Unchanged files are not read again (data/.index/), except by `python -m pipeline.stages.index --verify`.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +24,7 @@ REPORTS = Path("reports/data")
 
 
 def main() -> None:
-    """Write the reports, then the tables, unless what was found forbids it."""
+    """Write the reports, then check what was found, then write the tables."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.stages.index", description="Index the images.")
     parser.add_argument("--verify", action="store_true", help="also read the files that look unchanged")
     is_verifying = parser.parse_args().verify
@@ -46,32 +45,28 @@ def main() -> None:
 
 
 def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
-    """ValueError if too much cannot be read, labels conflict, or a class has lost every image."""
+    """ValueError if too many images cannot be read, labels conflict, or a class has no image left."""
     where = REPORTS / "rejected.csv"
     disputed = set(found.conflicts)
     unreadable = [row for row in found.rejected if row not in disputed]
     n_all = len(found.kept) + len(found.rejected)
     if len(unreadable) > options.max_rejected_fraction * n_all:
         path, reason = unreadable[0]
-        first = _on_one_line(os.path.join(options.path, path))
+        first = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in f"{options.path}/{path}")
         raise ValueError(
             f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in "
-            f"{where}; mend or remove them, or raise dataset.max_rejected_fraction"
+            f"{where}; repair or remove them, or raise dataset.max_rejected_fraction"
         )
     if disputed and options.on_conflict == "error":
         path, reason = found.conflicts[0]
         raise ValueError(
-            f"{len(disputed)} images have other labels than images of the same bytes, first {options.path}/{path} "
-            f"({reason}); all are in {where}; correct the labels, or leave all of them out: `dataset.on_conflict: drop`"
+            f"{len(disputed)} images have other labels than images with the same bytes, first {options.path}/{path} "
+            f"({reason}); all are in {where}; correct the labels, or leave all of them out: dataset.on_conflict: drop"
         )
     if lost := classes - set(found.kept["label"]):
         raise ValueError(f"{options.path}: no image of class {min(lost)!r} can be used; see {where}")
     if len(classes) < 2:
         raise ValueError(f"{options.path}: one class only ({min(classes)}); expected two or more")
-
-
-def _on_one_line(path: str) -> str:
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in path)
 
 
 def write_tables(found: Inventory, *, is_grouped: bool) -> None:

@@ -13,7 +13,7 @@ from pipeline import logs
 from pipeline.network import backbones, cuts, engine, plans
 from pipeline.network.backbones import Backbone
 from pipeline.network.device import choose_device
-from pipeline.network.flops import flops_per_image
+from pipeline.network.flops import count_parameters, flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import STORE_DTYPES, FeatureOptions, Params, Strategy, load_params
 from pipeline.training import heads
@@ -30,10 +30,7 @@ def main() -> None:
     for name in params.fine_tune.run:
         recipe, key = params.fine_tune.strategies[name], f"fine_tune.strategies.{name}"
         engine.check_precision(f"{key}.precision", recipe.precision, device)
-        try:
-            strategies[name] = plan_strategy(backbone, base, recipe, params.features)
-        except ValueError as error:
-            raise ValueError(f"params.yaml: {key}.freeze_until: {error}") from None
+        strategies[name] = plan_strategy(backbone, base, recipe, params.features, f"{key}.freeze_until")
     plans.write(base, "backbone")
     logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
     for name, plan in strategies.items():
@@ -43,17 +40,13 @@ def main() -> None:
 
 
 def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
-    """Resolve `features.cut`, measure the base, and check that the head fits it."""
+    """Resolve `features.cut`, measure the base, and check that the head fits it; ValueError if not."""
     features = params.features
-    try:
-        cut = cuts.resolve(backbone, features.cut)
-        base, _ = cuts.prefix_and_suffix(backbone, cut, cut, features.pool)
-    except ValueError as error:
-        raise ValueError(f"params.yaml: features.cut: {error}") from None
-    pixels = _pixels(backbone)
+    base, _ = _divide(backbone, features.cut, None, features.pool, "features.cut")
+    pixels = _black_image(backbone)
     with torch.no_grad():
-        shape = tuple(base(pixels).shape[1:])
-    _, dense = cuts.split(backbone, cut)
+        shape = tuple(base.module(pixels).shape[1:])
+    _, dense = cuts.split(backbone, base.boundary)
     heads.build(shape, 2, params.head, dense)
     return BackbonePlan(
         choice=params.backbone,
@@ -62,42 +55,50 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
         weights_sha256=backbone.weights_sha256,
         preprocessing=backbone.preprocessing,
         feature_dim=backbone.feature_dim,
-        cut=cut,
+        cut=base.boundary,
         pool=features.pool,
         feature_shape=shape,
-        parameters=_count(base),
-        flops_per_image=flops_per_image(base, pixels),
+        parameters=count_parameters(base.module),
+        flops_per_image=flops_per_image(base.module, pixels),
     )
 
 
-def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, features: FeatureOptions) -> StrategyPlan:
-    """Resolve the freeze boundary and measure what lies on either side; ValueError if it lies behind the base."""
-    boundary = cuts.resolve(backbone, recipe.freeze_until)
-    boundary = base.cut if boundary == cuts.ALL else boundary
-    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, base.cut, base.pool)
-    pixels = _pixels(backbone)
+def plan_strategy(
+    backbone: Backbone, base: BackbonePlan, recipe: Strategy, features: FeatureOptions, key: str
+) -> StrategyPlan:
+    """Resolve the freeze boundary and measure prefix and suffix; ValueError, naming `key`, if it is behind the base."""
+    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, base.pool, key)
+    pixels = _black_image(backbone)
     with torch.no_grad():
-        activation = prefix(pixels)
-    is_cached = recipe.boundary_cache == "on" and boundary != cuts.NONE
-    n_bytes = np.dtype(STORE_DTYPES[features.store_dtype]).itemsize * activation[0].numel()
-    suffix.requires_grad_(True)
+        activation = prefix.module(pixels)
+    is_cached = recipe.boundary_cache == "on" and prefix.boundary != cuts.NONE
+    value_bytes = np.dtype(STORE_DTYPES[features.store_dtype]).itemsize
     return StrategyPlan(
         recipe=recipe,
-        boundary=boundary,
-        trained_parameters=_count(suffix),
-        prefix_flops=flops_per_image(prefix.requires_grad_(False), pixels),
+        boundary=prefix.boundary,
+        trained_parameters=count_parameters(suffix),
+        prefix_flops=flops_per_image(prefix.module, pixels),
         suffix_training_flops=flops_per_image(suffix.requires_grad_(True), activation, is_training=True),
-        cached_bytes_per_image=n_bytes if is_cached else 0,
+        cached_bytes_per_image=value_bytes * activation[0].numel() if is_cached else 0,
     )
 
 
-def _pixels(backbone: Backbone) -> torch.Tensor:
-    """One black image, as the base takes it."""
+def _divide(
+    backbone: Backbone, where: str | int, end: str | None, pool: str, key: str
+) -> tuple[cuts.Prefix, nn.Sequential]:
+    """Prefix and suffix of the base, which ends at the cut point `end`, or at `where` itself if that is None."""
+    try:
+        boundary = cuts.resolve(backbone, where)
+        if end is not None and boundary == cuts.ALL:
+            boundary = end
+        return cuts.prefix_and_suffix(backbone, boundary, end or boundary, pool)
+    except ValueError as error:
+        raise ValueError(f"params.yaml: {key}: {error}") from None
+
+
+def _black_image(backbone: Backbone) -> torch.Tensor:
+    """One image, as the base takes it."""
     return torch.zeros(1, *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 if __name__ == "__main__":

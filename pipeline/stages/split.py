@@ -1,10 +1,10 @@
-"""split: train, validation and test parts, one split per seed.
+"""split: split the images into train, validation and test, once per seed.
 
 Reads   data/labels.csv
 Writes  data/splits/seed_<s>.csv
-        reports/splits.json     sizes, leaks between the parts, and what else there is to know
+        reports/splits.json     sizes, leaks and notes
 
-Byte-identical images and images of one group stay together; the order of the files does not matter.
+Byte-identical images and images of one group stay together. The order of the files does not matter.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import PARTS, Labels, Split
+from pipeline.dataset.manifest import SPLIT_NAMES, Labels, Split
 from pipeline.dataset.units import make_units
 from pipeline.files import write_json
 from pipeline.ingest import splits
@@ -21,12 +21,12 @@ from pipeline.ingest.splits import Leak
 from pipeline.params import Splitting, load_params
 
 REPORT = Path("reports/splits.json")
-FEW = 10  # images of a class in train, below which it is named
-SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # in the report; the numbers in it are of all
+MIN_TRAINING_IMAGES = 10  # a class with fewer of them is named
+SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # at most, in the report; its counts are of all
 
 
 def main() -> None:
-    """Write one split per seed; fail if a class misses one of the parts, or if images leak."""
+    """Write one split per seed; fail if a class has no image in train, val or test, or if images leak."""
     options = load_params().split
     labels = manifest.read_labels()
     units = make_units(labels)
@@ -36,7 +36,7 @@ def main() -> None:
         drawn.append(split)
         splits.check_classes(split, labels)
         manifest.write_split(split)
-        logs.log.info("split %d: %s", seed, ", ".join(f"{n} {part}" for part, n in Counter(split.split).items()))
+        logs.log.info("split %d: %s", seed, ", ".join(f"{n} {name}" for name, n in Counter(split.split).items()))
     by_tie: dict[tuple[str, str], Leak] = {}
     for split in drawn:
         for leak in splits.find_leaks(labels, split):
@@ -51,49 +51,52 @@ def main() -> None:
 
 
 def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[str]:
-    """What a reader of the results should know of the splits."""
-    notes = []
-    if options.method != "given" and any(labels.given_split):
+    """What a reader of the results should know about the splits."""
+    given, notes = set(labels.given_split), []
+    if options.method != "given" and given != {""}:
         notes.append(
-            f"the data set gives parts to images, and `split.method: {options.method}` ignores them; to use them: given"
+            f"the data set gives splits, which `split.method: {options.method}` ignores; to use them, set it to given"
         )
-    for part in splits.missing_parts(labels) if options.method == "given" else ():
-        source = "train and those without a part" if "" in labels.given_split else "train"
-        hint = "; to test on the given val, call it test" if part == "test" and "val" in labels.given_split else ""
-        notes.append(f"the data set gives no image to {part}: drawn by seed from {source}{hint}")
-    few = splits.small_classes(drawn, labels, FEW)
-    if few:
-        named = ", ".join(f"{name} ({n})" for name, n in few.items())
+    for name in ("test", "val"):
+        if options.method == "given" and name not in given:
+            source = "train and images without a split" if "" in given else "train"
+            hint = "; to test on the given val, rename it to test" if name == "test" and "val" in given else ""
+            notes.append(f"the data set has no image in {name}: drawn by seed from {source}{hint}")
+    if few := splits.small_classes(drawn, labels, MIN_TRAINING_IMAGES):
         notes.append(
-            f"classes with fewer than {FEW} images to train on: {named}; add images, or merge classes; "
-            "`class_weights: balanced` keeps the larger ones from deciding alone"
+            f"classes with fewer than {MIN_TRAINING_IMAGES} images to train on: "
+            f"{', '.join(f'{name} ({n})' for name, n in few.items())}; add images, or merge classes; "
+            "`class_weights: balanced` gives all classes the same influence on training"
         )
     return notes
 
 
 def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: Splitting) -> dict[str, Any]:
-    """JSON of it all."""
-    sizes = {str(split.seed): {part: len(split.rows(part)) for part in PARTS} for split in drawn}
+    """The content of reports/splits.json."""
+    sizes = {str(split.seed): {name: len(split.rows(name)) for name in SPLIT_NAMES} for split in drawn}
     shown = [
-        {"tie": leak.tie, "name": leak.name, "n": len(leak.parts), "parts": dict([*leak.parts.items()][:SHOWN_IMAGES])}
+        {"tie": leak.tie, "name": leak.name, "n": len(leak.splits)}
+        | {"parts": dict([*leak.splits.items()][:SHOWN_IMAGES])}
         for leak in leaks[:SHOWN_LEAKS]
     ]
     return {"method": options.method, "sizes": sizes, "notes": notes, "n_leaks": len(leaks), "leaks": shown}
 
 
 def warn_or_fail(leaks: list[Leak], options: Splitting) -> None:
-    """ValueError that lists the files, or the same as a warning if params.yaml allows it."""
+    """ValueError that lists the first leaks, or the same as a warning if params.yaml allows leakage."""
     listed = []
     for leak in leaks[:5]:
         named = f" {leak.name!r}" if leak.tie == "group" else ""
-        one_of_each = {part: image for image, part in reversed(leak.parts.items())}
-        files = ", ".join(f"{image} ({part})" for part, image in sorted(one_of_each.items()))
+        one_of_each = {name: image for image, name in reversed(leak.splits.items())}
+        files = ", ".join(f"{image} ({name})" for name, image in sorted(one_of_each.items()))
         listed.append(f"{leak.tie}{named}: {files}")
-    found = f"split: {len(leaks)} sets of images that belong together lie in several parts: {'; '.join(listed)}"
-    found += f"; all are in {REPORT}"
+    found = (
+        f"split: {len(leaks)} sets of images that belong together are in several splits: {'; '.join(listed)}; all are "
+        f"in {REPORT}"
+    )
     if not options.allow_leakage:
         raise ValueError(
-            f"{found}; give each set one part (`unused` leaves an image out), or accept it: split.allow_leakage: true"
+            f"{found}; put each set into one split (`unused` leaves an image out), or set split.allow_leakage: true"
         )
     logs.log.warning("%s", found)
 

@@ -5,6 +5,7 @@ Writes  models/feature_extraction/seed_<s>.safetensors, .json
         reports/runs/feature_extraction/seed_<s>/     predictions for validation and test
 """
 
+import torch
 from torch import nn
 
 from pipeline import logs
@@ -13,6 +14,7 @@ from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Features
 from pipeline.network.device import choose_device
+from pipeline.network.flops import count_parameters
 from pipeline.params import HEAD_ONLY, Params, load_params
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Selection
@@ -26,13 +28,17 @@ def main() -> None:
     features, labels = hdf5.read_features(), manifest.read_labels()
     if features.sha256 != labels.sha256 or params.evaluation.views > features.values.shape[1]:
         raise ValueError(f"{hdf5.FEATURES}: other images, or fewer views, than expected; run: dvc repro")
+    torch.set_num_threads(params.threads)
     dense = dense_layers(features) if params.head.kind == "pretrained" else nn.Identity()
     for seed in params.split.seeds:
         fit(features, labels, manifest.read_split(seed, labels.image_id), params, dense)
 
 
 def dense_layers(features: Features) -> nn.Module:
-    """The layers of the pretrained network behind the cached features, without the classification layer."""
+    """The layers of the pretrained network behind the cached features, without the classification layer.
+
+    Raises ValueError if its weights changed since the features were computed.
+    """
     from pipeline.network import backbones, cuts
 
     plan = features.provenance.backbone
@@ -43,24 +49,22 @@ def dense_layers(features: Features) -> nn.Module:
 def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> None:
     """Fit, save the model and its predictions for validation and test, log one line."""
     views, made = params.evaluation.views, features.provenance
-    selected = {name: Selection(features.values, split.rows(name)) for name in ("train", "val", "test")}
+    rows = {name: split.rows(name) for name in ("train", "val", "test")}
+    selected = {name: Selection(features.values, rows[name]) for name in rows}
     train, val = (
-        Examples(selected[name], labels.label[split.rows(name)], labels.weight[split.rows(name)])
-        for name in ("train", "val")
+        Examples(selected[name], labels.label[rows[name]], labels.weight[rows[name]]) for name in ("train", "val")
     )
-    device = choose_device(params.runtime.device)
-    fitted = heads.fit(
-        train, val, len(labels.class_names), views, params.head, dense, split.seed, params.threads, device
-    )
-    n_params = sum(parameter.numel() for parameter in fitted.head.parameters())
-    passes = train.features.shape[0] * train.features.shape[1]
-    n_read = passes + views * (len(split.rows("val")) + len(split.rows("test")))
+    torch.manual_seed(split.seed)
+    head = heads.build(features.values.shape[2:], len(labels.class_names), params.head, dense)
+    fitted = heads.fit(head.to(choose_device(params.runtime.device)), train, val, views, params.head)
+    n_params = count_parameters(fitted.head)
+    passes = len(rows["train"]) * features.values.shape[1]
     cost = Cost(
         trainable_params=n_params,
         # Forward and backward, a row takes three products with the head's weights, of two operations each
         train_flops=passes * made.backbone.flops_per_image + 6 * n_params * fitted.rows_seen,
         base_passes=passes,
-        cached_bytes=n_read * features.values[0, 0].nbytes,
+        cached_bytes=(passes + views * (len(rows["val"]) + len(rows["test"]))) * features.values[0, 0].nbytes,
     )
     card = Card(
         strategy=HEAD_ONLY,
@@ -75,7 +79,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     )
     save_model(card, fitted.head, None)
     val_predictions, test_predictions = (
-        Predictions(split.rows(name), heads.predict(fitted.head, selected[name], views)) for name in ("val", "test")
+        Predictions(rows[name], heads.predict(fitted.head, selected[name], views)) for name in ("val", "test")
     )
     network = {
         "params": made.backbone.parameters + n_params,

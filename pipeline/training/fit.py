@@ -1,7 +1,7 @@
-"""The one fit loop for networks, on batches of images or of cached activations.
+"""The one training loop for networks, on batches of images or of cached activations.
 
-A network is Sequential(frozen, body, head). `frozen` turns what is loaded (uint8 images, or cached activations, for
-which it is the identity) into the input of `body`, the trainable part of the backbone; `head` is the dense head.
+A network is Sequential(prefix, suffix, head). The frozen prefix maps what is loaded (uint8 images, or cached
+activations, for which it is the identity) to the input of the suffix, the trained part of the backbone.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.logs import progress
 from pipeline.network import engine
-from pipeline.network.device import BATCH, autocast, place
+from pipeline.network.device import BATCH, autocast
 from pipeline.params import Strategy
 from pipeline.training.heads import loss_weight, mean_log_probability
 
@@ -31,7 +31,10 @@ Load = Callable[[Sequence[Batch]], Iterator[torch.Tensor]]  # batches -> the net
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: inputs by row and view, label (n,) int64, weight (n,), the rows to train and to choose on."""
+    """The images: how to load their inputs, label (n,) int64, weight (n,), and the rows of training and validation.
+
+    Predictions are averaged over `evaluation_views` views and run in the engine `evaluation_engine`.
+    """
 
     load: Load
     label: np.ndarray
@@ -43,46 +46,45 @@ class Task:
 
 
 def train(
-    network: nn.Sequential, task: Task, strategy: Strategy, seed: int, threads: int, device: torch.device, name: str
+    network: nn.Sequential, task: Task, strategy: Strategy, seed: int, name: str
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Train in place and restore the epoch of the lowest validation NLL, weighted as the metrics are: by image.
+    """Train in place, on the device of `network`, and restore the epoch of the lowest validation NLL.
 
-    Returns that epoch and the learning curve; epoch 0 is the network as it was. Epochs cycle through the views 1 to
-    strategy.views. Raises ValueError, naming the run `name`, when the loss is not finite.
+    Returns that epoch and the learning curve; epoch 0 is the network before training. Epochs cycle through the views 1
+    to strategy.views. With one number of threads the result has the same bytes on one kind of device. Raises
+    ValueError, naming the run `name`, when a loss is not finite.
     """
-    torch.set_num_threads(threads)
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
-    place(network, device)
     network.requires_grad_(True)
     network[0].requires_grad_(False)
     n_steps = len(_batches([(0, 0)] * len(task.train), strategy.batch_size))
     optimizer = _optimizer(network, strategy)
-    counted = task.weight.copy()
-    counted[task.train] = loss_weight(task.label[task.train], task.weight[task.train], strategy.class_weights)
+    in_loss = task.weight.copy()
+    in_loss[task.train] = loss_weight(task.label[task.train], task.weight[task.train], strategy.class_weights)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
-    curve = [{"epoch": 0, "train_loss": None, "train_accuracy": None, **_validate(network, task, strategy, device)}]
-    _check_finite(name, 0, "validation", curve[0]["val_loss"])
-    best_epoch, best = 0, copy.deepcopy(network.state_dict())
-    _report(name, curve[0])
-    for epoch in range(1, strategy.epochs + 1):
-        view = (epoch - 1) % strategy.views + 1 if strategy.views else 0
-        pairs = [(int(row), view) for row in order.permutation(task.train)]
-        batches = _batches(pairs, strategy.batch_size)
-        set_training_mode(network, strategy)
-        total = np.zeros(2)
-        inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
-        for batch, tensor in zip(batches, inputs, strict=True):
-            total += _step(network, tensor, batch, task, counted, strategy, optimizer, device)
-            schedule.step()
-            _check_finite(name, epoch, "training", total[0])
-        loss, accuracy = (total / task.weight[task.train].sum()).tolist()
-        validated = _validate(network, task, strategy, device)
-        _check_finite(name, epoch, "validation", validated["val_loss"])
-        curve.append({"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy, **validated})
-        _report(name, curve[-1])
-        if curve[-1]["val_loss"] < curve[best_epoch]["val_loss"]:
+    curve: list[dict[str, Any]] = []
+    best_epoch, best = 0, {}
+    for epoch in range(strategy.epochs + 1):
+        train_loss = train_accuracy = None
+        if epoch:
+            view = (epoch - 1) % strategy.views + 1 if strategy.views else 0
+            batches = _batches([(int(row), view) for row in order.permutation(task.train)], strategy.batch_size)
+            set_training_mode(network, strategy)
+            total = np.zeros(2)
+            inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
+            for batch, loaded in zip(batches, inputs, strict=True):
+                total += _step(network, loaded, [row for row, _ in batch], task, in_loss, strategy, optimizer)
+                schedule.step()
+                _check_finite(name, epoch, "training", total[0])
+            train_loss, train_accuracy = (total / task.weight[task.train].sum()).tolist()
+        line = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
+        curve.append(line | _validate(network, task, strategy.precision))
+        _check_finite(name, epoch, "validation", curve[-1]["val_loss"])
+        values = ", ".join(f"{key} {value:.4f}" for key, value in curve[-1].items() if isinstance(value, float))
+        log.info("%s epoch %d: %s", name, epoch, values)
+        if epoch == 0 or curve[-1]["val_loss"] < curve[best_epoch]["val_loss"]:
             best_epoch, best = epoch, copy.deepcopy(network.state_dict())
         elif epoch - best_epoch >= strategy.patience:
             break
@@ -92,7 +94,7 @@ def train(
 
 
 def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    """Batches of `size`; one image left over joins the batch before it, for it has no statistics of its own."""
+    """Batches of `size`; a single image that is left joins the batch before it: BatchNorm needs more than one."""
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -100,21 +102,22 @@ def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, in
 
 
 def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
-    """Training mode for all but the frozen part, whose BatchNorm statistics would move otherwise.
+    """Training mode for all but the prefix, whose BatchNorm statistics would change otherwise.
 
-    `batchnorm: frozen` keeps the body's statistics too; its affine parameters learn with the rest.
+    `batchnorm: frozen` keeps the statistics of the suffix too; its affine parameters are trained with the rest.
     """
-    frozen, body, _ = network
+    prefix, suffix, _ = network
     network.train()
-    frozen.eval()
+    prefix.eval()
     if strategy.batchnorm == "frozen":
-        for module in body.modules():
+        for module in suffix.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
 
 
-def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str, device: torch.device) -> np.ndarray:
+def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
+    device = _device(network)
     pairs = [(int(row), view) for row in rows for view in range(task.evaluation_views)]
     size = BATCH[device.type]
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
@@ -123,8 +126,13 @@ def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str, de
     return mean_log_probability(logits.unflatten(0, (len(rows), task.evaluation_views))).numpy()
 
 
-def _validate(network: nn.Module, task: Task, strategy: Strategy, device: torch.device) -> dict[str, float]:
-    log_probability = predict(network, task, task.val, strategy.precision, device).astype(np.float64)
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _validate(network: nn.Module, task: Task, precision: str) -> dict[str, float]:
+    """NLL and accuracy, weighted by image as the metrics are."""
+    log_probability = predict(network, task, task.val, precision).astype(np.float64)
     label, weight = task.label[task.val], task.weight[task.val]
     nll = -log_probability[np.arange(len(label)), label]
     is_right = log_probability.argmax(1) == label
@@ -133,10 +141,10 @@ def _validate(network: nn.Module, task: Task, strategy: Strategy, device: torch.
 
 
 def _optimizer(network: nn.Sequential, strategy: Strategy) -> torch.optim.Optimizer:
-    """Separate rates for body and head; decay on matrices and filters only."""
-    _, body, head = network
+    """Separate learning rates for suffix and head; weight decay on matrices and filters only."""
+    _, suffix, head = network
     groups = []
-    for module, rate in ((body, strategy.learning_rate_base), (head, strategy.learning_rate_head)):
+    for module, rate in ((suffix, strategy.learning_rate_base), (head, strategy.learning_rate_head)):
         matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
         groups.append({"params": matrices, "lr": rate, "weight_decay": strategy.weight_decay})
@@ -147,7 +155,7 @@ def _optimizer(network: nn.Sequential, strategy: Strategy) -> torch.optim.Optimi
 
 
 def _rate(epoch: float, strategy: Strategy) -> float:
-    """Factor of the learning rates after so many epochs: linear warm-up, then half a cosine to zero."""
+    """Factor of the learning rates after `epoch` epochs: linear warm-up, then half a cosine to zero."""
     if epoch < strategy.warmup_epochs:
         return (epoch + 0.01) / (strategy.warmup_epochs + 0.01)
     left = max(strategy.epochs - strategy.warmup_epochs, 1)
@@ -157,39 +165,32 @@ def _rate(epoch: float, strategy: Strategy) -> float:
 def _step(
     network: nn.Module,
     inputs: torch.Tensor,
-    batch: Batch,
+    rows: list[int],
     task: Task,
-    counted: np.ndarray,
+    in_loss: np.ndarray,
     strategy: Strategy,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
 ) -> tuple[float, float]:
-    """One step; returns the sums of the losses, weighted by `counted`, and of the hits, weighted by image.
+    """One step. Returns the sums of the losses, weighted by `in_loss`, and of the hits, weighted by image.
 
-    The batch's loss is divided by the mean weight of all training images, not of the batch: an image counts by its
-    weight, whichever batch it falls into.
+    The loss of the batch is divided by the mean weight of all training images, not of the batch, so that the weight of
+    an image does not depend on the batch it is in.
     """
-    rows = [row for row, _ in batch]
+    device = _device(network)
     label = torch.from_numpy(task.label[rows]).to(device)
-    weight = torch.from_numpy(task.weight[rows]).to(device, torch.float32)
+    weight, loss_weights = (torch.from_numpy(w[rows]).to(device, torch.float32) for w in (task.weight, in_loss))
     with autocast(strategy.precision, device):
         logits = network(inputs.to(device, non_blocking=True)).float()
-    in_loss = torch.from_numpy(counted[rows]).to(device, torch.float32)
-    losses = in_loss * F.cross_entropy(logits, label, reduction="none", label_smoothing=strategy.label_smoothing)
+    losses = loss_weights * F.cross_entropy(logits, label, reduction="none", label_smoothing=strategy.label_smoothing)
     optimizer.zero_grad()
     (losses.mean() / task.weight[task.train].mean()).backward()
     optimizer.step()
     return losses.sum().item(), (weight * (logits.argmax(1) == label)).sum().item()
 
 
-def _check_finite(name: str, epoch: int, part: str, loss: float) -> None:
+def _check_finite(name: str, epoch: int, split: str, loss: float) -> None:
     if not math.isfinite(loss):
         raise ValueError(
-            f"{name}: the {part} loss is {loss} in epoch {epoch}; lower learning_rate_base and learning_rate_head, or "
+            f"{name}: the {split} loss is {loss} in epoch {epoch}; lower learning_rate_base and learning_rate_head, or "
             "raise warmup_epochs"
         )
-
-
-def _report(name: str, line: dict[str, Any]) -> None:
-    values = ", ".join(f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float))
-    log.info("%s epoch %d: %s", name, line["epoch"], values)

@@ -4,12 +4,12 @@ A head minimises, with loss weights w_i that sum to 1 (loss_weight) and W its li
 
     sum_i w_i NLL_i + strength * (l1_ratio |W|_1 + (1 - l1_ratio) / 2 |W|^2)
 
-A linear head does so over all rows at once (L-BFGS-B), from the strongest penalty to the weakest, each started from
-the one before; the others by minibatches (Adam, and soft-thresholding after each step for the l1 part). Validation NLL
-chooses the strength, and the epoch where there are epochs; weighted by the images' weights alone, as metrics are,
-so that `class_weights` changes what is fitted and not the yardstick.
+with the regularization strength `strength`. Linear heads are fitted on all rows at once (L-BFGS-B), from the strongest
+penalty to the weakest, each started from the one before; the others in minibatches (Adam, and for the l1 part
+soft-thresholding after each step). The validation NLL selects the strength, and the epoch where there are epochs. It is
+weighted by the images' weights alone, as the metrics are: `class_weights` changes the fit, not the selection.
 
-Features that would take more than RESIDENT_BYTES are read again in each pass; the same bytes come out.
+Features that would take more than RESIDENT_BYTES are read again in each pass; the results have the same bytes.
 """
 
 import copy
@@ -56,18 +56,18 @@ class Standardize(nn.Module):
 
 @dataclass(frozen=True)
 class Selection:
-    """Images of an array (n_all, n_views, *shape), read when they are asked for; indexed as an array is."""
+    """Some images of an array (n_all, n_views, *shape), read when they are used; indexed as an array is."""
 
     values: np.ndarray
     images: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the images together."""
+        """(n_images, n_views, *shape)."""
         return (len(self.images), *self.values.shape[1:])
 
     def __getitem__(self, index: slice | tuple) -> np.ndarray:
-        """Read some."""
+        """Read images; further indices select views and values."""
         images, *rest = index if isinstance(index, tuple) else (index,)
         return self.values[(self.images[images], *rest)]
 
@@ -83,9 +83,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted head, the strength that validation chose, and `val_nll` of each.
+    """A fitted head, the regularization strength that validation selected, and `val_nll` of each strength.
 
-    `rows_seen` counts how often a row went forward and backward through the head, in all.
+    `rows_seen`: rows that went forward and backward through the head, over all passes and strengths.
     """
 
     head: nn.Sequential
@@ -95,10 +95,10 @@ class Fitted:
 
 
 def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
-    """A new head (n, *shape) -> logits (n, n_classes), which standardises nothing yet.
+    """A new head (n, *shape) -> logits (n, n_classes), with the identity as standardisation.
 
-    `dense`: what the pretrained network does behind its base, without its last layer; a copy of it becomes part of a
-    pretrained head. Raises ValueError if features of this shape, or this network, do not go with such a head.
+    `dense`: the layers of the pretrained network behind the base, without the last one; a pretrained head contains a
+    copy of them. Raises ValueError if features of this shape, or this network, do not go with the kind of head.
     """
     if options.kind == "pretrained":
         return _build_pretrained(shape, n_classes, options, dense)
@@ -117,7 +117,7 @@ def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: n
 
 def _build_pretrained(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
     dense = copy.deepcopy(dense).eval().requires_grad_(True)
-    pixels, handles = [1], []  # that a convolution gives; one where it is a dense layer in other words
+    pixels, handles = [1], []  # of each convolution's output; a convolution with one output pixel is a dense layer
     for layer in dense.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = options.dropout
@@ -141,28 +141,23 @@ def _build_pretrained(shape: tuple[int, ...], n_classes: int, options: HeadOptio
 
 
 def fit(
-    train: Examples,
-    val: Examples,
-    n_classes: int,
-    evaluation_views: int,
-    options: HeadOptions,
-    dense: nn.Module,
-    seed: int,
-    threads: int,
-    device: torch.device,
+    head: nn.Sequential, train: Examples, val: Examples, evaluation_views: int, options: HeadOptions
 ) -> Fitted:
-    """Fit on all views of `train`, choose on the first views of `val`; deterministic on one kind of device."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    x = _Rows(train, device)
-    head = build(x.shape, n_classes, options, dense).to(device)
+    """Fit a new `head` on all views of `train`, on its device, and select on the first views of `val`.
+
+    With one seed (torch.manual_seed) and one number of threads the result has the same bytes on one kind of device.
+    Raises ValueError if a validation NLL is not finite.
+    """
+    x = _Rows(train, loss_weight(train.label, train.weight, options.class_weights), next(head.parameters()).device)
     if options.standardize:
-        _standardize(head, x)
-    x.weigh(loss_weight(train.label, train.weight, options.class_weights))
+        _standardize(head, x, x.per_row(train.weight))
 
     best, val_nll, rows_seen = head, {}, 0
-    path = _linear_path(head, x, options) if options.kind == "linear" else None
-    for strength, candidate, passes in path or _minibatch_path(head, x, val, evaluation_views, options):
+    if options.kind == "linear":
+        candidates = _fit_linear(head, x, options)
+    else:
+        candidates = _fit_minibatches(head, x, val, evaluation_views, options)
+    for strength, candidate, passes in candidates:
         nll = _nll(candidate, val, evaluation_views)
         rows_seen += passes * len(x.label)
         if nll < min(val_nll.values(), default=math.inf):
@@ -176,10 +171,10 @@ def fit(
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:
-    """What each training image counts in the loss: its weight, or with `balanced` that times n / (k n_c).
+    """The weight of each training image in the loss: `weight`, or with `balanced` weight * n / (k n_c).
 
-    n is the sum of all weights, n_c that of the image's class, of k that occur: each class counts n / k in all, and
-    the sum stays as it is.
+    n is the sum of all weights, n_c that of the image's class, k the number of classes that occur. Each class has n / k
+    in all, and the sum of the weights stays n.
     """
     if class_weights == "none":
         return weight
@@ -213,43 +208,46 @@ def _nll(head: nn.Module, examples: Examples, views: int) -> float:
 
 
 class _Rows:
-    """Every view of the training images: rows (n, *shape) float32 with label (n,) and weight (n,), which sums to 1.
+    """Every view of the training images: rows (n, *shape) float32 with label (n,) and loss weight (n,), which sums to 1.
 
-    They are on the device if there is room, else read when they are asked for.
+    They are on the device if there is room, else read when they are used.
     """
 
-    def __init__(self, examples: Examples, device: torch.device) -> None:
+    def __init__(self, examples: Examples, weight: np.ndarray, device: torch.device) -> None:
         n_images, self._n_views, *shape = examples.features.shape
         self._features, self._device = examples.features, device
-        self.shape = tuple(shape)
         self.label = torch.from_numpy(examples.label).repeat_interleave(self._n_views).to(device)
-        self.weigh(examples.weight)
+        self.weight = self.per_row(weight)
         image_bytes = 4 * self._n_views * math.prod(shape)
-        n = max(1, CHUNK_BYTES // image_bytes)
-        borders = [(start, min(start + n, n_images)) for start in range(0, n_images, n)]
-        self._chunks = [(slice(i, j), slice(i * self._n_views, j * self._n_views)) for i, j in borders]
+        self._chunk_rows = self._n_views * max(1, CHUNK_BYTES // image_bytes)
         self._transform: nn.Module = nn.Identity()
         self._resident = None
         if n_images * image_bytes <= RESIDENT_BYTES:
-            self._resident = torch.empty(len(self.label), *shape, device=device)
-            for images, rows in self._chunks:
-                self._resident[rows] = self._read(images)
+            resident = torch.empty(len(self.label), *shape, device=device)
+            for rows, chunk in self.chunks():
+                resident[rows] = chunk
+            self._resident = resident
 
-    def weigh(self, weight: np.ndarray) -> None:
-        """Have each image count by `weight` (n,)."""
+    def per_row(self, weight: np.ndarray) -> torch.Tensor:
+        """Weights of the images (n_images,) as weights of the rows (n,), which sum to 1."""
         rows = torch.from_numpy(weight).repeat_interleave(self._n_views).to(self._device)
-        self.weight = rows / rows.sum()
+        return rows / rows.sum()
 
     def apply(self, transform: nn.Module) -> None:
-        """Have all rows go through `transform`, which keeps their shape."""
+        """Pass all rows through `transform`, which keeps their shape."""
         self._transform = transform
         for _, chunk in self.chunks() if self._resident is not None else ():
             chunk.copy_(transform(chunk))
 
     def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All rows in order, in the same chunks each time: which they are, and they themselves."""
-        for images, rows in self._chunks:
-            yield rows, self._transform(self._read(images)) if self._resident is None else self._resident[rows]
+        """All rows in order, in the same chunks each time: their positions and their values."""
+        for start in range(0, len(self.label), self._chunk_rows):
+            rows = slice(start, start + self._chunk_rows)
+            if self._resident is not None:
+                yield rows, self._resident[rows]
+            else:
+                images = self._features[start // self._n_views : rows.stop // self._n_views]
+                yield rows, self._transform(torch.from_numpy(np.array(images)).float().flatten(0, 1).to(self._device))
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """Some rows, in any order."""
@@ -258,12 +256,10 @@ class _Rows:
         images, views = np.divmod(rows.cpu().numpy(), self._n_views)
         return self._transform(torch.from_numpy(self._features[images, views]).float().to(self._device))
 
-    def _read(self, images: slice) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._features[images])).float().flatten(0, 1).to(self._device)
 
-
-def _standardize(head: nn.Sequential, x: _Rows) -> None:
-    weights = x.weight.float()
+def _standardize(head: nn.Sequential, x: _Rows, weight: torch.Tensor) -> None:
+    """Give the head the mean and deviation of the rows, weighted by `weight` (n,)."""
+    weights = weight.float()
     mean = torch.stack([weights[rows] @ chunk for rows, chunk in x.chunks()]).sum(0)
     variance = torch.stack([weights[rows] @ (chunk - mean) ** 2 for rows, chunk in x.chunks()]).sum(0)
     floor = DEVIATION_FLOOR * variance.mean().sqrt().item()
@@ -276,15 +272,16 @@ def _l1_ratio(options: HeadOptions) -> float:
     return {"l2": 0.0, "l1": 1.0, "elasticnet": options.l1_ratio}[options.penalty]
 
 
-Path = Iterator[tuple[float, nn.Sequential, int]]  # strength, the head it gives, passes over the rows
+Candidates = Iterator[tuple[float, nn.Sequential, int]]  # regularization strength, its head, passes over the rows
 
 
-def _linear_path(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Path:
+def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Candidates:
+    """The same module each time, with the optimum of one strength after the other."""
     x.apply(head[0])
     linear, ratio = cast(nn.Linear, head[-1]), _l1_ratio(options)
     n_classes, width = linear.weight.shape
-    # W = B U. Without l1 the optimum sums to 0 over the classes; of two, one vector of the same length is left to find,
-    # which halves the products with the rows.
+    # W = B U. Without l1 the optimum sums to 0 over the classes, so that two classes need only one vector of the same
+    # length. That halves the products with the rows.
     basis = torch.tensor([[1.0], [-1.0]]).double() / math.sqrt(2) if n_classes == 2 and not ratio else None
     n_vectors = basis.shape[1] if basis is not None else n_classes
     # With l1, U = P - N with P, N >= 0, so that |U|_1 = sum(P + N) is smooth; without, U = P.
@@ -305,8 +302,8 @@ def _linear_path(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Path:
     point = before = np.zeros_like(least)
     settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30}
     for strength in sorted(options.regularization_strengths, reverse=True):
-        start = np.maximum(2 * point - before, least)  # as far again as the last strength moved it
-        with threadpool_limits(1, "blas"):  # or scipy's threads and torch's wait for each other: 16 times as long
+        start = np.maximum(2 * point - before, least)  # extrapolated from the last two strengths
+        with threadpool_limits(1, "blas"):  # scipy's and torch's threads would wait for each other: 16 times slower
             found = minimize(
                 *(objective, start, (strength,), "L-BFGS-B"),
                 jac=True,
@@ -323,9 +320,9 @@ def _linear_path(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Path:
 def _weighted_nll(
     x: _Rows, vectors: torch.Tensor, bias: torch.Tensor, basis: torch.Tensor | None
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Weighted NLL of the head with the weights B `vectors` (k, d) and the biases B `bias` (k,), and both slopes.
+    """Weighted NLL of the head with the weights B `vectors` (k, d) and the biases B `bias` (k,), and both gradients.
 
-    All in float64 but for the products with the rows.
+    All in float64 except for the products with the rows.
     """
     device = x.label.device
     u, c, b = vectors.float().to(device), bias.to(device), None if basis is None else basis.to(device)
@@ -343,7 +340,10 @@ def _weighted_nll(
     return float(loss), slope.cpu().numpy(), bias_slope.cpu().numpy()
 
 
-def _minibatch_path(head: nn.Sequential, x: _Rows, val: Examples, evaluation_views: int, options: HeadOptions) -> Path:
+def _fit_minibatches(
+    head: nn.Sequential, x: _Rows, val: Examples, evaluation_views: int, options: HeadOptions
+) -> Candidates:
+    """A copy of `head` for each strength, trained from the same start, in its best epoch."""
     ratio, w, n_rows = _l1_ratio(options), x.weight.float(), len(x.label)
     for strength in options.regularization_strengths:
         candidate = copy.deepcopy(head)
@@ -360,7 +360,7 @@ def _minibatch_path(head: nn.Sequential, x: _Rows, val: Examples, evaluation_vie
                 loss.backward()
                 optimizer.step()
                 if ratio:
-                    for matrix in matrices:  # the threshold in the metric of Adam's step, or it counts for nothing
+                    for matrix in matrices:  # the threshold is scaled as Adam's step is, or it would have no effect
                         state = optimizer.state[matrix]
                         unbiased = state["exp_avg_sq"] / (1 - optimizer.defaults["betas"][1] ** state["step"].item())
                         threshold = options.learning_rate * strength * ratio / (unbiased.sqrt() + 1e-8)

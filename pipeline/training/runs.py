@@ -6,7 +6,7 @@ reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation and te
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from safetensors.numpy import load_file, save
@@ -19,17 +19,22 @@ MODELS = Path("models")  # the networks of the runs, see models.py
 
 
 class Cost(Record):
-    """Nominal cost of a run, from nothing.
+    """Nominal cost of a run, including the cached head that it starts from.
 
     `base_passes`: how often a training image went through the base, or through its frozen prefix, from pixels;
     `train_flops`: of these passes and of the training itself, forward and backward; `cached_bytes`: of the cached
-    features and activations that the run reads, for selection and test too. Evaluation on validation is not counted.
+    features and activations that the run reads, those of validation and test included. Evaluation on validation is not counted.
     """
 
     trainable_params: int
     train_flops: int
     base_passes: int
     cached_bytes: int
+
+    def after(self, earlier: Self) -> Self:
+        """This cost and that of the earlier run that it starts from; the trainable parameters are this run's."""
+        summed = ("train_flops", "base_passes", "cached_bytes")
+        return self.model_copy(update={name: getattr(self, name) + getattr(earlier, name) for name in summed})
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Predictions:
 class Run:
     """One strategy with one seed.
 
-    `chosen`: what validation selected. `network`: its parameters in all, the freeze boundary, and the largest error of
-    storing features, relative to the largest value of an image. `curve`: a line per epoch.
+    `chosen`: what validation selected. `network`: its number of parameters, the freeze boundary, and the largest error
+    of storing features, relative to the largest value of an image. `curve`: one entry per epoch.
     """
 
     strategy: str
@@ -73,7 +78,7 @@ def save_run(run: Run) -> None:
 
 
 def read_run(strategy: str, seed: int) -> Run:
-    """Read what save_run wrote."""
+    """Read the files that save_run writes."""
     folder = RUNS / strategy / f"seed_{seed}"
     described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     arrays = load_file(folder / "predictions.safetensors")

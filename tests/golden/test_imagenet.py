@@ -8,18 +8,20 @@ import timm
 import torch
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
-from pipeline.features.views import Preprocessing, decode, sha256, views
+from pipeline.dataset.decoding import decode, sha256
+from pipeline.features.views import make_views
 from pipeline.network import backbones
-from pipeline.network.backbones import Normalize
+from pipeline.network.preprocessing import Normalize, Preprocessing
+from pipeline.network.weights import bundled_state
 from pipeline.params import BackboneChoice
-from tests.common import FLIPS
+from tests.factories import FLIPS
 
 PHOTOGRAPHS = Path(sklearn.datasets.__file__).parent / "images"
 
 
 def pixels_of(photograph: str, preprocessing: Preprocessing) -> torch.Tensor:
     content = (PHOTOGRAPHS / photograph).read_bytes()
-    return torch.from_numpy(views(decode(content), sha256(content), [0], preprocessing, FLIPS))
+    return torch.from_numpy(make_views(decode(content), sha256(content), [0], preprocessing, FLIPS))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def backbone() -> backbones.Backbone:
 @pytest.fixture(scope="module")
 def whole_network() -> torch.nn.Module:
     network = timm.create_model("tf_efficientnet_lite0")
-    state = backbones.bundled_state("timm/tf_efficientnet_lite0", network.state_dict())
+    state = bundled_state("timm/tf_efficientnet_lite0", network.state_dict())
     network.load_state_dict(state, strict=True)
     return network.eval()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import make_units
-from pipeline.features.views import sha256
 from pipeline.ingest import sources, splits
 from pipeline.params import load_params
 

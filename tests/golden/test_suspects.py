@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cleanlab.filter import find_label_issues
 
-from pipeline.training import suspects
+from pipeline.stages import label_suspects
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 30])
@@ -14,7 +14,7 @@ def test_the_suspects_are_cleanlabs(n_classes: int):
     logits = random.normal(size=(1500, n_classes)) + 3 * np.eye(n_classes)[true]
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     label = np.where(random.random(1500) < 0.1, random.integers(0, n_classes, 1500), true)
-    found = suspects.doubt(probability, label, np.ones(1500))
+    found = label_suspects.rank(probability, label, np.ones(1500))
     expected = find_label_issues(
         label, probability, filter_by="prune_by_class", return_indices_ranked_by="self_confidence", n_jobs=1
     )

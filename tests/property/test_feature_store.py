@@ -24,11 +24,11 @@ from pipeline.features import extraction
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
 from pipeline.features.store import Store
-from pipeline.features.views import Preprocessing, Sample
-from pipeline.network import backbones
-from pipeline.network.backbones import Backbone
-from pipeline.params import FeatureOptions
-from tests.common import FLIPS
+from pipeline.features.views import Sample
+from pipeline.network.backbones import Backbone, state_sha256
+from pipeline.network.cuts import Prefix
+from pipeline.network.preprocessing import Normalize, Preprocessing
+from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
 
 N_IMAGES, VIEWS = 9, 3
 CPU = torch.device("cpu")
@@ -73,34 +73,23 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def computation() -> tuple[Network, Computation]:
-    preprocessing = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+def prepared() -> tuple[Network, Computation]:
     network = Network()
-    backbone = Backbone("torchvision/tiny", network, preprocessing, backbones.state_sha256(network), 5)
-    options = FeatureOptions(
-        views=VIEWS,
-        image_size=None,
-        cut="all",
-        pool="none",
-        engine="torch",
-        precision="fp32",
-        store_dtype="fp16",
-        threads=1,
-    )
-    whole = nn.Sequential(backbones.Normalize(preprocessing), network)
-    return network, extraction.computation(whole, backbone, "all", "none", AUGMENTATION, options, CPU)
+    backbone = Backbone("torchvision/tiny", network, PREPROCESSING, state_sha256(network), 5, None)
+    prefix = Prefix(nn.Sequential(Normalize(PREPROCESSING), network), backbone, "all", "none")
+    return network, extraction.prepare(prefix, AUGMENTATION, feature_options(store_dtype="fp16"), CPU)
 
 
 def fill(images: dict[str, Path], rows: list[Row], after: float = float("inf")) -> Store:
     """Fill the store, or be killed after so many batches."""
-    network, how = computation()
+    network, computation = prepared()
     network.left = after
-    return extraction.fill(how, images, rows, workers=0, max_gb=math.inf, share=Share(0, 1))
+    return extraction.fill(computation, images, rows, workers=0, max_gb=math.inf, share=Share(0, 1))
 
 
 def assembled(images: dict[str, Path], store: Store, folder: str) -> bytes:
     path = Path(folder, "features.h5")
-    extraction.assemble(store, list(images), VIEWS, {"made": "by a test"}, path)
+    extraction.assemble(store, list(images), VIEWS, provenance(), path)
     return path.read_bytes()
 
 
@@ -184,11 +173,11 @@ def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
         resize=(crop,), crop=crop, interpolation=str(v["interpolation"]), mean=(mean,) * 3, std=(0.5,) * 3
     )
     layers = network_of(int(v["seed"]), crop)
-    backbone = Backbone(str(v["network"]), layers, geometry, backbones.state_sha256(layers), 5)
-    chosen = {name: v[name] for name in ("engine", "precision", "store_dtype", "threads", "cut", "pool")}
-    options = FeatureOptions.model_validate({"views": VIEWS, "image_size": None, **chosen})
-    module = nn.Sequential(backbones.Normalize(geometry), layers)
-    return extraction.computation(module, backbone, str(v["cut"]), str(v["pool"]), augmentation, options, CPU)
+    backbone = Backbone(str(v["network"]), layers, geometry, state_sha256(layers), 5, None)
+    options = feature_options(**{name: v[name] for name in ("engine", "precision", "store_dtype")})
+    prefix = Prefix(nn.Sequential(Normalize(geometry), layers), backbone, str(v["cut"]), str(v["pool"]))
+    torch.set_num_threads(int(v["threads"]))
+    return extraction.prepare(prefix, augmentation, options, CPU)
 
 
 CHANGES = [*KEYED, *(f"view {name}" for name in OF_VIEWS)]
@@ -205,9 +194,9 @@ def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
     asked: list[Row] = []
     load_batches = extraction.load_batches
 
-    def counted(batches: list[list[Sample]], *how: Any) -> Iterator[torch.Tensor]:
+    def counted(batches: list[list[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
         asked.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
-        return load_batches(batches, *how)
+        return load_batches(batches, *arguments)
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(extraction, "load_batches", counted)
@@ -234,18 +223,18 @@ def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
                 path.write_bytes(content.getvalue())
                 chosen.append(hashlib.sha256(content.getvalue()).hexdigest())
                 paths[chosen[-1]] = path
-            how = computation_of(tuple(sorted(state.items())))
+            computation = computation_of(tuple(sorted(state.items())))
             rows = [(name, view) for name in chosen for view in range(views)]
             asked.clear()
             patch.setenv("DVC_ROOT", f"{folder}/store")
-            values = extraction.fill(how, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
-            keyed = {(how.key.name(row[1]), row) for row in rows}
-            assert {(how.key.name(row[1]), row) for row in asked} == keyed - seen
+            values = extraction.fill(computation, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+            keyed = {(computation.key.name(row[1]), row) for row in rows}
+            assert {(computation.key.name(row[1]), row) for row in asked} == keyed - seen
             assert len(set(asked)) == len(asked)
             seen |= keyed
             with tempfile.TemporaryDirectory() as empty:
                 patch.setenv("DVC_ROOT", empty)
-                fresh = extraction.fill(how, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+                fresh = extraction.fill(computation, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
             assert values.tobytes() == fresh.tobytes()
 
 

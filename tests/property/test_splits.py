@@ -13,6 +13,7 @@ from pipeline.dataset.units import make_units
 from pipeline.ingest import splits
 from pipeline.ingest.splits import RANKED, check_classes, draw, find_leaks
 from pipeline.params import Splitting
+from tests import factories
 
 Table = list[tuple[str, str, str, str, str]]  # per image: sha256, group, near-duplicate group, class, stratum
 
@@ -33,13 +34,13 @@ def tables(min_size: int = 1, ties: bool = True, max_size: int = 60) -> st.Searc
 GIVEN = st.lists(st.sampled_from(["", "", "train", "train", "val", "test", "unused"]), min_size=60, max_size=60)
 
 
-def records(table: Table, order: list[int] | None = None, parts: list[str] | None = None) -> Labels:
+def records(table: Table, order: list[int] | None = None, given: list[str] | None = None) -> Labels:
     order = order or list(range(len(table)))
     sha256, group, near, class_of, stratum = (list(column) for column in zip(*(table[i] for i in order), strict=True))
     image_id, names = [f"{i:03}.png" for i in order], sorted(set(class_of))
-    n, label = len(order), np.array([names.index(name) for name in class_of])
-    part_of = [parts[i] if parts else "" for i in order]
-    return Labels(image_id, sha256, label, np.ones(n), group, near, stratum, [""] * n, part_of, class_names=names)
+    columns = {"image_id": image_id, "sha256": sha256, "group": group, "near_duplicate_group": near, "stratum": stratum}
+    label, given_split = np.array([names.index(name) for name in class_of]), [given[i] if given else "" for i in order]
+    return factories.labels(len(order), label=label, given_split=given_split, class_names=names, **columns)
 
 
 def sizes(method: str, shares: tuple[float, float], seed: int = 0) -> Splitting:
@@ -55,24 +56,24 @@ def sizes(method: str, shares: tuple[float, float], seed: int = 0) -> Splitting:
 
 
 def drawn(labels: Labels, shares: tuple[float, float], seed: int, method: str = "stratified") -> dict[str, str]:
-    """Part of each image by its name."""
+    """The split of each image by its name."""
     split = draw(labels, make_units(labels), sizes(method, shares, seed), seed)
     assert split.seed == seed
     assert split.image_id == labels.image_id
     return dict(zip(split.image_id, split.split.tolist(), strict=True))
 
 
-def dealt(labels: Labels, shares: tuple[float, float], seed: int) -> dict[str, str]:
-    """A stratified split before classes are given the parts that they miss."""
+def drawn_without_filling(labels: Labels, shares: tuple[float, float], seed: int) -> dict[str, str]:
+    """A stratified split before classes are given the splits that they miss."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "_fill", lambda *_: None)
         return drawn(labels, shares, seed)
 
 
-def tied_parts(table: Table, parts: list[str]) -> list[set[str]]:
-    """For each tie, the parts of the images that it ties, without unused."""
+def tied_splits(table: Table, chosen: list[str]) -> list[set[str]]:
+    """For each tie, the splits of the images that it ties, without unused."""
     return [
-        {part for part, row in zip(parts, table, strict=True) if row[column] == value} - {"unused"}
+        {name for name, row in zip(chosen, table, strict=True) if row[column] == value} - {"unused"}
         for column in range(3)
         for value in {row[column] for row in table} - {""}
     ]
@@ -80,11 +81,13 @@ def tied_parts(table: Table, parts: list[str]) -> list[set[str]]:
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS, st.sampled_from(METHODS), GIVEN)
-def test_every_image_has_one_part(table: Table, shares: tuple[float, float], seed: int, method: str, parts: list[str]):
-    assume(method != "given" or any(parts[: len(table)]))
-    labels = records(table, parts=parts)
+def test_every_image_has_one_split(
+    table: Table, shares: tuple[float, float], seed: int, method: str, chosen: list[str]
+):
+    assume(method != "given" or any(chosen[: len(table)]))
+    labels = records(table, given=chosen)
     split = draw(labels, make_units(labels), sizes(method, shares), seed)
-    rows = [row for part in (*RANKED, "unused") for row in split.rows(part)]
+    rows = [row for name in (*RANKED, "unused") for row in split.rows(name)]
     assert sorted(rows) == list(range(len(table)))
     if method == "stratified":
         assert not len(split.rows("unused"))
@@ -96,26 +99,26 @@ def test_equal_images_and_images_of_one_group_never_straddle(
     table: Table, shares: tuple[float, float], seed: int, method: str
 ):
     labels = records(table)
-    parts = list(drawn(labels, shares, seed, method).values())
-    assert all(len(found) <= 1 for found in tied_parts(table, parts))
-    assert find_leaks(labels, Split(seed, labels.image_id, np.array(parts))) == []
+    chosen = list(drawn(labels, shares, seed, method).values())
+    assert all(len(found) <= 1 for found in tied_splits(table, chosen))
+    assert find_leaks(labels, Split(seed, labels.image_id, np.array(chosen))) == []
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS, st.sampled_from(METHODS), GIVEN, st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing(
-    table: Table, shares: tuple[float, float], seed: int, method: str, parts: list[str], random
+    table: Table, shares: tuple[float, float], seed: int, method: str, chosen: list[str], random
 ):
-    assume(method != "given" or any(parts[: len(table)]))
+    assume(method != "given" or any(chosen[: len(table)]))
     order = list(range(len(table)))
     random.shuffle(order)
-    one, other = (drawn(records(table, rows, parts), shares, seed, method) for rows in (None, order))
+    one, other = (drawn(records(table, rows, chosen), shares, seed, method) for rows in (None, order))
     assert one == other
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
-def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares: tuple[float, float], seed: int):
+def test_units_are_the_smallest_sets_that_may_not_be_separated(table: Table, shares: tuple[float, float], seed: int):
     units = make_units(records(table))
     assert sorted(row for unit in units for row in unit) == list(range(len(table)))
     ties = [{(c, row[c]) for c in range(3) if row[c]} for row in table]
@@ -131,19 +134,19 @@ def test_units_are_the_smallest_sets_that_may_not_be_parted(table: Table, shares
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
-def test_parts_have_their_size_to_within_one_unit_of_a_stratum(table: Table, shares: tuple[float, float], seed: int):
+def test_splits_have_their_size_to_within_one_unit_of_a_stratum(table: Table, shares: tuple[float, float], seed: int):
     largest = max(map(len, make_units(records(table)))) * len({row[3:] for row in table})
-    counts = Counter(dealt(records(table), shares, seed).values())
-    for part, share in zip(("test", "val"), shares, strict=True):
-        assert abs(counts[part] - share * len(table)) <= largest
+    counts = Counter(drawn_without_filling(records(table), shares, seed).values())
+    for name, share in zip(("test", "val"), shares, strict=True):
+        assert abs(counts[name] - share * len(table)) <= largest
 
 
 @settings(deadline=None)
 @given(tables(ties=False), SHARES, SEEDS)
-def test_every_stratum_has_its_share_of_every_part(table: Table, shares: tuple[float, float], seed: int):
-    parts = list(dealt(records(table), shares, seed).values())
+def test_every_stratum_has_its_share_of_every_split(table: Table, shares: tuple[float, float], seed: int):
+    chosen = list(drawn_without_filling(records(table), shares, seed).values())
     for stratum in {row[3:] for row in table}:
-        counts = Counter(part for part, row in zip(parts, table, strict=True) if row[3:] == stratum)
+        counts = Counter(name for name, row in zip(chosen, table, strict=True) if row[3:] == stratum)
         assert abs(counts["test"] - shares[0] * counts.total()) <= 1
         assert abs(counts["val"] - shares[1] * counts.total()) <= 2  # it takes what test has left
 
@@ -168,7 +171,7 @@ def test_one_large_group_does_not_keep_the_rest_of_its_class_out_of_test_and_val
 def test_large_groups_of_one_class_take_no_places_of_the_next(seed: int):
     table = [(str(i), str(i // 100) if i < 1000 else "", "", "x" if i < 1000 else "y", "") for i in range(1150)]
     found = drawn(records(table), (0.25, 0.1125), seed)
-    counts = Counter(part for name, part in found.items() if int(name.removesuffix(".png")) >= 1000)
+    counts = Counter(split for name, split in found.items() if int(name.removesuffix(".png")) >= 1000)
     assert counts["test"] == pytest.approx(37.5, abs=1)
     assert counts["val"] == pytest.approx(16.9, abs=1)
 
@@ -187,7 +190,7 @@ def classes_of(*group_sizes: list[int]) -> Labels:
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=9), min_size=1, max_size=8), SHARES, SEEDS)
-def test_a_class_of_three_groups_or_more_has_one_in_every_part(
+def test_a_class_of_three_groups_or_more_has_one_in_every_split(
     group_sizes: list[list[int]], shares: tuple[float, float], seed: int
 ):
     labels = classes_of(*group_sizes)
@@ -209,8 +212,8 @@ def test_classes_get_what_they_miss_by_a_unit_each_and_no_class_loses_its_last(
     table: Table, shares: tuple[float, float], seed: int
 ):
     labels = records(table)
-    before, after = dealt(labels, shares, seed), drawn(labels, shares, seed)
-    held, now = ({(labels.label[row], part) for row, part in enumerate(found.values())} for found in (before, after))
+    before, after = drawn_without_filling(labels, shares, seed), drawn(labels, shares, seed)
+    held, now = ({(labels.label[row], split) for row, split in enumerate(found.values())} for found in (before, after))
     assert held <= now
     moved = [unit for unit in make_units(labels) if before[labels.image_id[unit[0]]] != after[labels.image_id[unit[0]]]]
     assert len(moved) <= len(now - held)
@@ -221,26 +224,26 @@ def test_classes_get_what_they_miss_by_a_unit_each_and_no_class_loses_its_last(
 
 @settings(deadline=None, max_examples=300)
 @given(tables(min_size=2), SHARES, SEEDS, st.data())
-def test_added_images_move_no_image_to_another_part(
+def test_added_images_move_no_image_to_another_split(
     table: Table, shares: tuple[float, float], seed: int, data: st.DataObject
 ):
     is_old = data.draw(st.lists(st.booleans(), min_size=len(table), max_size=len(table)).filter(any))
     old = [row for row, is_there in enumerate(is_old) if is_there]
     before, after = (drawn(records(table, rows), shares, seed, "hash") for rows in (old, None))
-    moved = {name: (part, after[name]) for name, part in before.items() if after[name] != part}
+    moved = {name: (split, after[name]) for name, split in before.items() if after[name] != split}
     assert {pair[1] for pair in moved.values()} <= {"unused"}
     for unit in make_units(records(table)):
         names = [f"{row:03}.png" for row in unit]
         highest = min((RANKED.index(after[name]) for name in names if after[name] != "unused"), default=None)
         assert highest is not None, "of tied images some stay"
-        # an image becomes unused only where a new one brought it together with an image of a higher part
+        # an image becomes unused only where a new one brought it together with an image of a higher split
         for name in set(names) & moved.keys():
             assert highest < RANKED.index(before[name])
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
-def test_the_highest_part_of_images_that_are_bridged_keeps_them_and_the_others_are_unused(
+def test_the_highest_split_of_images_that_are_bridged_keeps_them_and_the_others_are_unused(
     table: Table, shares: tuple[float, float], seed: int
 ):
     labels = records(table)
@@ -258,7 +261,7 @@ def test_the_highest_part_of_images_that_are_bridged_keeps_them_and_the_others_a
 
 @settings(deadline=None)
 @given(tables(min_size=2), SHARES, SEEDS)
-def test_names_and_labels_of_images_play_no_part_in_hash(table: Table, shares: tuple[float, float], seed: int):
+def test_names_and_labels_of_images_have_no_influence_on_hash(table: Table, shares: tuple[float, float], seed: int):
     labels = records(table)
     renamed = replace(labels, image_id=[f"new/{name}" for name in labels.image_id], label=1 - labels.label.clip(0, 1))
     found = [list(drawn(one, shares, seed, "hash").values()) for one in (labels, renamed)]
@@ -277,86 +280,86 @@ def test_hash_meets_the_fractions_in_expectation():
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS, GIVEN)
-def test_given_parts_are_kept_and_a_missing_one_is_drawn_from_train_and_from_what_has_none(
-    table: Table, shares: tuple[float, float], seed: int, parts: list[str]
+def test_given_splits_are_kept_and_a_missing_one_is_drawn_from_train_and_from_what_has_none(
+    table: Table, shares: tuple[float, float], seed: int, chosen: list[str]
 ):
-    parts = parts[: len(table)]
-    assume(any(parts))
-    found = list(drawn(records(table, parts=parts), shares, seed, "given").values())
-    drawn_parts = {"test", "val"} - set(parts)
-    for part, now in zip(parts, found, strict=True):
-        if part not in ("", "train"):
-            assert now == part
-        assert now in {"train", *drawn_parts} or part != "train"
-    if not drawn_parts:
-        assert [now for part, now in zip(parts, found, strict=True) if part] == [part for part in parts if part]
-    assert set(found) - set(parts) <= {"train", *drawn_parts}
+    chosen = chosen[: len(table)]
+    assume(any(chosen))
+    found = list(drawn(records(table, given=chosen), shares, seed, "given").values())
+    drawn_splits = {"test", "val"} - set(chosen)
+    for name, now in zip(chosen, found, strict=True):
+        if name not in ("", "train"):
+            assert now == name
+        assert now in {"train", *drawn_splits} or name != "train"
+    if not drawn_splits:
+        assert [now for name, now in zip(chosen, found, strict=True) if name] == [name for name in chosen if name]
+    assert set(found) - set(chosen) <= {"train", *drawn_splits}
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS, GIVEN)
-def test_no_leak_is_made_that_was_not_given(table: Table, shares: tuple[float, float], seed: int, parts: list[str]):
-    parts = parts[: len(table)]
-    assume(any(parts))
-    labels = records(table, parts=parts)
+def test_no_leak_is_made_that_was_not_given(table: Table, shares: tuple[float, float], seed: int, chosen: list[str]):
+    chosen = chosen[: len(table)]
+    assume(any(chosen))
+    labels = records(table, given=chosen)
     found = np.array(list(drawn(labels, shares, seed, "given").values()))
     for unit in make_units(labels):
-        before = {parts[row] for row in unit} - {"", "unused"}
+        before = {chosen[row] for row in unit} - {"", "unused"}
         after = set(found[unit]) - {"unused"}
         assert len(after) <= max(1, len(before))
 
 
 @settings(deadline=None)
 @given(tables(), st.lists(st.sampled_from((*RANKED, "unused")), min_size=60, max_size=60))
-def test_every_leak_is_found(table: Table, parts: list[str]):
-    parts = parts[: len(table)]
-    leaks = find_leaks(records(table), Split(0, [f"{i:03}.png" for i in range(len(table))], np.array(parts)))
-    assert len(leaks) == sum(len(found) > 1 for found in tied_parts(table, parts))
+def test_every_leak_is_found(table: Table, chosen: list[str]):
+    chosen = chosen[: len(table)]
+    leaks = find_leaks(records(table), Split(0, [f"{i:03}.png" for i in range(len(table))], np.array(chosen)))
+    assert len(leaks) == sum(len(found) > 1 for found in tied_splits(table, chosen))
     for leak in leaks:
         column = ("identical bytes", "group", "near-duplicates").index(leak.tie)
-        tied = [row for row in range(len(table)) if table[row][column] == leak.name and parts[row] != "unused"]
-        assert leak.parts == {f"{row:03}.png": parts[row] for row in tied}
+        tied = [row for row in range(len(table)) if table[row][column] == leak.name and chosen[row] != "unused"]
+        assert leak.splits == {f"{row:03}.png": chosen[row] for row in tied}
 
 
 def test_validation_is_drawn_as_its_share_of_what_is_not_test():
     table = [(str(i), "", "", "xy"[i % 2], "") for i in range(300)]
-    parts = ["test" if i < 200 else "train" for i in range(300)]
-    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
+    chosen = ["test" if i < 200 else "train" for i in range(300)]
+    found = list(drawn(records(table, given=chosen), (0.25, 0.15), 0, "given").values())
     assert Counter(found) == {"test": 200, "train": 80, "val": 20}
     assert found[:200] == ["test"] * 200
 
 
 def test_where_only_train_and_validation_are_given_test_is_drawn_from_train():
     table = [(str(i), "", "", "xy"[i % 2], "") for i in range(120)]
-    parts = ["val" if i < 20 else "train" for i in range(120)]
-    found = list(drawn(records(table, parts=parts), (0.25, 0.15), 0, "given").values())
+    chosen = ["val" if i < 20 else "train" for i in range(120)]
+    found = list(drawn(records(table, given=chosen), (0.25, 0.15), 0, "given").values())
     assert Counter(found) == {"val": 20, "train": 75, "test": 25}
 
 
 @pytest.mark.parametrize("n_blank", [0, 1, 20, 119])
-def test_images_without_a_part_are_drawn_from_like_those_of_train(n_blank: int):
-    labels = records([(str(i), "", "", "xy"[i % 2], "") for i in range(120)], parts=["train"] * 120)
+def test_images_without_a_split_are_drawn_from_like_those_of_train(n_blank: int):
+    labels = records([(str(i), "", "", "xy"[i % 2], "") for i in range(120)], given=["train"] * 120)
     split = drawn(labels, (0.25, 0.15), 0, "given")
     assert Counter(split.values()) == {"train": 72, "test": 30, "val": 18}
     blank = replace(labels, given_split=[""] * n_blank + ["train"] * (120 - n_blank))
     assert drawn(blank, (0.25, 0.15), 0, "given") == split
 
 
-def test_a_class_gets_what_it_misses_of_a_part_that_is_drawn_but_not_of_one_that_is_given():
-    parts = ["test"] * 20 + ["train"] * 80
+def test_a_class_gets_what_it_misses_of_a_split_that_is_drawn_but_not_of_one_that_is_given():
+    chosen = ["test"] * 20 + ["train"] * 80
     table = [(str(i), "", "", "rare" if i in (0, 50, 51) else "common", "") for i in range(100)]
-    found = drawn(records(table, parts=parts), (0.25, 0.1125), 0, "given")
+    found = drawn(records(table, given=chosen), (0.25, 0.1125), 0, "given")
     assert {found["050.png"], found["051.png"]} == {"train", "val"}
     assert [found[f"{i:03}.png"] for i in range(20)] == ["test"] * 20
 
 
-def test_an_image_without_a_part_goes_with_those_it_is_tied_to():
+def test_an_image_without_a_split_goes_with_those_it_is_tied_to():
     table = [("a", "patient", "", "x", ""), ("b", "patient", "", "x", ""), ("c", "", "", "x", "")]
-    found = drawn(records(table, parts=["", "test", "train"]), (0.25, 0.15), 0, "given")
+    found = drawn(records(table, given=["", "test", "train"]), (0.25, 0.15), 0, "given")
     assert found["000.png"] == "test"
 
 
-def test_given_without_any_part_is_an_error_that_says_what_would_do():
+def test_given_without_any_split_is_an_error_that_says_what_would_do():
     labels = records([("a", "", "", "x", "")])
     with pytest.raises(ValueError, match=r"split\.method: found given, but .* expected a `split` column"):
         drawn(labels, (0.25, 0.15), 0, "given")
@@ -366,17 +369,17 @@ def test_given_without_any_part_is_an_error_that_says_what_would_do():
 
 
 @pytest.mark.parametrize("absent", ["train", "val", "test"])
-def test_a_class_that_misses_a_part_is_named(absent: str):
-    parts = ["train", "val", "test"]
+def test_a_class_that_misses_a_split_is_named(absent: str):
+    chosen = ["train", "val", "test"]
     labels = records([(str(i), "", "", "rare" if i < 3 else "common", "") for i in range(6)])
-    complete = Split(3, labels.image_id, np.array(parts * 2, "<U6"))
+    complete = Split(3, labels.image_id, np.array(chosen * 2, "<U6"))
     check_classes(complete, labels)
-    complete.split[parts.index(absent)] = "unused"
+    complete.split[chosen.index(absent)] = "unused"
     with pytest.raises(ValueError, match=f"seed 3: class 'rare' has 3 images, none of them in {absent}; add images"):
         check_classes(complete, labels)
 
 
-def test_a_class_in_fewer_than_three_groups_is_told_so_and_not_to_add_images():
+def test_a_class_in_fewer_than_three_groups_is_named_as_such_without_advice_to_add_images():
     labels = classes_of([10, 20], [1] * 30)
     for seed in range(5):
         with pytest.raises(
@@ -387,7 +390,7 @@ def test_a_class_in_fewer_than_three_groups_is_told_so_and_not_to_add_images():
         assert "add images, " not in str(error.value)
 
 
-def test_every_class_that_misses_a_part_is_named_in_one_message():
+def test_every_class_that_misses_a_split_is_named_in_one_message():
     labels = records([("1", "", "", "x", ""), ("2", "", "", "y", ""), ("3", "", "", "y", "")])
     with pytest.raises(ValueError, match="class 'x' has 1 images, none of them in val and test; class 'y' has 2") as e:
         check_classes(Split(0, labels.image_id, np.array(["train", "train", "val"], "<U6")), labels)

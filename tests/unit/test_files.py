@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import digest, replacing, write_json, write_text
+from pipeline.files import digest, replacing, shared, write_json, write_text
 
 
 def test_a_file_appears_with_its_directories(tmp_path: Path):
@@ -71,7 +71,14 @@ def test_a_digest_depends_on_values_but_not_on_the_order_of_keys():
     assert digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+def test_experiments_share_the_directories_of_the_main_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert shared(".index") == Path("data/.index")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert shared(".index") == tmp_path / "data/.index"
+
+
+def test_the_error_for_a_full_disk_names_the_file(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*features\.h5'"),
         replacing(tmp_path / "features.h5"),

@@ -25,7 +25,7 @@ def failing(error: BaseException) -> Callable[[], None]:
 
 
 def last_line(main: Callable[[], None]) -> str:
-    """What is said on the way out; a text as exit code means that the process ends with 1."""
+    """The line printed at the end; a text as exit code means that the process ends with 1."""
     with pytest.raises(SystemExit) as caught:
         logs.run(main)
     line = caught.value.code
@@ -79,6 +79,16 @@ def test_decoder_that_is_killed_is_one_line(text: str) -> None:
 def test_error_of_our_own_keeps_its_traceback(text: str) -> None:
     with pytest.raises(RuntimeError, match=text[:10]):
         logs.run(failing(RuntimeError(text)))
+
+
+def test_a_worker_ignores_ctrl_c_and_ends_with_sigterm() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        logs.leave_signals(3)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_progress_gives_the_items(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_params_are_frozen(tmp_path: Path):
     ("changes", "expected"),
     [
         ({"head.dropuot": 0.1}, "head.dropuot: unknown key; expected dropout"),
-        ({"head.zzz": 3}, "head.zzz: unknown key; expected only those"),
+        ({"head.zzz": 3}, "head.zzz: unknown key; expected only keys of the params.yaml in git"),
         ({"split.seeds": []}, "split.seeds: found []; expected at least one entry"),
         ({"dataset.path": ""}, 'dataset.path: found ""; expected a word'),
         ({"split.seeds": 3}, "split.seeds: found 3; expected a list"),
@@ -75,7 +75,10 @@ def test_params_are_frozen(tmp_path: Path):
         ({"head": ["linear"]}, 'head: found ["linear"]; expected a section with keys'),
         ({"augmentation.noise_std": float("nan")}, "augmentation.noise_std: found NaN; expected it to be a finite"),
         ({"augmentation.noise_std": float("inf")}, "augmentation.noise_std: found Infinity; expected it to be a fin"),
-        ({"head.strengths": [1.0, float("nan")]}, "head.strengths.1: found NaN; expected it to be a finite number"),
+        (
+            {"head.regularization_strengths": [1.0, float("nan")]},
+            "head.regularization_strengths.1: found NaN; expected it to be a finite number",
+        ),
         ({"augmentation.hue": 0.7}, "augmentation.hue: found 0.7; expected it to be less than or equal to 0.5"),
         ({"augmentation.scale": [1.2, 0.8]}, "augmentation.scale: found [1.2, 0.8]; expected [low, high]"),
         ({"augmentation.crop_area": [0.0, 1.0]}, "augmentation.crop_area: found [0.0, 1.0]; expected [low, high]"),
@@ -84,7 +87,7 @@ def test_params_are_frozen(tmp_path: Path):
         ({"split.seeds": [0, 0]}, "split.seeds: found [0, 0]; expected each entry once"),
         ({"split.seeds": [-1]}, "split.seeds.0: found -1; expected it to be greater than or equal to 0"),
         ({"split.seeds": [2**32]}, f"split.seeds.0: found {2**32}; expected it to be less than {2**32}"),
-        ({"head.strengths": []}, "head.strengths: found []; "),
+        ({"head.regularization_strengths": []}, "head.regularization_strengths: found []; "),
         ({"fine_tune.run": ["../up"]}, 'fine_tune.run.0: found "../up"; '),
         ({"features.pool": "max"}, "features.pool: found \"max\"; expected it to be 'none', 'avg' or 'flatten'"),
         ({"features.store_dtype": "bf16"}, "features.store_dtype: found \"bf16\"; expected it to be 'fp32' or 'fp16'"),
@@ -109,7 +112,7 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
         ({"features.cut": "none"}, ["features: ", "cut: found none", "expected all, a cut point"]),
         (PRETRAINED | {"head.hidden": [8]}, ["head: ", "pretrained", "`hidden: []`"]),
         (PRETRAINED | {"head.standardize": True}, ["head: ", "standardize: found true", "expected false"]),
-        (PRETRAINED | {"features.cut": "all"}, ["features: ", "`cut: all`", "a cut before", "pipeline.cuts NAME"]),
+        (PRETRAINED | {"features.cut": "all"}, ["features: ", "`cut: all`", "a cut before", "pipeline cuts NAME"]),
         (PRETRAINED | {"features.pool": "avg"}, ["features: ", "`pool: avg`", "needs a cut", "`pool: none`"]),
         (
             {f"{SCRATCH}.init": "random", f"{SCRATCH}.freeze_until": "all"},
@@ -136,8 +139,8 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
             ["compare.baseline: found partial_freeze", "feature_extraction or an entry of fine_tune.run"],
         ),
         (
-            {"compare.guard": {"full_retrain.test.acuracy": 0.01, "feature_extraction.test.nll": 0.1}},
-            ["compare.guard: found ['full_retrain.test.acuracy']", "one of test.accuracy, ", "cost.cached_bytes"],
+            {"compare.guard": {"full_retrain": 0.01, "feature_extraction.test.metrics.nll.value": 0.1}},
+            ["compare.guard: found ['full_retrain']", "a strategy of fine_tune.strategies", "keys of reports/details"],
         ),
         ({"compare.guard": {"layer9.test.nll": 0.1}}, ["found ['layer9.test.nll']", "of fine_tune.strategies"]),
     ],
@@ -149,6 +152,72 @@ def test_values_that_do_not_go_together_are_one_error_that_says_what_would(
         load(document_with(changes), tmp_path)
     assert [word for word in words if word not in str(error.value)] == []
     assert len(str(error.value).splitlines()) == 1
+
+
+# fine_tune.defaults
+
+
+def test_a_strategy_has_the_defaults_that_it_does_not_override(tmp_path: Path):
+    changes = {"fine_tune.defaults.epochs": 11, "fine_tune.strategies": {"last": {"views": 2}, "whole": {}}}
+    changes |= {"fine_tune.run": ["last"], "compare.guard": {}}
+    strategies = load(document_with(changes), tmp_path).fine_tune.strategies
+    assert (strategies["last"].views, strategies["last"].epochs) == (2, 11)
+    assert (strategies["whole"].views, strategies["whole"].epochs) == (4, 11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"momentum": 1.5}, "fine_tune.defaults.momentum: found 1.5; expected it to be less than 1"),
+        ({"momentun": 0.5}, "fine_tune.defaults.momentun: unknown key; expected momentum"),
+        ({"momentum": "DELETE"}, "fine_tune.defaults.momentum: is missing"),
+        ({"views": -1}, "fine_tune.defaults.views: found -1; expected it to be greater than or equal to 0"),
+    ],
+)
+def test_a_mistake_in_the_defaults_is_reported_once_and_not_for_every_strategy(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+):
+    document = document_with({f"fine_tune.defaults.{key}": value for key, value in changes.items()})
+    defaults = document["fine_tune"]["defaults"]
+    document["fine_tune"]["defaults"] = {key: value for key, value in defaults.items() if value != "DELETE"}
+    assert len(document["fine_tune"]["strategies"]) > 1
+    with pytest.raises(ValueError, match="params") as error:
+        load(document, tmp_path)
+    assert str(error.value) == f"{tmp_path / 'params.yaml'}: {expected}"
+
+
+def test_a_mistake_in_a_strategy_is_its_own_even_if_the_defaults_have_the_key(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epochs: found 0; expected it to "
+    ):
+        load(document_with({f"{SCRATCH}.epochs": 0}), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"yaml: fine_tune\.strategies\.from_scratch\.epoch: unknown key; expected epo"
+    ):
+        load(document_with({f"{SCRATCH}.epoch": 3}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("defaults", 3, "fine_tune.defaults: found 3; expected a section with keys"),
+        ("defaults", None, "fine_tune.defaults: found null; expected a section with keys"),
+        ("strategies", [1], "fine_tune.strategies: found [1]; expected a section with keys"),
+        ("strategies", {"a b": {}}, 'fine_tune.strategies.a b.[key]: found "a b"; expected letters, digits and _ only'),
+        ("strategies", {"last": None}, "fine_tune.strategies.last: found null; expected a section with keys"),
+    ],
+)
+def test_a_section_of_fine_tune_that_is_none_is_one_line(key: str, value: Any, expected: str, tmp_path: Path):
+    with pytest.raises(ValueError, match="params") as error:
+        load(document_with({f"fine_tune.{key}": value}), tmp_path)
+    assert str(error.value) == f"{tmp_path / 'params.yaml'}: {expected}"
+
+
+def test_absent_defaults_are_one_line(tmp_path: Path):
+    document = document_with({})
+    del document["fine_tune"]["defaults"]
+    with pytest.raises(ValueError, match=r"params\.yaml: fine_tune\.defaults: is missing$"):
+        load(document, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["none", "all", "layer3", "features.16", "layer3.0.add", 1, 8])

@@ -18,19 +18,16 @@ from pipeline.features import extraction, hdf5
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
 from pipeline.features.store import Store
-from pipeline.features.views import Preprocessing
-from pipeline.network import backbones
-from pipeline.network.backbones import Backbone
-from pipeline.params import Augmentation, BackboneChoice, FeatureOptions
-from tests.common import FLIPS
+from pipeline.network import backbones, cuts
+from pipeline.network.backbones import Backbone, state_sha256
+from pipeline.network.cuts import Prefix
+from pipeline.network.preprocessing import Normalize, Preprocessing
+from pipeline.params import Augmentation, BackboneChoice
+from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
 
 CPU = torch.device("cpu")
 N_IMAGES = 12
 EVERYTHING = Share(0, 1)
-PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-OPTIONS = FeatureOptions(
-    views=2, image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32", threads=1
-)
 
 
 @pytest.fixture
@@ -54,7 +51,6 @@ def make_computation(
     pool: str = "none",
     store_dtype: str = "fp32",
     engine: str = "torch",
-    threads: int = 1,
     preprocessing: Preprocessing = PREPROCESSING,
     name: str = "torchvision/tiny",
     module: nn.Module | None = None,
@@ -62,10 +58,9 @@ def make_computation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = module or nn.Sequential(nn.Flatten(), nn.Linear(3 * preprocessing.crop**2, 5))
-    backbone = Backbone(name, layers, preprocessing, backbones.state_sha256(layers), 5)
-    network = nn.Sequential(backbones.Normalize(preprocessing), layers)
-    options = OPTIONS.model_copy(update={"store_dtype": store_dtype, "engine": engine, "threads": threads})
-    return extraction.computation(network, backbone, cut, pool, augmentation, options, CPU)
+    backbone = Backbone(name, layers, preprocessing, state_sha256(layers), 5, None)
+    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool)
+    return extraction.prepare(prefix, augmentation, feature_options(store_dtype=store_dtype, engine=engine), CPU)
 
 
 def fill(
@@ -104,7 +99,7 @@ def test_only_what_is_missing_is_computed(paths: dict[str, Path], computed: list
     assert sorted(computed) == sorted(rows[7:])
 
 
-def test_rows_are_what_the_network_says_of_the_view(paths: dict[str, Path]) -> None:
+def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5))
     store = fill(make_computation(module=network), paths, all_rows(paths))
     name, path = next(iter(paths.items()))
@@ -112,32 +107,29 @@ def test_rows_are_what_the_network_says_of_the_view(paths: dict[str, Path]) -> N
         pixels = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
     views = np.stack([pixels, pixels[:, ::-1]])  # with `flips: both` view 1 is the horizontal flip
     with torch.no_grad():
-        expected = network(backbones.Normalize(PREPROCESSING)(torch.from_numpy(views))).numpy()
+        expected = network(Normalize(PREPROCESSING)(torch.from_numpy(views))).numpy()
     np.testing.assert_allclose(store.read([(name, 0), (name, 1)]), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["torch", "openvino"])
-def test_rows_do_not_depend_on_the_threads_of_the_environment(kind: str) -> None:
+def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
     backbone = backbones.load(BackboneChoice(name="torchvision/squeezenet1_1", weights="random", seed=0), 64)
-    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
-    options = OPTIONS.model_copy(update={"engine": kind, "threads": 2})
+    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", "none")
     pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = []
-    for threads in (1, 2):  # OMP_NUM_THREADS, which torchrun sets to 1
+    for threads in (1, 2):
         torch.set_num_threads(threads)
-        made = extraction.computation(network, backbone, "all", "none", FLIPS, options, CPU)
+        made = extraction.prepare(prefix, FLIPS, feature_options(engine="openvino"), CPU)
         found.append(next(made.runner.run([pixels])))
     assert np.array_equal(*found)
 
 
-def test_threads_are_in_the_key_where_they_change_what_comes_out() -> None:
-    made = {
-        (kind, threads): make_computation(engine=kind, threads=threads).key.name(0)
-        for kind in ("torch", "openvino")
-        for threads in (1, 2)
-    }
-    assert made["torch", 1] != made["torch", 2]
-    assert made["openvino", 1] == made["openvino", 2]
+def test_threads_are_in_the_key_where_they_change_the_rows() -> None:
+    names = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        names |= {(engine, threads): make_computation(engine=engine).key.name(0) for engine in ("torch", "openvino")}
+    assert names["torch", 1] != names["torch", 2]
+    assert names["openvino", 1] == names["openvino", 2]
 
 
 def test_rows_are_read_in_the_order_asked_for(paths: dict[str, Path]) -> None:
@@ -270,7 +262,7 @@ def test_rows_of_any_shape_are_read_as_they_were_written(paths: dict[str, Path])
     rows = all_rows(paths)
     store = fill(computation, paths, rows)
     assert store.read(rows[:3]).shape == (3, 4, 3, 3)
-    extraction.assemble(store, list(paths), 2, {}, Path("features.h5"))
+    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
     values = hdf5.read_features(Path("features.h5")).values
     assert values.shape == (N_IMAGES, 2, 4, 3, 3)
     assert np.array_equal(values.reshape(-1, 4, 3, 3), store.read(rows))
@@ -278,7 +270,7 @@ def test_rows_of_any_shape_are_read_as_they_were_written(paths: dict[str, Path])
 
 def test_features_are_assembled_as_they_are_stored(paths: dict[str, Path]) -> None:
     store = fill(make_computation(store_dtype="fp16"), paths, all_rows(paths))
-    extraction.assemble(store, list(paths), 2, {}, Path("features.h5"))
+    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
     assert hdf5.read_features(Path("features.h5")).values.dtype == np.float16
 
 
@@ -388,7 +380,7 @@ def test_features_that_are_not_finite_are_refused_and_not_stored(paths: dict[str
 
 def assemble(paths: dict[str, Path], path: Path = Path("features.h5")) -> Path:
     store = fill(make_computation(), paths, all_rows(paths))
-    extraction.assemble(store, list(paths), 2, {"b": 1, "a": [2]}, path)
+    extraction.assemble(store, list(paths), 2, provenance(), path)
     return path
 
 
@@ -398,7 +390,7 @@ def test_features_are_read_as_they_were_assembled(paths: dict[str, Path]) -> Non
     assert features.values.dtype == np.float32
     assert isinstance(features.values, np.memmap)
     assert features.sha256 == list(paths)
-    assert features.provenance == {"a": [2], "b": 1}
+    assert features.provenance == provenance()
     store = Store(make_computation().key)
     assert np.array_equal(features.values.reshape(-1, 5), store.read(all_rows(paths)))
 
@@ -406,7 +398,7 @@ def test_features_are_read_as_they_were_assembled(paths: dict[str, Path]) -> Non
 def test_image_that_is_listed_twice_has_its_row_twice(paths: dict[str, Path]) -> None:
     store = fill(make_computation(), paths, all_rows(paths))
     names = [*paths, next(iter(paths))]
-    extraction.assemble(store, names, 2, {}, Path("features.h5"))
+    extraction.assemble(store, names, 2, provenance(), Path("features.h5"))
     features = hdf5.read_features(Path("features.h5"))
     assert features.sha256 == names
     assert np.array_equal(features.values[0], features.values[-1])
@@ -419,8 +411,8 @@ def test_each_run_says_what_it_reused_computed_and_dropped(
     with caplog.at_level(logging.INFO, "pipeline"):
         for chosen in (rows[:20], rows[4:], rows[4:]):
             fill(make_computation(), paths, chosen)
-    told = [message for message in caplog.messages if "reused" in message]
-    assert [message.partition(": ")[2].partition(" (")[0] for message in told] == [
+    logged = [message for message in caplog.messages if "reused" in message]
+    assert [message.partition(": ")[2].partition(" (")[0] for message in logged] == [
         "0 rows reused, 20 computed, 0 dropped",
         "16 rows reused, 4 computed, 4 dropped",
         "20 rows reused, 0 computed, 4 dropped",
@@ -439,10 +431,10 @@ def test_file_whose_bytes_change_costs_its_own_rows_and_one_that_moves_costs_non
     now = moved | {changed: paths[second]}
     store = fill(make_computation(), now, all_rows(now))
     assert computed == [(changed, 0), (changed, 1)]
-    extraction.assemble(store, list(now), 2, {}, Path("incremental.h5"))
+    extraction.assemble(store, list(now), 2, provenance(), Path("incremental.h5"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path / "empty"))
-        extraction.assemble(fill(make_computation(), now, all_rows(now)), list(now), 2, {}, Path("fresh.h5"))
+        extraction.assemble(fill(make_computation(), now, all_rows(now)), list(now), 2, provenance(), Path("fresh.h5"))
     assert Path("incremental.h5").read_bytes() == Path("fresh.h5").read_bytes()
 
 

@@ -15,7 +15,7 @@ from pipeline.dataset import decoding
 from pipeline.ingest import indexing
 from pipeline.ingest.indexing import Inspected, inspect
 
-YOUNG = indexing.YOUNG
+TIME_STAMP_NS = indexing.TIME_STAMP_NS
 OLD = 1_600_000_000_000_000_000  # ns: long before any test
 
 
@@ -35,7 +35,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A directory `images` with a bad file among good ones, below the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(indexing, "YOUNG", -(10**12))  # nobody can make a file that changed long ago
+    monkeypatch.setattr(indexing, "TIME_STAMP_NS", -(10**12))  # nobody can make a file that changed long ago
     Path("images").mkdir()
     for number in range(4):
         Path("images", f"{number}.png").write_bytes(picture(number))
@@ -62,7 +62,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 IMAGES = Path("images")
 
 
-def test_a_file_is_told_by_what_is_in_it(tmp_path: Path):
+def test_a_file_is_described_by_its_content(tmp_path: Path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -77,13 +77,13 @@ def test_a_file_is_told_by_what_is_in_it(tmp_path: Path):
     ("kind", "reason"),
     [("absent", "cannot be read: No such file"), ("a pipe", "not a file any more"), ("large", "expected at most")],
 )
-def test_what_cannot_be_read_is_told_and_does_not_hang(kind: str, reason: str, tmp_path: Path):
+def test_what_cannot_be_read_is_reported_and_does_not_hang(kind: str, reason: str, tmp_path: Path):
     path = tmp_path / "file.png"
     if kind == "a pipe":
         os.mkfifo(path)
     elif kind == "large":
         path.touch()
-        os.truncate(path, indexing.LARGEST + 1)
+        os.truncate(path, indexing.LARGEST_FILE + 1)
     assert reason in indexing.inspect_file(str(path)).reason
 
 
@@ -125,11 +125,11 @@ def test_a_file_that_changed_is_read_again_and_no_other(change: str, names: list
     assert found == [indexing.inspect_file(str(IMAGES / name)) for name in names]
 
 
-def test_verifying_reads_all_and_finds_what_changed_unnoticed(
+def test_verifying_reads_all_and_finds_what_changed_but_looks_unchanged(
     names: list[str], read: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     stamp = indexing._stamp  # of a file system that does not know when a file changed
-    monkeypatch.setattr(indexing, "_stamp", lambda path: (found := stamp(path)) and found._replace(ctime_ns="0"))
+    monkeypatch.setattr(indexing, "_stamp", lambda path: (found := stamp(path)) and found._replace(ctime_ns=0))
     before = inspect(IMAGES, names, 0)
     path = IMAGES / "2.png"
     content = bytearray(picture(2))
@@ -143,7 +143,7 @@ def test_verifying_reads_all_and_finds_what_changed_unnoticed(
     found = inspect(IMAGES, names, 0, is_verifying=True)
     assert read == names
     assert found != before
-    assert "1 files changed unnoticed, first images/2.png" in caplog.text
+    assert "1 files changed although they look unchanged, first images/2.png" in caplog.text
     read.clear()
     assert inspect(IMAGES, names, 0) == found
     assert read == []
@@ -153,9 +153,9 @@ def test_a_file_changed_while_it_may_be_read_is_not_remembered(
     names: list[str], read: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     inspect(IMAGES, names, 0)
-    time.sleep(2 * YOUNG / 1e9)
+    time.sleep(2 * TIME_STAMP_NS / 1e9)
     os.utime(IMAGES / "3.png")
-    monkeypatch.setattr(indexing, "YOUNG", YOUNG)
+    monkeypatch.setattr(indexing, "TIME_STAMP_NS", TIME_STAMP_NS)
     inspect(IMAGES, names, 0)
     read.clear()
     inspect(IMAGES, names, 0)
@@ -184,7 +184,7 @@ def test_the_memory_lies_at_the_root_of_dvc(names: list[str], monkeypatch: pytes
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b'"a","b"\n', b"a,b,c,d,e,f,g,h,i,j,k,l,m,n\n", b'"a'])
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"[]", b'{"0.png": 1}', b'{"0.png": [[1], ["a"]]}', b'{"a'])
 def test_a_damaged_memory_costs_time_and_no_result(damage: bytes, names: list[str], read: list[str]):
     before = inspect(IMAGES, names, 0)
     (memory,) = Path("data/.index").iterdir()

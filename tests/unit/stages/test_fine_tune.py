@@ -14,18 +14,19 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dataset import manifest
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
 from pipeline.network import backbones, cuts
 from pipeline.params import BackboneChoice
-from pipeline.stages import extract, fine_tune, index, split, train_head
+from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from pipeline.tools import predict
 from pipeline.training import fit, models
-from pipeline.training.models import Run
+from pipeline.training.runs import Run, read_run
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SIZE = 32
 COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
 N_IMAGES = 30
@@ -38,14 +39,14 @@ PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Grows by the loss of every training step."""
     losses: list[float] = []
-    step = training._step
+    step = fit._step
 
     def recorded(*arguments: Any) -> tuple[float, float]:
         sums = step(*arguments)
         losses.append(sums[0])
         return sums
 
-    monkeypatch.setattr(training, "_step", recorded)
+    monkeypatch.setattr(fit, "_step", recorded)
     return losses
 
 
@@ -93,7 +94,6 @@ STRATEGY = {
     "label_smoothing": 0.1,
     "class_weights": "balanced",
     "precision": "fp32",
-    "threads": 1,
 }
 Tune = Callable[..., Run]
 
@@ -108,13 +108,14 @@ def configure(name: str, **changes: Any) -> None:
         "backbone": {"name": name, "weights": "own.safetensors"},
         "features": {"views": 2, "image_size": SIZE, "engine": "torch"},
         "evaluation": {"views": 2},
-        "head": {"strengths": [0.1], "threads": 1, "epochs": 2},
+        "head": {"regularization_strengths": [0.1], "epochs": 2},
         "fine_tune": {"run": ["tuned"], "seeds": [0], "strategies": {"tuned": STRATEGY}},
         "compare": {"guard": {}},
         "runtime": {"device": "cpu", "workers": 0},
     }
     for section, values in sections.items():
         params[section].update(values | changes.get(section, {}))
+    params["threads"] = 1
     yaml.dump(params, Path("params.yaml"))
 
 
@@ -132,12 +133,13 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
         if is_new:
             make_images(Path("images"))
             make_weights(name)
-            monkeypatch.setattr(sys, "argv", ["index"])
-            for stage in (index, split, extract, train_head):
+            monkeypatch.setattr(sys, "argv", ["a stage"])
+            for stage in (index, split, plan, extract, train_head):
                 stage.main()
+        plan.main()
         monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
         fine_tune.main()
-        return artifacts.read_run("tuned", 0)
+        return read_run("tuned", 0)
 
     return run
 
@@ -167,11 +169,12 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     assert cached.chosen == whole.chosen
     for key in ("train_loss", "val_loss"):
         curves = [[line[key] for line in run.curve[1:]] for run in (cached, whole)]
-        # Where a kernel of this CPU rounds otherwise, training lets it grow; the logits below may differ as much
+        # Where a kernel of this CPU rounds otherwise, training lets it grow; the predictions below may differ as much
         np.testing.assert_allclose(*curves, rtol=1e-3, atol=1e-3)
-    for of_cached, of_whole in ((cached.val_logits, whole.val_logits), (cached.test_logits, whole.test_logits)):
-        np.testing.assert_allclose(of_cached, of_whole, atol=2e-3)
-        assert np.array_equal(of_cached.argmax(1), of_whole.argmax(1))
+    for of_cached, of_whole in ((cached.val, whole.val), (cached.test, whole.test)):
+        found, expected_values = of_cached.log_probability, of_whole.log_probability
+        np.testing.assert_allclose(found, expected_values, atol=2e-3)
+        assert np.array_equal(found.argmax(1), expected_values.argmax(1))
     # Two views to train on and two to look at, each once; whole: every image in every epoch
     assert len(computed) == len({*computed}) == N_IMAGES * 2
     head_passes = 18 * 2
@@ -217,7 +220,7 @@ def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
 
 
 def head_of_run() -> nn.Module:
-    network, _ = artifacts.load_network(Path("models/tuned/seed_0.json"))
+    network, _ = models.load_network(Path("models/tuned/seed_0.json"))
     return network[1]
 
 
@@ -234,50 +237,115 @@ def head_of_run() -> nn.Module:
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
     ],
 )
-def test_saved_runs_load_and_say_what_they_said(
+def test_saved_runs_load_and_predict_what_they_predicted(
     name: str, features: dict[str, Any], head: dict[str, Any], strategy: dict[str, Any], tune: Tune
 ) -> None:
     tune(name, strategy, features=features, head=head)
     labels = manifest.read_labels()
-    for run in (artifacts.read_run("feature_extraction", 0), artifacts.read_run("tuned", 0)):
-        paths = [Path("images", labels.image_id[row]) for row in run.test_rows]
+    for run in (read_run("feature_extraction", 0), read_run("tuned", 0)):
+        paths = [Path("images", labels.image_id[row]) for row in run.test.rows]
         predictions, failures = predict.predict(Path("models", run.strategy, "seed_0.json"), paths)
         assert failures == []
         found = [entry["probability"] for entry in predictions]
-        np.testing.assert_allclose(found, np.exp(run.test_logits).max(1), atol=1e-3)
-        assert [entry["class"] for entry in predictions] == [labels.class_names[i] for i in run.test_logits.argmax(1)]
+        log_probability = run.test.log_probability
+        np.testing.assert_allclose(found, np.exp(log_probability).max(1), atol=1e-3)
+        assert [entry["class"] for entry in predictions] == [labels.class_names[i] for i in log_probability.argmax(1)]
+
+
+@pytest.mark.parametrize(
+    ("features", "strategy"),
+    [
+        ({"cut": "all"}, {"freeze_until": "layer2"}),
+        ({"cut": "all"}, {"freeze_until": "layer2", "boundary_cache": "off"}),
+        ({"cut": "all", "store_dtype": "fp16"}, {"freeze_until": "all", "views": 0}),
+        ({"cut": "layer3", "pool": "avg"}, {"freeze_until": "none"}),
+        ({"cut": "layer3", "pool": "avg"}, {"init": "random", "batchnorm": "train"}),
+    ],
+    ids=["cached", "not cached", "head alone", "whole base", "random"],
+)
+def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
+    features: dict[str, Any], strategy: dict[str, Any], tune: Tune
+) -> None:
+    run = tune(TINY, {"freeze_until": "none", "epochs": 2, "patience": 2} | strategy, features=features)
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    end = cuts.resolve(backbone, features["cut"])
+    boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
+    prefix, suffix = cuts.prefix_and_suffix(
+        backbone, end if boundary == "all" else boundary, end, features.get("pool", "none")
+    )
+    trained = nn.Sequential(suffix, head_of_run()).eval().requires_grad_(True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        activation = prefix.module(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))
+    prefix_flops = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        trained(activation).sum().backward()
+    is_cached = strategy.get("boundary_cache") != "off" and boundary != "none"
+    n_views = 1 if strategy.get("views") == 0 else 2
+    passes = 18 * (n_views if is_cached else 2)
+    n_read = 18 * n_views + 12 * 2 if is_cached else 0
+    value_bytes = 2 if features.get("store_dtype") == "fp16" else 4
+    head = read_run("feature_extraction", 0).cost
+    before = (0, 0, 0) if strategy.get("init") else (head.train_flops, head.base_passes, head.cached_bytes)
+    assert run.cost.trainable_params == sum(parameter.numel() for parameter in trained.parameters())
+    assert run.cost.train_flops == before[0] + passes * prefix_flops + 2 * 18 * counter.get_total_flops()
+    assert run.cost.base_passes == before[1] + passes
+    assert run.cost.cached_bytes == before[2] + n_read * value_bytes * activation.numel()
+    assert run.network["params"] == sum(p.numel() for part in (prefix.module, trained) for p in part.parameters())
+
+
+def test_cost_of_the_head_is_that_of_the_base_and_of_its_products(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    cost, features = read_run("feature_extraction", 0).cost, hdf5.read_features()
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.module(torch.zeros(1, 3, SIZE, SIZE))
+    width = features.values.shape[2]
+    assert cost.trainable_params == 3 * (width + 1)
+    assert (cost.base_passes, cost.cached_bytes) == (18 * 2, N_IMAGES * 2 * 4 * width)
+    passes, rest = divmod(cost.train_flops - 36 * counter.get_total_flops(), 6 * cost.trainable_params * 36)
+    assert (passes > 1, rest) == (True, 0), "whole passes over the rows, forward and backward"
+
+
+def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})  # with `threads: 1`
+    for stage in (extract, train_head, fine_tune):
+        torch.set_num_threads(2)  # what the environment says
+        stage.main()
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("stage", ["extract", "fine_tune"])
+def test_weights_that_differ_from_the_plan_are_refused_in_one_line(stage: str, tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    written = {path: path.read_bytes() for path in Path("models").rglob("*.json")}
+    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    save_file(network.state_dict(), "data/weights/own.safetensors")
+    main = extract.main if stage == "extract" else fine_tune.main
+    with pytest.raises(
+        ValueError, match=r"^data/plan/backbone\.json: made with other weights of .*run: dvc repro"
+    ) as caught:
+        main()
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in Path("models").rglob("*.json")} == written
+
+
+def test_a_head_on_another_backbone_than_the_plans_is_refused(tune: Tune) -> None:
+    tune(TINY, {"epochs": 1})
+    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    save_file(network.state_dict(), "data/weights/own.safetensors")
+    plan.main()
+    with pytest.raises(
+        ValueError, match=r"seed_0\.json: fitted on features of another backbone; run: dvc repro train_head"
+    ):
+        fine_tune.main()
 
 
 def test_rounding_of_the_cache_is_reported(tune: Tune) -> None:
     run = tune(TINY, {"freeze_until": "layer2"}, features={"store_dtype": "fp16"})
     assert 0 < run.network["largest_rounding"] < 1e-3
     assert run.network["boundary"].startswith("layer2.")
-    assert 0 < artifacts.read_run("feature_extraction", 0).network["largest_rounding"] < 1e-3
+    assert 0 < read_run("feature_extraction", 0).network["largest_rounding"] < 1e-3
     assert tune(TINY, {"freeze_until": "layer2", "boundary_cache": "off"}).network["largest_rounding"] == 0
-
-
-@pytest.mark.parametrize(
-    ("features", "strategy", "expected"),
-    [
-        ({}, {"freeze_until": "layer9"}, "fine_tune.strategies.tuned.freeze_until: 'layer9' holds no cut point"),
-        ({}, {"freeze_until": 4}, "fine_tune.strategies.tuned.freeze_until: no cut point of timm/test_resnet has"),
-        (
-            {"cut": "layer2", "pool": "avg"},
-            {"freeze_until": "layer3"},
-            "fine_tune.strategies.tuned.freeze_until: layer3",
-        ),
-        ({"cut": "layer9"}, {}, "features.cut: 'layer9' holds no cut point"),
-        ({"cut": "layer3"}, {}, "features.pool: the features at features.cut have the shape"),
-        ({"pool": "avg"}, {}, "features.pool: avg, but features.cut gives vectors; expected none"),
-    ],
-)
-def test_boundary_that_makes_no_sense_is_one_line_with_its_key(
-    features: dict[str, Any], strategy: dict[str, Any], expected: str, tune: Tune
-) -> None:
-    with pytest.raises(ValueError, match=r"^params\.yaml: ") as caught:
-        tune(TINY, strategy, features=features)
-    assert str(caught.value).startswith(f"params.yaml: {expected}")
-    assert "\n" not in str(caught.value)
 
 
 def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:

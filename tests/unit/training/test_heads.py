@@ -17,15 +17,20 @@ from torch.nn import functional as F
 from pipeline.params import HeadOptions
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Fitted, Selection, Standardize
-from tests.common import LINEAR as PLAIN_HEAD
+from tests.factories import LINEAR as PLAIN_HEAD
 
 LINEAR = PLAIN_HEAD.model_copy(update={"learning_rate": 1e-2, "epochs": 20, "batch_size": 32})
-MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "strengths": (1e-4,)})
+MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (16,), "dropout": 0.1, "regularization_strengths": (1e-4,)})
 PRETRAINED = LINEAR.model_copy(
-    update={"kind": "pretrained", "standardize": False, "dropout": 0.3, "strengths": (1e-4,), "epochs": 3}
+    update={
+        "kind": "pretrained",
+        "standardize": False,
+        "dropout": 0.3,
+        "regularization_strengths": (1e-4,),
+        "epochs": 3,
+    }
 )
-CPU = torch.device("cpu")
-NOTHING = nn.Identity()  # what the network does behind its end
+NOTHING = nn.Identity()  # the network has no layers behind its end
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Held(Examples):
     features: np.ndarray
 
 
-def options(base: HeadOptions = LINEAR, **changes: Any) -> HeadOptions:
-    return base.model_copy(update=changes)
+def options(base: HeadOptions = LINEAR, strengths: tuple[float, ...] | None = None, **changes: Any) -> HeadOptions:
+    return base.model_copy(update=changes | ({"regularization_strengths": strengths} if strengths else {}))
 
 
 def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> Held:
@@ -47,8 +52,12 @@ def examples(n: int = 90, n_views: int = 1, seed: int = 0, gap: float = 1.0) -> 
     return Held(features.astype(np.float32), label, random.uniform(0.3, 2, n))
 
 
-def fit(train: Examples, how: HeadOptions = LINEAR, seed: int = 0, val: Examples | None = None) -> Fitted:
-    return heads.fit(train, val or examples(seed=1), 3, 1, how, NOTHING, seed, CPU)
+def fit(
+    train: Examples, how: HeadOptions = LINEAR, seed: int = 0, val: Examples | None = None, dense: nn.Module = NOTHING
+) -> Fitted:
+    torch.manual_seed(seed)
+    head = heads.build(train.features.shape[2:], 3, how, dense)
+    return heads.fit(head, train, val or examples(seed=1), 1, how)
 
 
 def weight_of(fitted: Fitted) -> np.ndarray:
@@ -116,7 +125,7 @@ def test_standardisation_is_carried_as_buffers_of_the_weighted_training_rows():
     assert not {name for name, _ in fitted.head.named_parameters()} & {"0.mean", "0.deviation"}
 
 
-def test_a_head_built_anew_says_the_same_with_the_saved_tensors():
+def test_a_new_head_with_the_saved_tensors_predicts_the_same():
     train = examples()
     fitted = fit(train)
     head = heads.build((8,), 3, LINEAR, NOTHING)
@@ -309,7 +318,7 @@ def maps(n: int = 90, seed: int = 0) -> Held:
 
 
 def fit_pretrained(dense: nn.Module, how: HeadOptions = PRETRAINED) -> Fitted:
-    return heads.fit(maps(), maps(seed=1), 3, 1, how, dense, 0, CPU)
+    return fit(maps(), how, val=maps(seed=1), dense=dense)
 
 
 @pytest.mark.parametrize("make", [dense_layers, convolutions])
@@ -434,9 +443,9 @@ def test_streamed_features_give_the_bytes_of_resident_ones(
 
 def test_a_pretrained_head_streams_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train = on_disk(maps(), np.arange(90), tmp_path / "features.npy")
-    resident = heads.fit(train, maps(seed=1), 3, 1, PRETRAINED, dense_layers(), 0, CPU)
+    resident = fit(train, PRETRAINED, val=maps(seed=1), dense=dense_layers())
     monkeypatch.setattr(heads, "RESIDENT_BYTES", 0)
-    streamed = heads.fit(train, maps(seed=1), 3, 1, PRETRAINED, dense_layers(), 0, CPU)
+    streamed = fit(train, PRETRAINED, val=maps(seed=1), dense=dense_layers())
     assert streamed.val_nll == resident.val_nll
 
 

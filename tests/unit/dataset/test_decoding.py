@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.dataset import decoding
 from pipeline.dataset.decoding import decode, sha256
-from tests.common import encoded, noise, photograph
+from tests.factories import encoded, noise, photograph
 
 
 def test_an_image_is_named_by_the_digest_of_its_bytes():
@@ -169,6 +169,6 @@ def test_a_png_is_what_was_written_or_is_refused():
 
 
 @pytest.mark.parametrize("start", [b"II*\0", b"MM\0*"])
-def test_a_tiff_that_is_not_read_is_told_as_that(start: bytes):
+def test_a_tiff_that_is_not_read_is_reported_as_that(start: bytes):
     with pytest.raises(ValueError, match="a TIFF of a kind that is not read"):
         decode(start + bytes(20))

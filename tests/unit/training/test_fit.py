@@ -1,4 +1,4 @@
-"""training: the seam between cached head and network, what stays frozen, what is restored."""
+"""fit: the network starts as the cached head, what is frozen stays frozen, and the best epoch is restored."""
 
 import copy
 import math
@@ -16,16 +16,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.vgg import make_layers
 
-from pipeline.features.views import Preprocessing
 from pipeline.network import backbones, cuts, engine
 from pipeline.network.backbones import Backbone
+from pipeline.network.device import place
+from pipeline.network.preprocessing import Normalize, Preprocessing
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
-from pipeline.stages import fine_tune
 from pipeline.training import fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.heads import Examples
-from pipeline.training.models import Card
-from tests.common import LINEAR
+from tests.factories import LINEAR
 
 CPU = torch.device("cpu")
 N_CLASSES, N_IMAGES = 3, 36
@@ -33,9 +32,9 @@ TRAIN, VAL = np.arange(24), np.arange(24, N_IMAGES)
 LABEL = np.arange(N_IMAGES) % N_CLASSES
 WEIGHT = np.where(np.arange(N_IMAGES) % 5, 1.0, 0.5)
 RESNET, RESNET18, MOBILENET = "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"
-ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "vgg as in timm"
+ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "timm/vgg in small"
 
-HEAD = LINEAR.model_copy(update={"strengths": (0.1, 0.01), "max_iterations": 200})
+HEAD = LINEAR.model_copy(update={"regularization_strengths": (0.1, 0.01), "max_iterations": 200})
 MLP = HEAD.model_copy(update={"kind": "mlp", "hidden": (8,), "dropout": 0.5})
 PRETRAINED = HEAD.model_copy(update={"kind": "pretrained", "dropout": 0.5, "standardize": False})
 STRATEGY = Strategy(
@@ -56,7 +55,6 @@ STRATEGY = Strategy(
     label_smoothing=0.0,
     class_weights="none",
     precision="fp32",
-    threads=1,
 )
 
 
@@ -106,7 +104,7 @@ def load(name: str) -> Backbone:
             torch.manual_seed(0)
             network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
         geometry = Preprocessing(resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-        return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0)
+        return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
     size = 64 if name == ALEXNET else 32
     backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
     give_statistics(backbone.module)
@@ -124,10 +122,11 @@ def give_statistics(network: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A backbone, where it ends, its features (n, 1, *shape) and the head fitted on them."""
+    """A backbone, the cut where it ends and its pooling, its features (n, 1, *shape) and the head fitted on them."""
 
     backbone: Backbone
-    card: Card
+    cut: str
+    pool: str
     features: np.ndarray
     fitted: heads.Fitted
     images: torch.Tensor
@@ -139,18 +138,23 @@ def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions =
     images = make_images(backbone.preprocessing.crop)
     end = cuts.resolve(backbone, cut)
     base, dense = cuts.split(backbone, end)
-    frozen = nn.Sequential(backbones.Normalize(backbone.preprocessing), base, cuts.Pool(pool))
-    features = np.concatenate(list(engine.run(frozen, images.split(8), "torch", "fp32", CPU)))[:, None]
+    whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool))
+    features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU)))[:, None]
     train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
-    fitted = heads.fit(train, val, N_CLASSES, 1, head, dense, 0, CPU)
-    return Prepared(backbone, Card.model_construct(cut=end, pool=pool), features, fitted, images)
+    torch.manual_seed(0)
+    fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, 1, head)
+    return Prepared(backbone, end, pool, features, fitted, images)
 
 
 def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
-    """Sequential(frozen, body, head) as fine_tune has it, all its own."""
+    """Sequential(prefix, suffix, head) as fine_tune makes it, from copies."""
     backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
-    _, frozen, body = fine_tune.divide(backbone, prepared.card, freeze_until)
-    return nn.Sequential(frozen, body, copy.deepcopy(prepared.fitted.head))
+    boundary = cuts.resolve(backbone, freeze_until)
+    boundary = prepared.cut if boundary == cuts.ALL else boundary
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, prepared.pool)
+    network = nn.Sequential(prefix.module, suffix, copy.deepcopy(prepared.fitted.head))
+    place(network, CPU)
+    return network
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -200,20 +204,20 @@ MIDDLES: dict[str, str | int] = {
     ],
     ids=lambda value: value.kind if isinstance(value, HeadOptions) else value,
 )
-def test_network_says_what_the_cached_head_says_before_the_first_step(
+def test_network_predicts_what_the_cached_head_predicts_before_the_first_step(
     name: str, cut: str, pool: str, head: HeadOptions, freeze_until: str
 ) -> None:
     prepared = prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
     network = build(prepared, MIDDLES[name] if freeze_until == "middle" else freeze_until)
     expected = heads.predict(prepared.fitted.head, prepared.features, 1)
-    found = training.predict(network, task(prepared.images), np.arange(N_IMAGES), "fp32", CPU)
+    found = fit.predict(network, task(prepared.images), np.arange(N_IMAGES), "fp32")
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected) > 0.01
 
 
 def test_first_validation_loss_is_that_of_the_cached_head() -> None:
     fitted, network = prepare(RESNET).fitted, build(prepare(RESNET), "layer2")
-    _, curve = training.fit(network, task(), strategy(epochs=1), 0, CPU, "run")
+    _, curve = fit.train(network, task(), strategy(epochs=1), 0, "run")
     assert curve[0]["val_loss"] == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-4)
 
 
@@ -248,7 +252,7 @@ def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm() 
     features, fitted = prepare(RESNET).features, prepare(RESNET).fitted
     network = build(prepare(RESNET), "none")
     rates = {"learning_rate_base": 1e-12, "learning_rate_head": 1e-12}
-    _, curve = training.fit(network, task(), strategy(epochs=1, **rates), 0, CPU, "run")
+    _, curve = fit.train(network, task(), strategy(epochs=1, **rates), 0, "run")
     log_probability = heads.predict(fitted.head, features[TRAIN], 1)
     nll = -log_probability[np.arange(len(TRAIN)), LABEL[TRAIN]]
     assert curve[1]["train_loss"] == pytest.approx(np.average(nll, weights=WEIGHT[TRAIN]), abs=1e-4)
@@ -283,7 +287,7 @@ def finish(network: nn.Sequential, options: Strategy, seed: int = 0) -> nn.Seque
             seen.append(copy.deepcopy(network))
         return inputs(batches)
 
-    training.fit(network, task(load=load), options, seed, CPU, "run")
+    fit.train(network, task(load=load), options, seed, "run")
     return seen[-1]
 
 
@@ -300,7 +304,7 @@ def test_everything_behind_the_boundary_learns() -> None:
 def test_standardisation_of_the_head_is_no_parameter() -> None:
     network = build(prepare(RESNET), "all")
     before = state(cast(nn.Sequential, network[2])[0])
-    training.fit(network, task(), strategy(), 0, CPU, "run")
+    fit.train(network, task(), strategy(), 0, "run")
     assert is_same(state(cast(nn.Sequential, network[2])[0]), before)
     assert before.keys() == {"mean", "deviation"}
 
@@ -312,8 +316,8 @@ def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str)
     cached = copy.deepcopy(whole)
     activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU)))
     cached[0] = nn.Identity()
-    _, expected = training.fit(whole, task(), options, 0, CPU, "whole")
-    _, found = training.fit(cached, task(torch.from_numpy(activations)), options, 0, CPU, "cached")
+    _, expected = fit.train(whole, task(), options, 0, "whole")
+    _, found = fit.train(cached, task(torch.from_numpy(activations)), options, 0, "cached")
     for key in ("train_loss", "val_loss"):
         values = [[line[key] for line in curve[1:]] for curve in (found, expected)]
         np.testing.assert_allclose(*values, rtol=1e-3)
@@ -330,7 +334,7 @@ def test_exploding_learning_rate_is_one_line_that_names_the_run(batch_size: int)
     rates = {"learning_rate_base": 1e30, "learning_rate_head": 1e30, "optimizer": "sgd"}
     options = strategy(**rates, epochs=1, batch_size=batch_size)
     with pytest.raises(ValueError, match="loss") as caught:
-        training.fit(network, task(), options, 0, CPU, "full_retrain-7")
+        fit.train(network, task(), options, 0, "full_retrain-7")
     assert is_one_line_that_names_the_run(caught)
 
 
@@ -339,7 +343,7 @@ def test_loss_that_is_not_a_number_is_one_line_that_names_the_run() -> None:
     with torch.no_grad():
         cast(nn.Linear, cast(nn.Sequential, network[2])[-1]).bias.fill_(math.nan)
     with pytest.raises(ValueError, match="the validation loss is nan in epoch 0") as caught:
-        training.fit(network, task(), STRATEGY, 0, CPU, "full_retrain-7")
+        fit.train(network, task(), STRATEGY, 0, "full_retrain-7")
     assert is_one_line_that_names_the_run(caught)
 
 
@@ -350,7 +354,7 @@ HARMFUL = {"learning_rate_base": 1e-6, "learning_rate_head": 3.0, "epochs": 9}
 def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(patience: int) -> None:
     network = build(prepare(RESNET), "layer3")
     before = state(network)
-    best_epoch, curve = training.fit(network, task(), strategy(**HARMFUL, patience=patience), 0, CPU, "run")
+    best_epoch, curve = fit.train(network, task(), strategy(**HARMFUL, patience=patience), 0, "run")
     assert best_epoch == 0
     assert [line["epoch"] for line in curve] == list(range(patience + 1))
     assert min(line["val_loss"] for line in curve[1:]) > curve[0]["val_loss"]
@@ -360,10 +364,10 @@ def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(p
 
 def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored() -> None:
     network = build(prepare(RESNET), "layer3")
-    best_epoch, curve = training.fit(network, task(), strategy(epochs=4, patience=4), 0, CPU, "run")
+    best_epoch, curve = fit.train(network, task(), strategy(epochs=4, patience=4), 0, "run")
     losses = [line["val_loss"] for line in curve]
     assert best_epoch == int(np.argmin(losses))
-    log_probability = training.predict(network, task(), VAL, "fp32", CPU)
+    log_probability = fit.predict(network, task(), VAL, "fp32")
     nll = -log_probability[np.arange(len(VAL)), LABEL[VAL]]
     assert np.average(nll, weights=WEIGHT[VAL]) == pytest.approx(min(losses), rel=1e-6)
 
@@ -387,7 +391,7 @@ def test_epochs_cycle_through_the_views_and_see_every_training_image_once(views:
         return inputs(batches)
 
     options = strategy(views=views, epochs=3, patience=3)
-    training.fit(build(prepare(RESNET), "all"), task(load=load), options, 0, CPU, "run")
+    fit.train(build(prepare(RESNET), "all"), task(load=load), options, 0, "run")
     epochs = [pairs for pairs in seen if pairs[0][0] in TRAIN]
     assert [sorted(row for row, _ in pairs) for pairs in epochs] == [list(TRAIN)] * 3
     assert [{view for _, view in pairs} for pairs in epochs] == [{view} for view in expected]
@@ -400,7 +404,7 @@ def test_images_count_by_their_weight_in_the_losses() -> None:
     curves, states = [], []
     for each in (task(), light):
         network = build(prepare(RESNET), "all")
-        _, curve = training.fit(network, each, STRATEGY, 0, CPU, "run")
+        _, curve = fit.train(network, each, STRATEGY, 0, "run")
         curves.append([line["val_loss"] for line in curve] + [line["train_loss"] for line in curve[1:]])
         states.append(network[2].state_dict())
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)  # only ratios of weights matter
@@ -418,12 +422,12 @@ def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None
     found = []
     for each, options in ((as_weights, STRATEGY), (balanced, strategy(class_weights="balanced"))):
         network = build(prepare(RESNET), "all")
-        _, curve = training.fit(network, each, options, 0, CPU, "run")
+        _, curve = fit.train(network, each, options, 0, "run")
         found.append(([line["train_loss"] for line in curve[1:]], curve, network[2].state_dict()))
     (losses, _, state), (balanced_losses, curve, balanced_state) = found
     np.testing.assert_allclose(losses, balanced_losses, rtol=1e-5)
     for name in state:
         torch.testing.assert_close(state[name], balanced_state[name], rtol=1e-4, atol=1e-6)
-    _, plain = training.fit(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, CPU, "run")
+    _, plain = fit.train(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, "run")
     assert curve[0] == plain[0], "validation goes by the images' weights"
     assert abs(curve[1]["train_loss"] - plain[1]["train_loss"]) > 1e-4

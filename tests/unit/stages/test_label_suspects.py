@@ -1,34 +1,103 @@
-"""Labels that are probably wrong: folds, predictions of images that had no part in them, and the list."""
+"""The stage label_suspects: folds, predictions of images by heads that were fitted without them, and the list."""
 
+import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 
+from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import make_units
+from pipeline.features import hdf5
 from pipeline.params import SuspectOptions
-from pipeline.training import suspects
+from pipeline.stages import label_suspects
+from pipeline.stages.label_suspects import Suspects
+from tests import factories
 
+REPOSITORY = Path(__file__).parents[3]
+CLASSES = ["birch, white", "oak", "yew"]
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Labels:
+    """Sixty features around a point for each of three classes, image 7 with a wrong label; a single image of "yew"."""
+    monkeypatch.chdir(tmp_path)
+    yaml = YAML()
+    params = yaml.load(REPOSITORY / "params.yaml")
+    params["threads"] = 1
+    yaml.dump(params, Path("params.yaml"))
+    random, true = np.random.default_rng(0), np.arange(61) % 2
+    features = (10 * np.eye(2, 4)[true][:, None] + random.normal(size=(61, 2, 4))).astype(np.float32)
+    sha256 = [f"{row:064x}" for row in range(61)]
+    hdf5.write_features(hdf5.FEATURES, features.shape, features.dtype, [features], sha256, factories.provenance())
+    label = true.copy()
+    label[7], label[60] = 0, 2
+    names = [f"{CLASSES[index]}/{row:02}.png" for row, index in enumerate(label)]
+    columns = {"image_id": names, "sha256": sha256, "label": label, "weight": np.full(61, 0.5)}
+    made = factories.labels(61, class_names=CLASSES, **columns)
+    manifest.write_labels(made)
+    return made
+
+
+def test_the_wrong_label_stands_first_with_what_is_suggested(labels: Labels, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "pipeline")
+    label_suspects.main()
+    frame = pd.read_csv(label_suspects.REPORT)
+    columns = ["rank", "image_id", "label", "suggested", "self_confidence", "suggested_confidence", "weight"]
+    assert list(frame) == columns
+    assert frame["rank"].tolist() == list(range(1, len(frame) + 1))
+    first = frame.iloc[0]
+    assert (first["image_id"], first["label"], first["suggested"]) == (labels.image_id[7], "birch, white", "oak")
+    assert first["self_confidence"] < 0.2 < 0.8 < first["suggested_confidence"]
+    assert first["weight"] == 0.5
+    assert "yew" not in {*frame["label"], *frame["suggested"]}
+    assert caplog.messages[0].startswith("left out: yew: fewer images than label_suspects.folds (5); ")
+    assert caplog.messages[-1] == f"{len(frame)} of 61 labels are suspects: reports/label_suspects.csv"
+
+
+def test_it_writes_the_same_bytes_again(labels: Labels):
+    label_suspects.main()
+    first = label_suspects.REPORT.read_bytes()
+    shutil.rmtree("reports")
+    label_suspects.main()
+    assert label_suspects.REPORT.read_bytes() == first
+
+
+def test_without_two_classes_the_list_is_empty(labels: Labels, caplog: pytest.LogCaptureFixture):
+    manifest.write_labels(replace(labels, label=np.where(np.arange(61) < 2, labels.label, 1)))
+    label_suspects.main()
+    assert "left out: birch, white: " in caplog.text
+    assert label_suspects.REPORT.read_text().count("\n") == 1, "the names of the columns alone"
+
+
+def test_features_of_other_images_are_refused(labels: Labels):
+    manifest.write_labels(replace(labels, sha256=labels.sha256[::-1]))
+    with pytest.raises(ValueError, match=r"^data/features\.h5: other images than in data/labels\.csv; run: dvc repro$"):
+        label_suspects.main()
+
+
+# functions
+
+
 def options(**changes: Any) -> SuspectOptions:
-    chosen: dict[str, Any] = {"folds": 3, "seed": 0, "strengths": (0.1,), "max_iterations": 100, "threads": 1} | changes
-    return SuspectOptions(**chosen)
+    chosen: dict[str, Any] = {"folds": 3, "seed": 0, "regularization_strengths": (0.1,), "max_iterations": 100}
+    return SuspectOptions(**chosen | changes)
 
 
-def labels_of(label: np.ndarray, group: list[str] | None = None, weight: np.ndarray | None = None) -> Labels:
-    n = len(label)
-    names, empty = [f"{i:04}.png" for i in range(n)], [""] * n
-    weight = np.ones(n) if weight is None else weight
-    class_names = [f"class {index}" for index in range(int(label.max()) + 1)]
-    return Labels(names, names, label, weight, group or empty, empty, empty, empty, empty, class_names)
+def labels_of(label: np.ndarray, **columns: Any) -> Labels:
+    names = [f"{row:04}.png" for row in range(len(label))]  # the folds depend on them
+    return factories.labels(len(label), int(label.max()) + 1, label=label, image_id=names, sha256=names, **columns)
 
 
 def blobs(n: int, n_classes: int, width: int = 8, n_views: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +117,10 @@ def flipped(true: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.n
     return label, rows
 
 
+def find(features: np.ndarray, labels: Labels, **changes: Any) -> Suspects:
+    return label_suspects.find(features, labels, make_units(labels), options(**changes), CPU)
+
+
 # the promise
 
 
@@ -56,7 +129,7 @@ def test_half_of_the_flipped_labels_of_digits_come_first():
     features = pixels.astype(np.float32)[:, None]
     label, rows = flipped(true, 0.05, seed=0)
     labels = labels_of(label)
-    found = suspects.find(features, labels, make_units(labels), options(folds=5, strengths=(0.1, 0.01)), CPU)
+    found = find(features, labels, folds=5, regularization_strengths=(0.1, 0.01))
     hits = np.isin(found.rows[: len(rows)], rows)
     assert hits.sum() / len(rows) >= 0.5
     suggested = found.suggested[: len(rows)][hits]
@@ -73,9 +146,9 @@ TABLES = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["", "", "", "g",
 @settings(deadline=None)
 @given(TABLES, st.integers(3, 6), st.integers(0, 2**32 - 1))
 def test_every_image_of_a_kept_class_has_a_fold_that_is_its_units(table: list, folds: int, seed: int):
-    labels = labels_of(np.array([index for index, _ in table]), [group for _, group in table])
-    units, how = make_units(labels), options(folds=folds, seed=seed)
-    fold = suspects.deal(labels, units, how)
+    labels = labels_of(np.array([index for index, _ in table]), group=[group for _, group in table])
+    units, chosen = make_units(labels), options(folds=folds, seed=seed)
+    fold = label_suspects.assign_folds(labels, units, chosen)
     for index in set(labels.label.tolist()):
         is_class = labels.label == index
         is_kept = sum(is_class[unit].any() for unit in units) >= folds
@@ -90,28 +163,28 @@ def test_every_image_of_a_kept_class_has_a_fold_that_is_its_units(table: list, f
         for name in ("image_id", "sha256", "group", "near_duplicate_group")
     }
     shuffled = replace(labels, label=labels.label[order], **columns)
-    assert np.array_equal(suspects.deal(shuffled, make_units(shuffled), how), fold[order])
+    assert np.array_equal(label_suspects.assign_folds(shuffled, make_units(shuffled), chosen), fold[order])
 
 
 def test_folds_are_stratified_and_follow_the_seed():
     labels = labels_of(np.arange(100) % 4)
-    fold, other = (suspects.deal(labels, make_units(labels), options(folds=5, seed=seed)) for seed in (0, 1))
+    fold, other = (
+        label_suspects.assign_folds(labels, make_units(labels), options(folds=5, seed=seed)) for seed in (0, 1)
+    )
     assert np.array_equal(np.histogram2d(labels.label, fold, (4, 5))[0], np.full((4, 5), 5))
     assert not np.array_equal(fold, other)
     group = ["g" if row in range(0, 20, 2) else "" for row in range(40)]  # half of class 0 is in one fold
-    labels = labels_of(np.arange(40) % 2, group)
-    fold = suspects.deal(labels, make_units(labels), options(folds=5))
-    assert np.bincount(fold[labels.label == 1]).tolist() == [4] * 5, "a class is dealt out whatever the others are"
+    labels = labels_of(np.arange(40) % 2, group=group)
+    fold = label_suspects.assign_folds(labels, make_units(labels), options(folds=5))
+    assert np.bincount(fold[labels.label == 1]).tolist() == [4] * 5, "a class is distributed whatever the others are"
 
 
 # predictions
 
 
-def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, weight: np.ndarray | None = None):
-    weight, n_classes = np.ones(len(label)) if weight is None else weight, int(label.max()) + 1
-    return suspects.predict_out_of_fold(
-        features, np.arange(len(label)), label, weight, n_classes, fold, options(strengths=(0.3, 0.01)), CPU
-    )
+def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, **columns: Any):
+    chosen = options(regularization_strengths=(0.3, 0.01))
+    return label_suspects.predict_out_of_fold(features, labels_of(label, **columns), fold, chosen, CPU)
 
 
 @pytest.mark.parametrize("held_out", range(3))
@@ -130,7 +203,7 @@ def test_an_image_is_predicted_without_its_label_and_those_of_its_fold(held_out:
 def test_weights_count_in_the_fit():
     features, label = blobs(90, 3)
     fold, weight = np.arange(90) // 3 % 3, np.where(np.arange(90) < 45, 5.0, 1.0)
-    assert not np.array_equal(predicted(features, label, fold, weight), predicted(features, label, fold))
+    assert not np.array_equal(predicted(features, label, fold, weight=weight), predicted(features, label, fold))
 
 
 def test_maps_are_flattened_and_all_views_are_used():
@@ -147,7 +220,7 @@ def test_wrong_labels_are_found_among_two_and_among_hundreds_of_classes(n_classe
     features, true = blobs(n, n_classes, width=32)
     label, rows = flipped(true, 0.05, seed=1)
     labels = labels_of(label)
-    found = suspects.find(features, labels, make_units(labels), options(folds=5, strengths=(0.003,)), CPU)
+    found = find(features, labels, folds=5, regularization_strengths=(0.003,))
     assert np.isin(rows, found.rows).mean() > 0.5
     assert np.isin(found.rows, rows).mean() > 0.5
 
@@ -156,13 +229,10 @@ def test_a_class_of_fewer_images_than_folds_takes_no_part():
     features, true = blobs(92, 3)
     label = np.where(np.arange(92) < 90, true, 3)
     labels = labels_of(label)
-    found = suspects.find(features, labels, make_units(labels), options(), CPU)
+    found = find(features, labels)
     assert not set(found.rows) & {90, 91}
     assert 3 not in found.suggested
-    assert (
-        len(suspects.find(features[:6], labels_of(label[:6]), make_units(labels_of(label[:6])), options(), CPU).rows)
-        == 0
-    )
+    assert len(find(features[:6], labels_of(label[:6])).rows) == 0
 
 
 # the list
@@ -174,7 +244,7 @@ def test_the_list_by_hand():
     of_zero = np.array([0.9, 0.9, 0.7 - 1e-3, 0.3 + 1e-3, 0.4, 0.4])
     probability = np.stack([of_zero, 1 - of_zero], 1)
     label = np.array([0, 0, 0, 0, 1, 1])
-    found = suspects.doubt(probability, label, np.ones(6))
+    found = label_suspects.rank(probability, label, np.ones(6))
     assert found.rows.tolist() == [3]
     assert found.suggested.tolist() == [1]
     assert found.self_confidence.tolist() == pytest.approx([0.301])
@@ -185,7 +255,7 @@ def test_what_is_most_probably_of_its_class_is_no_suspect():
     # Row 2 reaches the low threshold of class 1 only, and yet class 0 is more probable
     of_zero = np.array([0.9, 0.9, 0.55, 0.6, 0.6])
     probability, label = np.stack([of_zero, 1 - of_zero], 1), np.array([0, 0, 0, 1, 1])
-    assert suspects.doubt(probability, label, np.ones(5)).rows.tolist() == []
+    assert label_suspects.rank(probability, label, np.ones(5)).rows.tolist() == []
 
 
 def test_weights_move_the_thresholds():
@@ -193,10 +263,10 @@ def test_weights_move_the_thresholds():
     probability, label = np.stack([of_zero, 1 - of_zero], 1), np.array([0, 0, 0, 0, 1, 1])
     light = np.where(np.arange(6) == 5, 1e-3, 1)
     # The threshold of class 1 is 0.65, or 0.7 where the last image hardly counts: rows 2 and 3 reach the first only
-    assert suspects.doubt(probability, label, np.ones(6)).rows.tolist() == [2, 3]
-    assert suspects.doubt(probability, label, light).rows.tolist() == []
+    assert label_suspects.rank(probability, label, np.ones(6)).rows.tolist() == [2, 3]
+    assert label_suspects.rank(probability, label, light).rows.tolist() == []
 
 
-def test_no_doubt_gives_an_empty_list():
+def test_certain_predictions_give_an_empty_list():
     probability = np.eye(3)[np.arange(9) % 3]
-    assert len(suspects.doubt(probability, np.arange(9) % 3, np.ones(9)).rows) == 0
+    assert len(label_suspects.rank(probability, np.arange(9) % 3, np.ones(9)).rows) == 0

@@ -1,8 +1,9 @@
-"""The stage split: what it writes, which leaks it refuses or reports, and what it says of small classes."""
+"""The stage split: what it writes, which leaks it refuses or reports, and what it notes about small classes."""
 
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from ruamel.yaml import YAML
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Labels
 from pipeline.stages import split
+from tests import factories
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +35,9 @@ def set_params(**changes: Any) -> None:
 
 def set_labels(n: int = 40, rare: int = 20, **columns: dict[int, str]) -> None:
     """`n` images of which the first `rare` are of class x, and what some rows have in some columns."""
-    text = {name: [columns.get(name, {}).get(row, "") for row in range(n)] for name in ("group", "given_split")}
-    near = [columns.get("near", {}).get(row, "") for row in range(n)]
-    sha256 = [columns.get("sha256", {}).get(row, f"{row}") for row in range(n)]
-    label, names = np.array([int(row >= rare) for row in range(n)]), [f"{row:02}.png" for row in range(n)]
-    none = [""] * n
-    labels = Labels(names, sha256, label, np.ones(n), text["group"], near, none, none, text["given_split"], ["x", "y"])
-    manifest.write_labels(labels)
+    made = factories.labels(n, class_names=["x", "y"], label=np.array([int(row >= rare) for row in range(n)]))
+    text = {name: [columns[name].get(row, value) for row, value in enumerate(vars(made)[name])] for name in columns}
+    manifest.write_labels(replace(made, **text))
 
 
 def report() -> dict[str, Any]:
@@ -56,10 +53,10 @@ def mistake(monkeypatch: pytest.MonkeyPatch) -> str:
     return line
 
 
-def given(**parts: str) -> dict[int, str]:
+def given(**others: str) -> dict[int, str]:
     """All of train, but for test 0-3 and 20-23, val 4-7 and 24-27, and the rows that are named (r8=…)."""
     found = {row: "test" if row % 20 < 4 else "val" if row % 20 < 8 else "train" for row in range(40)}
-    return found | {int(name[1:]): part for name, part in parts.items()}
+    return found | {int(name[1:]): split for name, split in others.items()}
 
 
 def test_a_split_is_written_for_each_seed_and_its_sizes_are_reported():
@@ -69,12 +66,12 @@ def test_a_split_is_written_for_each_seed_and_its_sizes_are_reported():
     labels = manifest.read_labels()
     for found in manifest.read_splits(labels.image_id):
         sizes = report()["sizes"][str(found.seed)]
-        assert sizes == {part: len(found.rows(part)) for part in ("train", "val", "test", "unused")}
+        assert sizes == {name: len(found.rows(name)) for name in ("train", "val", "test", "unused")}
         assert sum(sizes.values()) == 40
     assert report() | {"sizes": {}} == {"method": "stratified", "sizes": {}, "notes": [], "n_leaks": 0, "leaks": []}
 
 
-def test_given_parts_are_those_of_every_seed():
+def test_given_splits_are_those_of_every_seed():
     set_params(method="given")
     set_labels(given_split=given())
     split.main()
@@ -85,23 +82,24 @@ def test_given_parts_are_those_of_every_seed():
 TIES: dict[str, dict[str, Any]] = {
     "identical bytes": {"sha256": {8: "same", 0: "same"}},
     "group": {"group": {8: "patient 1", 0: "patient 1"}},
-    "near-duplicates": {"near": {8: "n", 0: "n"}},
+    "near-duplicates": {"near_duplicate_group": {8: "n", 0: "n"}},
 }
 
 
 @pytest.mark.parametrize("tie", TIES)
-def test_images_that_belong_together_in_several_parts_are_an_error_that_lists_them(
+def test_images_that_belong_together_in_several_splits_are_an_error_that_lists_them(
     tie: str, monkeypatch: pytest.MonkeyPatch
 ):
     set_params(method="given")
     set_labels(given_split=given(), **TIES[tie])
     line = mistake(monkeypatch)
-    assert f"{tie}" in line
-    assert "00.png (test), 08.png (train)" in line
+    assert tie in line
+    assert "1 sets of images that belong together are in several splits" in line
+    assert "000.png (test), 008.png (train)" in line
     assert "split.allow_leakage: true" in line
     assert report()["n_leaks"] == 1
     (leak,) = report()["leaks"]
-    assert (leak["tie"], leak["n"], leak["parts"]) == (tie, 2, {"00.png": "test", "08.png": "train"})
+    assert (leak["tie"], leak["n"], leak["parts"]) == (tie, 2, {"000.png": "test", "008.png": "train"})
 
 
 def test_with_allow_leakage_they_are_a_warning_and_stand_in_the_report(caplog: pytest.LogCaptureFixture):
@@ -109,7 +107,7 @@ def test_with_allow_leakage_they_are_a_warning_and_stand_in_the_report(caplog: p
     set_labels(given_split=given(), **TIES["identical bytes"])
     split.main()
     (warning,) = (line.getMessage() for line in caplog.records if line.levelno == logging.WARNING)
-    assert "00.png (test), 08.png (train)" in warning
+    assert "000.png (test), 008.png (train)" in warning
     assert report()["n_leaks"] == 1
 
 
@@ -121,29 +119,29 @@ def test_an_unused_image_leaks_nothing():
     assert report()["sizes"]["0"]["unused"] == 1
 
 
-def test_given_parts_that_another_method_ignores_are_said(caplog: pytest.LogCaptureFixture):
+def test_given_splits_that_another_method_ignores_are_noted(caplog: pytest.LogCaptureFixture):
     set_params(method="hash", test_fraction=0.3, val_fraction=0.3)
     set_labels(given_split=given())
     split.main()
-    assert "`split.method: hash` ignores them; to use them: given" in report()["notes"][0]
+    assert "which `split.method: hash` ignores; to use them, set it to given" in report()["notes"][0]
     assert report()["notes"][0] in caplog.messages
 
 
-def test_what_is_drawn_since_the_data_set_does_not_give_it_is_said():
+def test_what_is_drawn_since_the_data_set_does_not_give_it_is_noted():
     set_params(method="given")
-    set_labels(given_split={row: part if part != "test" else "train" for row, part in given().items()})
+    set_labels(given_split={row: name if name != "test" else "train" for row, name in given().items()})
     split.main()
     assert report()["notes"] == [
-        "the data set gives no image to test: drawn by seed from train; to test on the given val, call it test"
+        "the data set has no image in test: drawn by seed from train; to test on the given val, rename it to test"
     ]
 
 
-def test_one_forgotten_part_breaks_no_seed_and_is_told():
+def test_one_forgotten_split_breaks_no_seed_and_is_noted():
     set_params(method="given")
-    set_labels(given_split={row: part if part == "test" else "train" for row, part in given().items()} | {39: ""})
+    set_labels(given_split={row: name if name == "test" else "train" for row, name in given().items()} | {39: ""})
     split.main()
     (note,) = report()["notes"]
-    assert note == "the data set gives no image to val: drawn by seed from train and those without a part"
+    assert note == "the data set has no image in val: drawn by seed from train and images without a split"
 
 
 def test_every_class_with_few_images_is_named_with_what_to_do():

@@ -79,10 +79,10 @@ def test_what_is_no_file_within_the_directory_is_rejected_with_a_reason(tmp_path
     ]
 
 
-@pytest.mark.parametrize("part", ["", "train/"])
-def test_a_class_whose_name_is_not_utf8_is_warned_of(part: str, tmp_path: Path):
-    touch(tmp_path, f"{part}cat/1.png", f"{part}cat/2.png")
-    touch(tmp_path, f"{part}{os.fsdecode(b'caf' + bytes([0xE9]))}/1.png")
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_a_class_whose_name_is_not_utf8_is_a_warning(split: str, tmp_path: Path):
+    touch(tmp_path, f"{split}cat/1.png", f"{split}cat/2.png")
+    touch(tmp_path, f"{split}{os.fsdecode(b'caf' + bytes([0xE9]))}/1.png")
     (warning,) = find_images(tmp_path).warnings
     assert warning.startswith("1 directories and all images in them were left out: ")
     assert "(has a name that is not UTF-8); put" in warning
@@ -111,27 +111,27 @@ def test_a_missing_directory_names_the_key(tmp_path: Path):
         find_images(tmp_path / "nowhere")
 
 
-# parts
+# splits
 
 
 @pytest.mark.parametrize(
     "names", [("train", "val", "test"), ("Train", "Validation", "TEST"), ("training", "valid", "testing")]
 )
-def test_directories_of_parts_hold_the_classes_and_say_the_split(names: tuple[str, str, str], tmp_path: Path):
+def test_directories_of_splits_hold_the_classes(names: tuple[str, str, str], tmp_path: Path):
     for name in names:
         touch(tmp_path, f"{name}/cat/1.png", f"{name}/dog/deep/2.png")
     touch(tmp_path, f"{names[0]}/loose.png")
     found = find_images(tmp_path)
     rows = {(row["path"], row["label"], row["split"]) for row in found.images.to_dict("records")}
     assert rows == {
-        (f"{name}/{rest}", label, part)
-        for name, part in zip(names, ("train", "val", "test"), strict=True)
+        (f"{name}/{rest}", label, split)
+        for name, split in zip(names, ("train", "val", "test"), strict=True)
         for rest, label in (("cat/1.png", "cat"), ("dog/deep/2.png", "dog"))
     }
     assert found.warnings == [f"1 files lie in no class directory and were left out: '{names[0]}/loose.png'"]
 
 
-def test_train_alone_or_with_one_other_part_is_a_part_and_among_other_names_a_class(tmp_path: Path):
+def test_train_alone_or_with_one_other_split_is_a_split_and_among_other_names_a_class(tmp_path: Path):
     touch(tmp_path, "train/cat/1.png", "train/dog/1.png")
     assert set(find_images(tmp_path).images["split"]) == {"train"}
     touch(tmp_path, "test/cat/1.png")
@@ -147,18 +147,18 @@ def test_train_alone_or_with_one_other_part_is_a_part_and_among_other_names_a_cl
     ("names", "problem"),
     [
         (["train/cat/1.png", "test/cat/1.png", "extra/1.png"], "extra/ lies beside test/, train/; expected train/,"),
-        (["train/cat/1.png", "val/cat/1.png", "valid/cat/1.png"], "train/, val/, valid/ are not one of each part; exp"),
+        (["train/cat/1.png", "val/cat/1.png", "valid/cat/1.png"], "train/, val/, valid/ are not one of each split"),
         (["train/cat/1.png", "test/1.png"], "test: no class directory in it; expected one per class"),
         (["train/cat/1.png", "val/cat/1.png", "val/dog/.hidden"], "val/dog: class without an image"),
     ],
 )
-def test_parts_that_cannot_be_meant_are_refused(names: list[str], problem: str, tmp_path: Path):
+def test_splits_that_cannot_be_meant_are_refused(names: list[str], problem: str, tmp_path: Path):
     touch(tmp_path, *names)
     with pytest.raises(ValueError, match=re.escape(problem)):
         find_images(tmp_path)
 
 
-def test_a_table_may_call_the_parts_by_their_other_names(tmp_path: Path):
+def test_a_table_may_call_the_splits_by_their_other_names(tmp_path: Path):
     found = find_images(with_table(tmp_path, "path,label,split\na.png,cat,Validation\nb.png,dog,training\n"))
     assert list(found.images["split"]) == ["val", "train"]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
+from tests.factories import provenance
 
 ROWS: list[Row] = [(f"{number:064x}", number % 3) for number in range(6)]
 VALUES = np.arange(6 * 4, dtype=np.float32).reshape(6, 2, 2)
@@ -225,7 +226,7 @@ NAMES = [f"{number:064x}" for number in range(6)]
 
 def write(path: Path) -> None:
     values = VALUES.reshape(6, 2, 2)
-    hdf5.write_features(path, values.shape, values.dtype, iter([values[:4], values[4:]]), NAMES, {"b": 1, "a": [2]})
+    hdf5.write_features(path, values.shape, values.dtype, iter([values[:4], values[4:]]), NAMES, provenance())
 
 
 def test_features_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_features_are_read_as_they_were_written(tmp_path: Path) -> None:
     found = hdf5.read_features(tmp_path / "features.h5")
     assert isinstance(found.values, np.memmap)
     assert np.array_equal(found.values, VALUES)
-    assert (found.sha256, found.provenance) == (NAMES, {"a": [2], "b": 1})
+    assert (found.sha256, found.provenance) == (NAMES, provenance())
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -248,19 +249,19 @@ def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
-def test_features_that_are_not_there_are_told_as_that(tmp_path: Path) -> None:
+def test_missing_features_name_the_stage_that_writes_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"features\.h5: not there; run: dvc repro extract$"):
         hdf5.read_features(tmp_path / "features.h5")
 
 
 def test_features_without_views_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "features.h5"
-    hdf5.write_features(path, (6, 4), VALUES.dtype, [VALUES.reshape(6, 4)], NAMES, {})
+    hdf5.write_features(path, (6, 4), VALUES.dtype, [VALUES.reshape(6, 4)], NAMES, provenance())
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)
 
 
-@pytest.mark.parametrize("provenance", ["{", "", "3", "null", "[]"])
+@pytest.mark.parametrize("provenance", ["{", "", "3", "null", "[]", "{}"])
 def test_features_with_a_broken_provenance_are_refused(tmp_path: Path, provenance: str) -> None:
     path = tmp_path / "features.h5"
     write(path)

@@ -46,7 +46,7 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
     }
 
 
-def test_equal_bytes_of_one_label_are_kept_and_told():
+def test_equal_bytes_of_one_label_are_kept_and_listed():
     found = taken(*((f"{n}.png", "cat", image("1", 5)) for n in range(3)), ("x.png", "cat", image("2", 2**63)))
     assert found.summary["exact_duplicates"] == [["0.png", "1.png", "2.png"]]
     assert found.summary["n_exact_duplicates"] == 2
@@ -70,7 +70,7 @@ def test_all_images_of_equal_bytes_and_different_labels_are_rejected():
     assert set(found.conflicts) < set(found.rejected)
 
 
-def test_near_duplicates_are_told_in_pairs_and_grouped_with_their_copies():
+def test_near_duplicates_are_listed_in_pairs_and_grouped_with_their_copies():
     found = taken(
         ("a.png", "cat", image("1", 0b1)),
         ("b.png", "dog", image("2", 0b111)),
@@ -102,7 +102,7 @@ def test_files_with_the_extension_of_another_format_are_named_and_kept():
         ("e.exe", "cat", image("5")),
     )
     assert len(found.kept) == 5
-    assert found.summary["warnings"][1:] == ["2 files are not what their extension says: a.png (JPEG), e.exe (PNG)"]
+    assert found.summary["warnings"][1:] == ["2 files have the extension of another format: a.png (JPEG), e.exe (PNG)"]
 
 
 def test_a_summary_of_nothing_is_a_summary():

@@ -34,11 +34,11 @@ def pair(directory: Path, images: bytes | None = None, labels: bytes | None = No
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_directory_of_idx_files_becomes_a_data_set_with_the_parts_of_their_names(suffix: str, tmp_path: Path):
+def test_a_directory_of_idx_files_becomes_a_data_set_with_the_splits_of_their_names(suffix: str, tmp_path: Path):
     source, out = pair(tmp_path / "source", suffix=suffix), tmp_path / "out"
     write(source / f"t10k-images.idx3-ubyte{suffix}", idx_bytes(PIXELS[:2]))
     write(source / f"t10k-labels.idx1-ubyte{suffix}", idx_bytes(LABELS[:2]))
-    assert sources.from_idx(source, out) == 8
+    sources.import_idx(source, out)
     table = pd.read_csv(out / "labels.csv", dtype=str)
     assert sorted(table["split"]) == ["test"] * 2 + ["train"] * 6
     assert list(table["path"]) == sorted(table["path"])
@@ -53,14 +53,14 @@ def test_a_directory_of_idx_files_becomes_a_data_set_with_the_parts_of_their_nam
 
 def test_labels_of_two_digits_sort_as_numbers(tmp_path: Path):
     pair(tmp_path / "source", labels=idx_bytes(np.array([0, 2, 10, 11, 2, 25], np.uint8)))
-    sources.from_idx(tmp_path / "source", tmp_path / "out")
+    sources.import_idx(tmp_path / "source", tmp_path / "out")
     assert set(pd.read_csv(tmp_path / "out/labels.csv", dtype=str)["label"]) == {"00", "02", "10", "11", "25"}
 
 
 def test_an_unpacked_file_counts_and_the_packed_one_beside_it_does_not(tmp_path: Path):
     pair(pair(tmp_path), suffix=".gz")
     (found,) = idx.find_pairs(tmp_path)
-    assert (found.part, found.images.name, found.labels.name) == ("train", IMAGES_NAME, LABELS_NAME)
+    assert (found.split, found.images.name, found.labels.name) == ("train", IMAGES_NAME, LABELS_NAME)
 
 
 HEADER = idx_bytes(PIXELS)[:16]
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_as_its_header_says_is_refused_and_leaves_nothing(
 ):
     source = pair(tmp_path / "source", images, labels, suffix)
     with pytest.raises(ValueError, match=r"-ubyte(\.gz)?: ") as error:
-        sources.from_idx(source, tmp_path / "out")
+        sources.import_idx(source, tmp_path / "out")
     assert problem in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -104,9 +104,22 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, m
         idx_bytes(np.zeros(n, np.uint8)),
         ".gz",
     )
-    monkeypatch.setattr(idx, "_read_images", lambda path: pytest.fail("it was read"))
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile, "read", lambda file, size=-1: read(file, size) if 0 <= size <= 16 else pytest.fail("it was read")
+    )
     with pytest.raises(ValueError, match=r"78400016 bytes, \d+ times its size: taken for a decompression bomb"):
-        sources.from_idx(source, tmp_path / "out")
+        sources.import_idx(source, tmp_path / "out")
+
+
+def test_labels_that_are_a_decompression_bomb_are_bounded_by_the_number_of_images(tmp_path: Path):
+    bomb = bytes([0, 0, 8, 1]) + struct.pack(">I", 10**7) + bytes(10**7)
+    source = pair(tmp_path / "source", labels=bomb, suffix=".gz")
+    with pytest.raises(ValueError, match=r"10000000 labels; expected 6, one per image of train-images-idx3-ubyte\.gz"):
+        sources.import_idx(source, tmp_path / "out")
+    write(source / f"{LABELS_NAME}.gz", bytes([0, 0, 8, 1]) + struct.pack(">I", 6) + bytes(10**7))
+    with pytest.raises(ValueError, match=r"labels-idx1-ubyte\.gz: goes on where it should end by its header"):
+        sources.import_idx(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
@@ -115,7 +128,7 @@ def test_a_damaged_gzip_file_is_one_line(damage: str, tmp_path: Path):
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-20] if damage == "cut" else content[:40] + bytes([content[40] ^ 255]) + content[41:])
     with pytest.raises(ValueError, match=r"not a whole gzip file|ends before|goes on"):
-        sources.from_idx(tmp_path / "source", tmp_path / "out")
+        sources.import_idx(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -139,4 +152,4 @@ def test_a_directory_that_is_there_is_left_alone(tmp_path: Path):
     pair(tmp_path / "source")
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="out: is there already; expected a new directory"):
-        sources.from_idx(tmp_path / "source", tmp_path / "out")
+        sources.import_idx(tmp_path / "source", tmp_path / "out")

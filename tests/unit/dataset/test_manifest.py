@@ -68,8 +68,8 @@ def test_what_is_no_table_is_one_line_with_the_way_out(tmp_path: Path, content: 
 
 def test_splits_read_back_by_seed_as_they_were_written(tmp_path: Path):
     names = ["1", "NA", "c,d"]
-    for seed, parts in ((10, ["train", "val", "test"]), (2, ["unused", "test", "train"])):
-        manifest.write_split(Split(seed, names, np.array(parts)), tmp_path)
+    for seed, given in ((10, ["train", "val", "test"]), (2, ["unused", "test", "train"])):
+        manifest.write_split(Split(seed, names, np.array(given)), tmp_path)
     second, tenth = manifest.read_splits(names, tmp_path)
     assert (second.seed, tenth.seed) == (2, 10)
     assert tenth.image_id == names

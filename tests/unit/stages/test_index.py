@@ -1,4 +1,4 @@
-"""The stage: what it refuses, what it leaves out when told to, and what it writes."""
+"""The stage: what it refuses, what it leaves out by option, and what it writes."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from pipeline.dataset import manifest
 from pipeline.stages import index
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
+PARAMS = Path(__file__).parents[3] / "params.yaml"
 Index = Callable[..., None]
 
 
@@ -55,7 +55,7 @@ def rejected() -> dict[str, str]:
 
 def test_conflicting_labels_are_an_error_that_names_the_files(index_with: Index):
     Path("set/dog/copy.jpg").write_bytes(picture(0))
-    with pytest.raises(ValueError, match=r"2 images have other labels than images of the same bytes") as error:
+    with pytest.raises(ValueError, match=r"2 images have other labels than images with the same bytes") as error:
         index_with()
     assert "set/cat/0.jpg (labelled 'cat', but 'dog/copy.jpg' with the same bytes 'dog')" in str(error.value)
     assert "dataset.on_conflict: drop" in str(error.value)
@@ -92,11 +92,11 @@ def test_near_duplicates_are_reported_and_grouped_only_if_so_chosen(choice: str,
     assert '"n_near_duplicates": 1,' in Path("reports/data/summary.json").read_text()
 
 
-def test_near_duplicates_end_at_the_bits_that_were_chosen(index_with: Index):
+def test_near_duplicates_have_at_most_the_chosen_distance(index_with: Index):
     Path("set/cat/again.jpg").write_bytes(picture(0, quality=5))
-    index_with(near_duplicates="group", near_duplicate_bits=0)
+    index_with(near_duplicates="group", near_duplicate_distance=0)
     few = [group for group in manifest.read_labels().near_duplicate_group if group]
-    index_with(near_duplicates="group", near_duplicate_bits=10)
+    index_with(near_duplicates="group", near_duplicate_distance=10)
     assert (len(few), len([group for group in manifest.read_labels().near_duplicate_group if group])) == (0, 2)
 
 

@@ -1,7 +1,6 @@
-"""predict: a saved run loads alone, says what the network said, and is refused when tampered with."""
+"""predict: a saved run loads alone, predicts what the network predicts, and is refused when tampered with."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.features import views
+from pipeline.__main__ import cli
+from pipeline.dataset.decoding import decode, sha256
+from pipeline.features.views import make_views
 from pipeline.network import backbones
+from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 from pipeline.tools import predict
 from pipeline.training import heads, models
-from pipeline.training.models import Card, Cost
-from tests.common import LINEAR, PLAIN
+from pipeline.training.models import Card
+from tests import factories
+from tests.factories import LINEAR, PLAIN, backbone_plan
 
 CLASSES = ("cat", "dog", "long-eared hedgehog")
 SIZE, VIEWS = 32, 2
@@ -48,33 +51,31 @@ def save(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tupl
         if strategy != "feature_extraction":
             for parameter in backbone.module.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    card = Card(
-        strategy=strategy,
-        seed=0,
-        class_names=CLASSES,
-        backbone=CHOICE,
+    plan = backbone_plan(
+        choice=CHOICE,
         image_size=SIZE,
         preprocessing=backbone.preprocessing,
+        weights_sha256=backbone.weights_sha256,
+        feature_shape=(backbone.feature_dim,),
+    )
+    card = factories.card(
+        strategy=strategy,
+        class_names=CLASSES,
+        backbone=plan,
         augmentation=AUGMENTATION,
         evaluation_views=VIEWS,
-        cut="all",
-        pool="none",
-        freeze_until="all",
         head=HEAD,
-        feature_shape=(backbone.feature_dim,),
-        weights_sha256=backbones.state_sha256(backbone.module),
-        cost=Cost(trainable_params=1, train_flops=1, base_passes=1, cached_bytes=1),
     )
-    artifacts.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
+    models.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    base = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    base = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
     network = nn.Sequential(base, head).eval()
     return tmp_path / "repository" / "models" / strategy / "seed_0.json", network, card
 
 
 @pytest.mark.parametrize("strategy", ["feature_extraction", "full_retrain"])
-def test_saved_run_says_what_the_network_said_from_another_directory(
+def test_saved_run_predicts_what_the_network_predicts_from_another_directory(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]
 ) -> None:
     run, network, card = save(strategy, tmp_path, monkeypatch)
@@ -83,9 +84,8 @@ def test_saved_run_says_what_the_network_said_from_another_directory(
     assert [entry["path"] for entry in predictions] == [str(path) for path in photographs]
     for entry, path in zip(predictions, photographs, strict=True):
         content = path.read_bytes()
-        pixels = images.views(
-            images.decode(content), images.sha256(content), range(VIEWS), card.preprocessing, card.augmentation
-        )
+        image, name = decode(content), sha256(content)
+        pixels = make_views(image, name, range(VIEWS), card.backbone.preprocessing, card.augmentation)
         assert not np.array_equal(pixels[0], pixels[1])
         with torch.no_grad():
             probability = network(torch.from_numpy(pixels)).softmax(1).mean(0)
@@ -95,7 +95,7 @@ def test_saved_run_says_what_the_network_said_from_another_directory(
 
 def test_loaded_network_is_the_saved_one_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, network, card = save("full_retrain", tmp_path, monkeypatch)
-    loaded, read = artifacts.load_network(run)
+    loaded, read = models.load_network(run)
     assert read.model_copy(update={"sha256": ""}) == card
     ours, theirs = loaded.state_dict(), network.state_dict()
     assert ours.keys() == theirs.keys()
@@ -108,7 +108,7 @@ def test_head_on_other_published_weights_is_refused(
 ) -> None:
     run, _, _ = save("feature_extraction", tmp_path, monkeypatch)
     described = json.loads(run.read_text())
-    described["backbone"]["seed"] += 1
+    described["backbone"]["choice"]["seed"] += 1
     run.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="made with other weights of timm/test_resnet"):
         predict.predict(run, photographs)
@@ -138,7 +138,7 @@ def test_card_that_is_none_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_run_that_is_not_there_is_told_by_its_path(tmp_path: Path, photographs: list[Path]) -> None:
+def test_run_that_does_not_exist_is_named(tmp_path: Path, photographs: list[Path]) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/seed_0\.json: no such run"):
         predict.predict(tmp_path / "nowhere" / "seed_0.json", photographs)
 
@@ -158,9 +158,8 @@ def test_unreadable_images_are_failures_and_the_others_are_predicted(
     broken.write_bytes(photographs[0].read_bytes()[:200])
     given = [photographs[0], broken, absent, photographs[1]]
     options = ["--json"] if form == "json" else []
-    monkeypatch.setattr(sys, "argv", ["predict", str(run.with_suffix(ending)), *map(str, given), *options])
     with pytest.raises(ValueError, match=r"broken\.png: .*absent\.png") as caught:
-        predict.main()
+        cli(["predict", str(run.with_suffix(ending)), *map(str, given), *options], standalone_mode=False)
     assert "\n" not in str(caught.value)
     printed = capsys.readouterr().out
     if form == "json":

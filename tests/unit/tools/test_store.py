@@ -1,4 +1,4 @@
-"""feature_store: what is damaged or foreign is set aside, and house-keeping shows, checks and removes."""
+"""store: the commands show, check and remove; what is damaged or foreign is set aside when the store is opened."""
 
 import builtins
 import hashlib
@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from pipeline import files, logs
-from pipeline.features import hdf5, store
-from pipeline.features.hdf5 import Row
-from pipeline.features.store import Key, Store
-from tests.common import FLIPS
+from pipeline.__main__ import cli
+from pipeline.features import hdf5
+from pipeline.features import store as feature_store
+from pipeline.features.store import Store
+from tests.factories import STORE_ROWS as ROWS
+from tests.factories import STORE_VALUES as VALUES
+from tests.factories import fill_store, store_key
 
-ROWS: list[Row] = [(f"{number:064x}", 0) for number in range(12)]
-VALUES = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
 DAY = 86_400
 
 Run = Callable[..., str]
@@ -39,7 +40,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """What `python -m pipeline.feature_store …` prints; `answer` is what is typed, None where nobody is there."""
+    """What `python -m pipeline store …` prints; `answer` is what is typed, None where nobody is there."""
 
     def call(*arguments: str, answer: str | None = None) -> str:
         def typed(_prompt: str) -> str:
@@ -48,53 +49,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             return answer
 
         monkeypatch.setattr(builtins, "input", typed)
-        monkeypatch.setattr(sys, "argv", ["feature_store", *arguments])
-        store.main()
+        cli(["store", *arguments], standalone_mode=False)
         return capsys.readouterr().out
 
     return call
 
 
-def key(name: str = "torchvision/resnet18", width: int = 5, store_dtype: str = "fp32") -> Key:
-    description = {
-        "backbone": name,
-        "weights_sha256": "c0ffee00" * 8,
-        "cut": "layer3",
-        "pool": "avg",
-        "preprocessing": {"crop": 224},
-        "precision": "fp32",
-        "store_dtype": store_dtype,
-        "engine": "openvino",
-        "device": "cpu",
-    }
-    return Key(description, FLIPS, (width,))
-
-
-def fill(which: Key, rows: list[Row] = ROWS) -> list[Path]:
-    """Three shards of four rows each."""
-    store = Store(which)
-    before = {*store.root().glob("*/*.h5")}
-    for start in range(0, 12, 4):
-        values = np.resize(VALUES, (12, *which.row_shape))[start : start + 4]
-        store.write(rows[start : start + 4], values)
-    return sorted({*store.root().glob("*/*.h5")} - before)
-
-
 def unused_for(directory: Path, days: float) -> None:
     then = time.time() - days * DAY
     os.utime(directory / "key.json", (then, then))
-
-
-# the store
-
-
-def test_rows_are_read_as_they_were_written() -> None:
-    fill(key())
-    store = Store(key())
-    assert len(store) == 12
-    order = np.random.default_rng(1).permutation(12)
-    assert np.array_equal(store.read([ROWS[i] for i in order]), VALUES[order])
-    assert store.missing([*ROWS, ("f" * 64, 0), (ROWS[0][0], 1)]) == [("f" * 64, 0), (ROWS[0][0], 1)]
 
 
 def flip_a_bit(shard: Path) -> None:
@@ -108,7 +71,7 @@ def truncate(shard: Path) -> None:
 
 
 def bring_one_of_another_key(shard: Path) -> None:
-    (foreign, *_) = fill(key("torchvision/resnet50"))
+    (foreign, *_) = fill_store(store_key("torchvision/resnet50"))
     shard.unlink()
     shutil.copyfile(foreign, shard.with_name(foreign.name))
 
@@ -167,15 +130,15 @@ def link_to_itself(shard: Path) -> None:
 def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
     caplog: pytest.LogCaptureFixture, run: Run, damage: Callable[[Path], None]
 ) -> None:
-    fill(key())
-    directory = store.root() / key().name(0)
+    fill_store(store_key())
+    directory = feature_store.root() / store_key().name(0)
     victim = next(path for path in directory.glob("*.h5") if hdf5.read_shard(path).rows == ROWS[:4])
     damage(victim)
     assert run("status")
     with suppress(ValueError):  # verify knows no widths
         run("verify")
     with caplog.at_level(logging.WARNING, "pipeline"):
-        store = Store(key())
+        store = Store(store_key())
     assert store.missing(ROWS) == ROWS[:4]
     assert np.array_equal(store.read(ROWS[4:]), VALUES[4:])
     (aside,) = directory.glob("*.damaged")
@@ -183,43 +146,10 @@ def test_shard_that_cannot_be_trusted_is_set_aside_and_the_others_stay(
     assert "its rows are computed again" in caplog.text
     assert len(list(directory.glob("*.h5"))) == 2
     store.write(ROWS[:4], VALUES[:4])
-    assert np.array_equal(Store(key()).read(ROWS), VALUES)
+    assert np.array_equal(Store(store_key()).read(ROWS), VALUES)
     run("gc", "--days", "1", "--yes")
     assert not [*directory.glob("*.damaged")]
-    assert np.array_equal(Store(key()).read(ROWS), VALUES)
-
-
-def test_shard_that_another_process_takes_away_meanwhile_is_no_error(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(key())
-    read = hdf5.read_shard
-
-    def taken(path: Path) -> hdf5.Shard:
-        found = read(path)
-        if found.rows == ROWS[:4]:
-            raise FileNotFoundError(path)
-        return found
-
-    monkeypatch.setattr(hdf5, "read_shard", taken)
-    assert Store(key()).missing(ROWS) == ROWS[:4]
-    assert not caplog.records
-
-
-def test_writing_the_same_rows_again_adds_nothing() -> None:
-    shards = fill(key())
-    assert fill(key()) == []
-    assert sorted(store.root().glob("*/*.h5")) == shards
-
-
-def test_opening_the_store_marks_its_keys_as_used(root: Path) -> None:
-    fill(key())
-    unused_for(root / key().name(0), 40)
-    Store(key())
-    assert time.time() - (root / key().name(0) / "key.json").stat().st_mtime < DAY
-
-
-# house-keeping
+    assert np.array_equal(Store(store_key()).read(ROWS), VALUES)
 
 
 def test_empty_store(run: Run, root: Path) -> None:
@@ -228,20 +158,22 @@ def test_empty_store(run: Run, root: Path) -> None:
     assert run("gc", "--days", "0") == f"{root}: nothing to remove\n"
 
 
-def test_status_tells_what_the_keys_are(run: Run, root: Path) -> None:
-    fill(key())
-    fill(key("timm/vgg16", store_dtype="fp16"), [(name, 1) for name, _ in ROWS])
-    unused_for(root / key().name(0), 40)
+def test_status_describes_the_keys(run: Run, root: Path) -> None:
+    fill_store(store_key())
+    fill_store(store_key("timm/vgg16", store_dtype="fp16"), [(name, 1) for name, _ in ROWS])
+    unused_for(root / store_key().name(0), 40)
     newer, older, total = run("status").splitlines()
-    assert newer.startswith(f"{key('timm/vgg16', store_dtype='fp16').name(1)}  12 rows, 0.0 MB, used today: timm/vgg16")
+    assert newer.startswith(
+        f"{store_key('timm/vgg16', store_dtype='fp16').name(1)}  12 rows, 0.0 MB, used today: timm/vgg16"
+    )
     assert "augmented views, openvino fp32 on cpu, stored as fp16" in newer
-    assert older.startswith(f"{key().name(0)}  12 rows, 0.0 MB, used 40 days ago: torchvision/resnet18")
+    assert older.startswith(f"{store_key().name(0)}  12 rows, 0.0 MB, used 40 days ago: torchvision/resnet18")
     assert "(weights c0ffee00) at layer3, pool avg, 224 px, view 0, openvino fp32 on cpu, stored as fp32" in older
     assert total.startswith(f"{root}: 2 keys, ")
 
 
 def test_status_counts_what_is_damaged(run: Run) -> None:
-    (shard, aside, _) = fill(key())
+    (shard, aside, _) = fill_store(store_key())
     shard.write_bytes(b"")
     aside.replace(aside.with_suffix(".damaged"))
     assert "  4 rows, 0.0 MB, used today, 2 damaged or left over: " in run("status")
@@ -250,66 +182,64 @@ def test_status_counts_what_is_damaged(run: Run) -> None:
 def test_verify_finds_what_is_damaged_and_fails(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (shard, *_) = fill(key())
+    (shard, *_) = fill_store(store_key())
     assert run("verify").endswith(": 3 shards, 0 damaged\n")
     flip_a_bit(shard)
-    monkeypatch.setattr(sys, "argv", ["feature_store", "verify"])
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     with pytest.raises(SystemExit) as caught:
-        logs.run(store.main)
+        logs.run(lambda: run("verify") and None)
     assert caught.value.code == ("error: 1 damaged shards; the next run that uses them computes their rows again")
-    said = capsys.readouterr().out
-    assert f"{shard}: its bytes do not have the SHA-256" in said
-    assert said.endswith(": 3 shards, 1 damaged\n")
+    printed = capsys.readouterr().out
+    assert f"{shard}: its bytes do not have the SHA-256" in printed
+    assert printed.endswith(": 3 shards, 1 damaged\n")
     assert shard.exists(), "verify only looks"
 
 
 def test_verify_finds_a_shard_of_another_key(run: Run) -> None:
-    shards = fill(key())
-    (foreign, *_) = fill(key("timm/vgg16"))
+    shards = fill_store(store_key())
+    (foreign, *_) = fill_store(store_key("timm/vgg16"))
     shutil.copyfile(foreign, shards[0].with_name(foreign.name))
     with pytest.raises(ValueError, match="1 damaged shards"):
         run("verify")
 
 
 def test_gc_removes_what_was_not_used_for_so_many_days_and_nothing_else(run: Run, root: Path) -> None:
-    fill(key())
-    fill(key("timm/vgg16"))
-    unused_for(root / key().name(0), 31)
-    unused_for(root / key("timm/vgg16").name(0), 29)
-    said = run("gc", "--days", "30", "--yes")
-    assert f"{key().name(0)}  0.0 MB, used 31 days ago: torchvision/resnet18" in said
-    assert "1 keys and 0 left-overs of others" in said
-    assert [path.name for path in root.iterdir()] == [key("timm/vgg16").name(0)]
-    assert Store(key("timm/vgg16")).missing(ROWS) == []
-    assert Store(key()).missing(ROWS) == ROWS
+    fill_store(store_key())
+    fill_store(store_key("timm/vgg16"))
+    unused_for(root / store_key().name(0), 31)
+    unused_for(root / store_key("timm/vgg16").name(0), 29)
+    printed = run("gc", "--days", "30", "--yes")
+    assert f"{store_key().name(0)}  0.0 MB, used 31 days ago: torchvision/resnet18" in printed
+    assert "1 keys and 0 left-overs of others" in printed
+    assert [path.name for path in root.iterdir()] == [store_key("timm/vgg16").name(0)]
+    assert Store(store_key("timm/vgg16")).missing(ROWS) == []
+    assert Store(store_key()).missing(ROWS) == ROWS
 
 
 @pytest.mark.parametrize(
     ("answer", "is_removed"), [("y", True), ("YES ", True), ("", False), ("n", False), ("x", False)]
 )
 def test_gc_asks_first(run: Run, root: Path, answer: str, is_removed: bool) -> None:
-    fill(key())
-    said = run("gc", "--days", "0", answer=answer)
-    assert (root / key().name(0)).exists() != is_removed
-    assert ("nothing was removed" in said) != is_removed
+    fill_store(store_key())
+    printed = run("gc", "--days", "0", answer=answer)
+    assert (root / store_key().name(0)).exists() != is_removed
+    assert ("nothing was removed" in printed) != is_removed
 
 
 def test_gc_leaves_a_key_that_is_used_while_it_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(key())
-    unused_for(root / key().name(0), 31)
-    monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "30"])
-    monkeypatch.setattr(builtins, "input", lambda _: Store(key()) and "y")
-    store.main()
-    assert Store(key()).missing(ROWS) == []
+    fill_store(store_key())
+    unused_for(root / store_key().name(0), 31)
+    monkeypatch.setattr(builtins, "input", lambda _: Store(store_key()) and "y")
+    cli(["store", "gc", "--days", "30"], standalone_mode=False)
+    assert Store(store_key()).missing(ROWS) == []
 
 
 def test_file_that_a_run_takes_away_while_we_look_is_no_error(
     run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = fill(key())
+    shards = fill_store(store_key())
     for name in (".x.h5.1.tmp", "y.damaged"):
-        (root / key().name(0) / name).write_bytes(b"x")
+        (root / store_key().name(0) / name).write_bytes(b"x")
     stat = Path.stat
 
     def last_look(path: Path, **how: Any) -> os.stat_result:
@@ -325,31 +255,30 @@ def test_file_that_a_run_takes_away_while_we_look_is_no_error(
 
 
 def test_gc_removes_nothing_without_a_standard_input(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(key())
-    monkeypatch.setattr(sys, "argv", ["feature_store", "gc", "--days", "0"])
+    fill_store(store_key())
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match=r"nobody answered; expected --yes"):
-        store.main()
-    assert Store(key()).missing(ROWS) == []
+        cli(["store", "gc", "--days", "0"], standalone_mode=False)
+    assert Store(store_key()).missing(ROWS) == []
 
 
 def test_gc_removes_nothing_if_nobody_answers(run: Run, root: Path) -> None:
-    fill(key())
+    fill_store(store_key())
     with pytest.raises(ValueError, match=r"gc asks before it removes anything, and nobody answered; expected --yes"):
         run("gc", "--days", "0")
-    assert Store(key()).missing(ROWS) == []
+    assert Store(store_key()).missing(ROWS) == []
 
 
 @pytest.mark.parametrize("days", ["-1", "nan"])
 def test_gc_wants_a_number_of_days(run: Run, root: Path, days: str) -> None:
-    fill(key())
+    fill_store(store_key())
     with pytest.raises(ValueError, match=rf"--days: found {days}, expected 0 or more"):
         run("gc", "--days", days, "--yes")
-    assert (root / key().name(0)).exists()
+    assert (root / store_key().name(0)).exists()
 
 
 def test_gc_removes_left_overs_of_writers_that_are_gone(run: Run, root: Path) -> None:
-    (shard, *_) = fill(key())
+    (shard, *_) = fill_store(store_key())
     damaged, old, young = (shard.parent / name for name in ("x.damaged", ".x.h5.1.tmp", ".y.h5.2.tmp"))
     for path in (damaged, old, young):
         path.write_bytes(b"x")
@@ -357,12 +286,12 @@ def test_gc_removes_left_overs_of_writers_that_are_gone(run: Run, root: Path) ->
     os.utime(old, (then, then))
     assert "0 keys and 2 left-overs of others" in run("gc", "--days", "30", "--yes")
     assert [path.exists() for path in (damaged, old, young)] == [False, False, True]
-    assert Store(key()).missing(ROWS) == []
+    assert Store(store_key()).missing(ROWS) == []
 
 
-@pytest.mark.parametrize("said", [[], 3, {}, {"schema": 3}, {"schema": 3, "augmentation": None, "preprocessing": 1}])
-def test_key_that_says_anything_is_shown_as_unknown_even_if_its_name_fits(run: Run, root: Path, said: object) -> None:
-    files.write_json(root / files.digest(said)[:32] / "key.json", said)
+@pytest.mark.parametrize("content", [[], 3, {}, {"schema": 3}, {"schema": 3, "augmentation": None, "preprocessing": 1}])
+def test_key_of_any_content_is_shown_as_unknown_even_if_its_name_fits(run: Run, root: Path, content: object) -> None:
+    files.write_json(root / files.digest(content)[:32] / "key.json", content)
     assert ", used today: " in run("status")
     assert run("verify").endswith("0 shards, 0 damaged\n")
     assert run("gc", "--days", "0", "--yes")
@@ -388,16 +317,16 @@ def test_directory_that_is_no_key_of_now_is_shown_left_alone_and_collected(
     assert not other.exists()
 
 
-def test_key_of_another_version_is_told_as_such(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_of_another_version_is_shown_as_such(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_store, "SCHEMA", 1)
-    fill(key())
+    fill_store(store_key())
     monkeypatch.undo()
     monkeypatch.setenv("DVC_ROOT", str(root.parents[1]))
     assert "3 shards, 0.0 MB, used today: of another version of this pipeline" in run("status")
 
 
 def test_gc_removes_nothing_outside_the_store(run: Run, root: Path, tmp_path: Path) -> None:
-    fill(key())
+    fill_store(store_key())
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "photo.png").write_bytes(b"mine")
@@ -405,4 +334,4 @@ def test_gc_removes_nothing_outside_the_store(run: Run, root: Path, tmp_path: Pa
     (root / "link").symlink_to(outside)
     run("gc", "--days", "0", "--yes")
     assert (outside / "photo.png").exists()
-    assert not (root / key().name(0)).exists()
+    assert not (root / store_key().name(0)).exists()

@@ -6,6 +6,8 @@ import io
 import pickle
 import re
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -76,12 +78,12 @@ def test_an_unknown_name_is_one_line_with_the_nearest(tmp_path: Path):
 
 
 def test_every_name_is_a_data_set_of_torchvision_that_takes_what_it_is_given():
-    for name, parts in sources.TORCHVISION.items():
+    for name, splits in sources.TORCHVISION.items():
         parameters = inspect.signature(getattr(torchvision_datasets, name)).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        for how in parts.values():
-            assert takes_any or set(how) <= set(parameters), name
-        assert set(parts) <= {"train", "val", "test"} or set(parts) == {""}
+        for options in splits.values():
+            assert takes_any or set(options) <= set(parameters), name
+        assert set(splits) <= {"train", "val", "test"} or set(splits) == {""}
         assert takes_any or ("download" in parameters) == (name not in ("FER2013",)), name
 
 
@@ -101,6 +103,18 @@ def test_no_network_is_one_line_that_says_where_files_would_do(tmp_path: Path, m
         sources.make("StanfordCars", tmp_path / "out", tmp_path / "downloads")
     assert list((tmp_path / "downloads").iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "unused"), [("digits", "torchvision"), ("elpv", "torchvision"), ("elpv", "sklearn")])
+def test_a_data_set_needs_only_its_own_package(name: str, unused: str, tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.ingest import sources\n"
+        "imported = {'torch', 'torchvision', 'sklearn', 'elpv_dataset'} & set(sys.modules)\n"
+        f"assert not imported, imported\nsys.modules[{unused!r}] = None\n"
+        f"sources.make({name!r}, Path({str(tmp_path)!r}), Path('nowhere'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+    assert (tmp_path / "labels.csv").exists()
 
 
 # digits
@@ -211,7 +225,7 @@ def imagenette(root: Path) -> set[tuple[str, str, bytes]]:
         ("Imagenette", imagenette),
     ],
 )
-def test_the_files_of_a_torchvision_data_set_are_copied_byte_for_byte_with_their_official_parts(
+def test_the_files_of_a_torchvision_data_set_are_copied_byte_for_byte_with_their_official_splits(
     name: str, make_files: Callable[[Path], set[tuple[str, str, bytes]]], tmp_path: Path
 ):
     expected = make_files(tmp_path / "downloads" / name)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.decoding import decode, sha256
-from pipeline.features.views import Preprocessing, Sample, load_batches, views
+from pipeline.features.views import Sample, load_batches, make_views
+from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
-from tests.common import PLAIN, encoded, noise, photograph
+from tests.factories import PLAIN, encoded, noise, photograph
 
 KNOBS: list[dict[str, Any]] = [
     {"flips": "horizontal"},
@@ -39,7 +40,7 @@ def augmentation(**changes: Any) -> Augmentation:
 
 
 def view(k: int, options: Augmentation, image: Image.Image | None = None, name: str = NAME) -> np.ndarray:
-    return views(image or photograph(), name, [k], SMALL, options)[0]
+    return make_views(image or photograph(), name, [k], SMALL, options)[0]
 
 
 # views
@@ -50,7 +51,7 @@ def view(k: int, options: Augmentation, image: Image.Image | None = None, name: 
 def test_a_grey_image_gives_what_it_gives_as_rgb(interpolation: str, options: Augmentation):
     grey = photograph().convert("L")
     how = SMALL.model_copy(update={"interpolation": interpolation}), options
-    assert np.array_equal(views(grey, NAME, range(4), *how), views(grey.convert("RGB"), NAME, range(4), *how))
+    assert np.array_equal(make_views(grey, NAME, range(4), *how), make_views(grey.convert("RGB"), NAME, range(4), *how))
 
 
 def test_view_0_is_resized_by_its_shorter_side_and_cropped_in_the_middle():
@@ -61,7 +62,7 @@ def test_view_0_is_resized_by_its_shorter_side_and_cropped_in_the_middle():
 def test_a_resize_to_height_and_width_changes_the_aspect():
     squashed = SMALL.model_copy(update={"resize": (16, 16)})
     expected = np.asarray(photograph().resize((16, 16), Image.Resampling.BICUBIC))
-    assert np.array_equal(views(photograph(), NAME, [0], squashed, PLAIN)[0], expected)
+    assert np.array_equal(make_views(photograph(), NAME, [0], squashed, PLAIN)[0], expected)
 
 
 @pytest.mark.parametrize("knob", [*KNOBS, EVERYTHING, {"seed": 5}])
@@ -91,12 +92,12 @@ def test_one_flip_alternates(flips: str, axis: int):
 def test_with_both_flips_a_round_is_the_four_flips_exactly():
     original = view(0, PLAIN)
     four = [original, original[:, ::-1], original[::-1], original[::-1, ::-1]]
-    found = views(photograph(), NAME, range(8), SMALL, augmentation(flips="both"))
+    found = make_views(photograph(), NAME, range(8), SMALL, augmentation(flips="both"))
     assert np.array_equal(found, [*four, *four])
 
 
 def test_right_angles_alone_are_the_four_turns():
-    found = views(photograph(), NAME, range(5), SMALL, augmentation(right_angles=True))
+    found = make_views(photograph(), NAME, range(5), SMALL, augmentation(right_angles=True))
     assert np.array_equal(found, [np.rot90(view(0, PLAIN), turn) for turn in range(5)])
 
 
@@ -104,7 +105,7 @@ def test_right_angles_alone_are_the_four_turns():
 def test_flips_and_right_angles_show_each_symmetry_of_the_square_once_in_eight_views(flips: str):
     original = view(0, PLAIN)
     symmetries = {np.rot90(side, turn).tobytes() for side in (original, original[::-1]) for turn in range(4)}
-    found = views(photograph(), NAME, range(16), SMALL, augmentation(flips=flips, right_angles=True))
+    found = make_views(photograph(), NAME, range(16), SMALL, augmentation(flips=flips, right_angles=True))
     assert len(symmetries) == 8
     assert {pixels.tobytes() for pixels in found[:8]} == symmetries
     assert {pixels.tobytes() for pixels in found[8:]} == symmetries
@@ -115,7 +116,7 @@ def test_a_view_depends_on_seed_image_and_number_and_on_nothing_else(knob: dict[
     options = augmentation(**knob)
     reference = view(1, options)
     torch.manual_seed(99)
-    together = views(photograph(), NAME, [5, 1, 0], SMALL, options)
+    together = make_views(photograph(), NAME, [5, 1, 0], SMALL, options)
     assert np.array_equal(together[1], reference)
     assert not np.array_equal(together[0], reference)
     assert not np.array_equal(view(1, augmentation(**knob, seed=1)), reference)
@@ -125,7 +126,7 @@ def test_a_view_depends_on_seed_image_and_number_and_on_nothing_else(knob: dict[
 def test_noise_has_the_deviation_that_was_asked_for():
     grey = Image.new("L", (64, 64), 128)
     large = SMALL.model_copy(update={"resize": (64,), "crop": 64})
-    (noisy,) = views(grey, NAME, [1], large, augmentation(noise_std=10.0))
+    (noisy,) = make_views(grey, NAME, [1], large, augmentation(noise_std=10.0))
     assert noisy.std() == pytest.approx(10, abs=0.5)
     assert noisy.mean() == pytest.approx(128, abs=0.5)
 
@@ -138,7 +139,7 @@ def test_what_a_rotation_uncovers_is_filled_with_the_mean_of_the_weights():
 def test_the_global_random_state_is_left_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    views(photograph(), NAME, range(4), SMALL, augmentation(**EVERYTHING))
+    make_views(photograph(), NAME, range(4), SMALL, augmentation(**EVERYTHING))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -160,7 +161,7 @@ def test_batches_are_the_same_with_and_without_workers(tmp_path: Path):
     assert [tuple(batch.shape) for batch in alone] == [(4, 16, 16, 3), (2, 16, 16, 3), (1, 16, 16, 3)]
     assert all(batch.dtype == torch.uint8 for batch in alone)
     assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
-    last = views(decode(samples[3].path.read_bytes()), samples[3].sha256, [2], SMALL, options)
+    last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, [2], SMALL, options)
     assert np.array_equal(alone[2].numpy(), last)
 
 

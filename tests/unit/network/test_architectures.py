@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.network import backbones, cuts, engine, tracing
 from pipeline.network.engine import Runner
+from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 
 pytestmark = pytest.mark.architectures
@@ -119,7 +120,7 @@ def test_network_gives_features_of_its_width_at_its_own_size(name: str) -> None:
 def prepared(kind: str, name: str, size: int | None) -> tuple[Runner, torch.Tensor]:
     """The network from pixels on, and two random images for it."""
     backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
-    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    network = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
     shape = (2, *[backbone.preprocessing.crop] * 2, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return engine.prepare(kind, network, pixels, "fp32", CPU), pixels

@@ -1,0 +1,62 @@
+"""store: rows are read as they were written, whoever else uses the store."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.features import hdf5
+from pipeline.features import store as feature_store
+from pipeline.features.store import Store
+from tests.factories import STORE_ROWS as ROWS
+from tests.factories import STORE_VALUES as VALUES
+from tests.factories import fill_store, store_key
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the store lies."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
+    return tmp_path / "repository" / "data" / ".feature_store"
+
+
+def test_rows_are_read_as_they_were_written() -> None:
+    fill_store(store_key())
+    store = Store(store_key())
+    assert len(store) == 12
+    order = np.random.default_rng(1).permutation(12)
+    assert np.array_equal(store.read([ROWS[i] for i in order]), VALUES[order])
+    assert store.missing([*ROWS, ("f" * 64, 0), (ROWS[0][0], 1)]) == [("f" * 64, 0), (ROWS[0][0], 1)]
+
+
+def test_writing_the_same_rows_again_adds_nothing() -> None:
+    shards = fill_store(store_key())
+    assert fill_store(store_key()) == []
+    assert sorted(feature_store.root().glob("*/*.h5")) == shards
+
+
+def test_opening_the_store_marks_its_keys_as_used(root: Path) -> None:
+    fill_store(store_key())
+    then = time.time() - 40 * 86_400
+    os.utime(root / store_key().name(0) / "key.json", (then, then))
+    Store(store_key())
+    assert time.time() - (root / store_key().name(0) / "key.json").stat().st_mtime < 86_400
+
+
+def test_shard_that_another_process_takes_away_meanwhile_is_no_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_store(store_key())
+    read = hdf5.read_shard
+
+    def taken(path: Path) -> hdf5.Shard:
+        found = read(path)
+        if found.rows == ROWS[:4]:
+            raise FileNotFoundError(path)
+        return found
+
+    monkeypatch.setattr(hdf5, "read_shard", taken)
+    assert Store(store_key()).missing(ROWS) == ROWS[:4]
+    assert not caplog.records
