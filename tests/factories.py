@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from ruamel.yaml import YAML
 
+from pipeline.comparison import details
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import hdf5
@@ -24,7 +25,7 @@ from pipeline.features.store import Key, Store, root
 from pipeline.files import write_json, write_text
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.params import Augmentation, BackboneChoice, FeatureOptions, HeadOptions, Strategy
+from pipeline.params import Augmentation, BackboneChoice, Compare, FeatureOptions, HeadOptions, Strategy
 from pipeline.training.models import Card
 from pipeline.training.runs import Cost, Predictions, Run, save_run
 
@@ -241,11 +242,62 @@ def predictions(rows: Sequence[int] | np.ndarray, logits: np.ndarray) -> Predict
     return Predictions(np.asarray(rows, np.int64), log_probability.astype(np.float32))
 
 
+def predictions_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> Predictions:
+    """Predictions (class 0 or 1) for images of class 0 that are correct where `is_correct` (n,) says so."""
+    rows = np.arange(len(is_correct)) if rows is None else rows
+    return Predictions(rows, np.stack([is_correct, ~is_correct], axis=1).astype(float))
+
+
+def two_strategies(
+    n_classes: int, seeds: int, n_images: int = 400, n_test: int = 150
+) -> tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]:
+    """A better and a worse strategy on overlapping test images, the labels and the weights of all images."""
+    random = np.random.default_rng(0)
+    label, weight = random.integers(0, n_classes, n_images), random.choice([1 / 3, 2 / 3, 1.0], n_images)
+    rows = [np.sort(random.permutation(n_images)[:n_test]) for _ in range(seeds)]
+
+    def predict(row: np.ndarray, strength: float) -> Predictions:
+        logits = random.normal(size=(len(row), n_classes))
+        logits[np.arange(len(row)), label[row]] += strength
+        return Predictions(row, logits.astype(np.float32))
+
+    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], label, weight
+
+
 def run(strategy: str, seed: int, val: Predictions, test: Predictions, **changes: Any) -> Run:
     """A run with these predictions; that of the head by default."""
     network = {"params": 1000, "boundary": "all", "largest_rounding": 0.0}
     plain: dict[str, Any] = {"cost": cost(), "chosen": {"strength": 0.1}, "network": network, "curve": []}
     return Run(strategy=strategy, seed=seed, val=val, test=test, **plain | changes)
+
+
+# A comparison that can be checked by hand: 40 images, every fourth with weight 2, and two seeds
+
+FORTY = labels(40, class_names=["cat", "dog"], weight=np.where(np.arange(40) % 4 == 0, 2.0, 1.0))
+FORTY_SPLITS = {0: (np.arange(8), np.arange(8, 24)), 1: (np.arange(32, 40), np.arange(16, 32))}  # val, test
+
+
+def run_wrong_on(strategy: str, seed: int, wrong: list[int], train_flops: int = 10**12, **changes: Any) -> Run:
+    """A run on FORTY that is wrong on the images `wrong` and right on the others, with a confidence of 0.9."""
+    predicted = np.where(np.isin(np.arange(40), wrong), 1 - FORTY.label, FORTY.label)
+    logits = np.log(np.where(np.eye(2)[predicted] > 0, 0.9, 0.1))
+    val, test = (predictions(rows, logits[rows]) for rows in FORTY_SPLITS[seed])
+    spent = cost(trainable_params=100, train_flops=train_flops)
+    return run(strategy, seed, val, test, **{"cost": spent} | changes)
+
+
+HEAD_RUNS = [
+    run_wrong_on("feature_extraction", 0, [1, 8, 9, 10, 11]),
+    run_wrong_on("feature_extraction", 1, [16, 17, 18]),
+]
+FULL_RUNS = [run_wrong_on("full", 0, [8], 9 * 10**12), run_wrong_on("full", 1, [17], 10 * 10**12)]
+COMPARE = Compare(baseline="feature_extraction", practical_margin=0.01, confidence=0.95, guard={})
+
+
+def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
+    """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
+    runs = {"feature_extraction": head, "full": full}
+    return details.assemble(runs, head, FORTY, 8, COMPARE.model_copy(update=options))
 
 
 def card(**changes: Any) -> Card:

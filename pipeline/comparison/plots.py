@@ -1,4 +1,4 @@
-"""Rows of DVC's plots, from runs and from what details.json says; .dvc/plots/ has the templates that draw them."""
+"""Rows of DVC's plots, made from runs and details.json; .dvc/plots/ has the templates that draw them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ Rows = list[dict[str, Any]]
 
 
 def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
-    """Learning curves, a row per epoch; a strategy without epochs is a line across, at its validation loss.
+    """Learning curves, a row per epoch; a strategy without epochs is a horizontal line at its validation loss.
 
-    DVC draws only rows that all have the same fields.
+    DVC draws rows only if all have the same fields.
     """
     last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
     rows: Rows = []
@@ -27,9 +27,9 @@ def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) ->
 
 
 def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:
-    """Counts by actual and predicted class, those above 0.
+    """Numbers of images by actual and predicted class, those above 0.
 
-    DVC pastes the rows into a page as they are, so that `</script>` in the name of a class would end its script.
+    DVC pastes the rows into its page unescaped, where `</script>` in the name of a class would end the script.
     """
     names = [name.replace("<", "\u2039") for name in class_names]
     return [
@@ -41,7 +41,7 @@ def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:
 
 
 def reliability(strategies: Mapping[str, Json]) -> Rows:
-    """Accuracy by confidence, the bins that hold images."""
+    """Accuracy by confidence, for the bins that hold images."""
     return [
         {"strategy": name, **line}
         for name, strategy in strategies.items()

@@ -1,9 +1,9 @@
-"""Which strategy to take, by a rule on the validation images, in words.
+"""The recommended strategy, by a rule on the validation images, and its explanation in words.
 
-The rule: the cheapest strategy (training FLOPs) whose validation accuracy is, with the stated one-sided confidence, not
-worse than the best one's by more than the margin. What leaves the question undecided is a cheaper one that is shown
-neither not-worse nor worse, and a dearer one than the best that may be better by more than the margin; then the images
-that would decide it are estimated. Test figures are looked at afterwards.
+The rule: the cheapest strategy (training FLOPs) that is, with the given one-sided confidence, at most the margin below
+the best strategy in validation accuracy. The question is undecided if a cheaper strategy is shown neither worse nor not
+worse, or if a more expensive one may be better than the best by more than the margin; then the number of images that
+would decide it is estimated. Test figures play no part in the choice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,23 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Verdict:
-    """On another strategy than the best: its accuracy less the best one's, with one-sided bounds on either side."""
+    """A strategy compared with the best: its accuracy minus the best one's, with a one-sided bound on either side."""
 
     strategy: str
     difference: float
     low: float
     high: float
     finding: str  # "not worse" | "worse" | "undecided"
-    images_needed: int | None  # of validation, per seed, where undecided; None if no number would do
+    images_needed: int | None  # of validation, per seed, where undecided; None if no number is enough
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """`is_decided` unless a strategy cheaper than `strategy` may be as good, or one of the `rivals` may be better.
 
-    `verdicts` are on those cheaper than the best, `rivals` on those dearer that may be better than it by more than the
-    margin; both from the cheapest on. `n_val` images of validation per seed; `images_needed` settle every open one,
-    None if no number would.
+    `verdicts` are about the strategies cheaper than the best, `rivals` about the more expensive ones that may be better
+    than it by more than the margin; both sorted by cost. `n_val`: validation images per seed. `images_needed` would
+    decide everything that is undecided; None if no number is enough.
     """
 
     strategy: str
@@ -60,7 +60,7 @@ def recommend(
     margin: float,
     confidence: float,
 ) -> Recommendation:
-    """Apply the rule to what each strategy's runs, on the same seeds, say of the validation images."""
+    """Apply the rule to the validation predictions of each strategy's runs, all with the same seeds."""
     accuracy = {name: _accuracy(these, label, weight) for name, these in runs.items()}
     best = min(runs, key=lambda name: (-accuracy[name], train_flops[name]))
     by_cost = sorted((name for name in runs if name != best), key=train_flops.__getitem__)
@@ -75,7 +75,7 @@ def recommend(
                 rivals.append(Verdict(name, accuracy[name] - accuracy[best], low, high, "undecided", needed))
             continue
         finding, needed = "not worse" if low >= -margin else "worse", None
-        if low < -margin <= high:  # by what is seen, more images would show the one or the other
+        if low < -margin <= high:  # if the observed difference is the true one, more images would decide
             finding = "undecided"
             needed = paired.images_needed(runs[name], runs[best], label, weight, margin, confidence)
             needed = needed or paired.images_needed(runs[best], runs[name], label, weight, -margin, confidence)
@@ -89,19 +89,20 @@ def recommend(
 
 
 def as_json(recommendation: Recommendation, strategies: Mapping[str, Json]) -> Json:
-    """The record and its words, which read the strategies as details.json has them."""
+    """The record and its explanation; `strategies` as in details.json."""
     return {**asdict(recommendation), "text": in_words(recommendation, strategies)}
 
 
 def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    """Two paragraphs: what validation says, and what the chosen strategy reaches on the test images."""
+    """Two paragraphs: the choice by validation, and the result of the chosen strategy on the test images."""
     rule = (
         f"the cheapest strategy whose validation accuracy is, with {100 * found.confidence:g} % confidence, at most "
         f"{_points(found.margin)} below the best"
     )
     reason = _reason(found, strategies)
-    doubt = "" if found.is_decided else f" {_doubt(found, strategies)}"
-    return f"**Recommendation: {found.strategy}** ({rule}). {reason}{doubt}\n\n{_tested(found.strategy, strategies)}"
+    if not found.is_decided:
+        reason += f" {_undecided(found, strategies)}"
+    return f"**Recommendation: {found.strategy}** ({rule}). {reason}\n\n{_tested(found.strategy, strategies)}"
 
 
 def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
@@ -123,10 +124,10 @@ def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     return f"{best}; shown worse by more than the margin: {', '.join(worse)}." if worse else f"{best}."
 
 
-def _doubt(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    """Which cheaper strategies may be as good, which dearer ones better, and what would tell."""
+def _undecided(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    """Which cheaper strategies may be as good, which more expensive ones better, and how many images would decide."""
     chosen_flops = strategies[found.strategy]["cost"]["train_flops"]
-    may_do = [
+    may_be_as_good = [
         f"{verdict.strategy} ({100 * verdict.difference:+.1f} points from {found.best}, between "
         f"{100 * verdict.low:+.1f} and {100 * verdict.high:+.1f})"
         for verdict in found.verdicts
@@ -143,7 +144,7 @@ def _doubt(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     questions = [
         f"whether something {what}: {'; '.join(these)}"
         for what, these in (
-            ("cheaper is as good", may_do),
+            ("cheaper is as good", may_be_as_good),
             (f"dearer is better by more than {_points(found.margin)}", may_be_better),
         )
         if these

@@ -1,4 +1,4 @@
-"""What takes random draws: an interval of the ECE, and the test that flips signs. Seeded: the same every time."""
+"""Resampling: the interval of the ECE, and the sign-flip permutation test. Seeded, so that results repeat."""
 
 from collections.abc import Iterator
 
@@ -8,40 +8,41 @@ from pipeline.comparison import metrics
 
 N_BOOTSTRAP = 1_000
 N_PERMUTATIONS = 9_999
-MOST_ENUMERATED = 12  # differences of which all 2^n signs are tried
-CHUNK = 1 << 22  # numbers drawn at once
+MAX_ENUMERATED = 12  # with so many differences all 2^n signs are tried
+CHUNK = 1 << 22  # numbers drawn at once, to bound the memory
 
 
 def sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p-value of a sum of differences (n_images,) that are as likely with the other sign.
+    """Two-sided p-value of the sum of differences (n_images,), under the hypothesis that every sign is a fair coin.
 
-    All signs where at most 12 differ from 0, else 9,999 random ones and the one seen, which is why p is never 0
-    (Phipson & Smyth 2010, "Permutation p-values should never be zero"). The order does not matter.
+    Enumerates all signs where at most 12 differences are not 0. Otherwise draws 9,999 and adds the observed one, so
+    that p is never 0 (Phipson & Smyth 2010, "Permutation p-values should never be zero"). The order does not matter.
     """
     size = np.sort(np.abs(difference))
     size = size[size > 1e-12 * size.max(initial=0.0)]
-    seen = abs(float(difference.sum())) - 1e-9 * float(size.sum())  # ties are ties whatever the rounding
-    if len(size) <= MOST_ENUMERATED:
+    observed = abs(float(difference.sum())) - 1e-9 * float(size.sum())  # ties are ties whatever the rounding
+    if len(size) <= MAX_ENUMERATED:
         is_plus = (np.arange(2 ** len(size))[:, None] >> np.arange(len(size))) & 1
-        return float(np.mean(np.abs((2 * is_plus - 1) @ size) >= seen))
+        return float(np.mean(np.abs((2 * is_plus - 1) @ size) >= observed))
     random, n_beyond = np.random.default_rng(0), 0
     for count in _chunks(N_PERMUTATIONS, len(size)):
         packed = random.integers(0, 256, (count, -(-len(size) // 8)), dtype=np.uint8)
         is_plus = np.unpackbits(packed, axis=1, count=len(size)).astype(float)
-        n_beyond += int(np.sum(np.abs(2 * (is_plus @ size) - size.sum()) >= seen))
+        n_beyond += int(np.sum(np.abs(2 * (is_plus @ size) - size.sum()) >= observed))
     return (n_beyond + 1) / (N_PERMUTATIONS + 1)
 
 
-def ece_interval(confidence: np.ndarray, is_right: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
-    """Mean over runs of the ECE, and its 95 % interval; all (n_images, n_runs), weight 0 where a run has no such image.
+def ece_interval(confidence: np.ndarray, is_correct: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
+    """Mean over runs of the ECE, and its 95 % interval: value, low, high.
 
-    The basic bootstrap over images (Davison & Hinkley 1997, "Bootstrap methods and their application", section 5.2),
-    for an ECE has a bias upwards that resampling adds once more; widened to contain the value. From 0 where answers
-    that are right just as often as they are confident have an ECE like this (Bröcker & Smith 2007, "Increasing the
-    reliability of reliability diagrams").
+    All arrays are (n_images, n_runs); the weight is 0 where a run has no prediction for an image. The interval is the
+    basic bootstrap over images (Davison & Hinkley 1997, "Bootstrap methods and their application", section 5.2), since
+    an ECE is biased upwards and resampling adds the bias once more; it is widened to contain the value. It starts at 0
+    where calibrated predictions could have such an ECE (Bröcker & Smith 2007, "Increasing the reliability of
+    reliability diagrams").
     """
     in_bin = weight[..., None] * (metrics.bin_of(confidence)[..., None] == np.arange(metrics.N_BINS))
-    gap, total = in_bin * (is_right - confidence)[..., None], weight.sum(axis=0)
+    gap, total = in_bin * (is_correct - confidence)[..., None], weight.sum(axis=0)
     value = float(_mean_ece(gap.sum(axis=0), total))
     random, (n, n_runs) = np.random.default_rng(0), weight.shape
     resampled, if_calibrated = [], []
@@ -49,22 +50,22 @@ def ece_interval(confidence: np.ndarray, is_right: np.ndarray, weight: np.ndarra
         drawn = random.integers(0, n, (count, n)) + n * np.arange(count)[:, None]
         times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(float)
         resampled.append(_mean_ece(np.tensordot(times, gap, 1), times @ weight))
-        would_be_right = random.random((count, n, 1)) < confidence
-        by_chance = np.einsum("bnr,nrk->brk", would_be_right - confidence, in_bin, optimize=True)
+        would_be_correct = random.random((count, n, 1)) < confidence
+        by_chance = np.einsum("bnr,nrk->brk", would_be_correct - confidence, in_bin, optimize=True)
         if_calibrated.append(_mean_ece(by_chance, total))
     low, high = 2 * value - np.quantile(np.concatenate(resampled), [0.975, 0.025])
-    if value <= np.quantile(np.concatenate(if_calibrated), 0.975):
+    if value <= np.quantile(np.concatenate(if_calibrated), 0.975) + 1e-9:  # ties are ties whatever the rounding
         low = 0.0
     return value, float(min(max(low, 0.0), value)), float(max(min(high, 1.0), value))
 
 
 def _mean_ece(gap: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Of gaps (…, n_runs, n_bins) and weights (…, n_runs); a run without weight counts as 0."""
+    """Mean ECE of gaps (…, n_runs, n_bins) and weights (…, n_runs); a run without weight counts as 0."""
     by_run = np.abs(gap).sum(axis=-1)
     return np.divide(by_run, total, out=np.zeros_like(by_run), where=total > 0).mean(axis=-1)
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:
-    """Parts of `total` rows of `width` numbers that fit into memory."""
+    """Numbers of rows of `width` numbers that fit into memory; their sum is `total`."""
     size = max(1, CHUNK // max(width, 1))
     yield from (min(size, total - start) for start in range(0, total, size))

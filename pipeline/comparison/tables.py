@@ -1,4 +1,4 @@
-"""Figures of details.json as people read them: in percent, with intervals, and the table of the comparison."""
+"""Figures of details.json as text: percentages with intervals, and the table in comparison.md."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Json = dict[str, Any]
 
 
 def as_markdown(details: Json) -> str:
-    """The table for people, and the recommendation in words."""
+    """comparison.md: the table, and the recommendation in words."""
     strategies, baseline = details["strategies"], details["baseline"]
     n_test = sorted({n for strategy in strategies.values() for n in strategy["test"]["n"]})
     methods = tested(details)
@@ -32,7 +32,7 @@ def as_markdown(details: Json) -> str:
 
 
 def tested(details: Json) -> str:
-    """The tests that the p-values are of, in words, and what the corrected t says where it applies."""
+    """The tests that gave the p-values, and the p-values of the corrected t-test where it applies; or an empty text."""
     found = {name: one["vs_baseline"]["test"] for name, one in details["strategies"].items() if one.get("vs_baseline")}
     methods = sorted({test["method"] for test in found.values()})
     by_t = [
@@ -45,7 +45,7 @@ def tested(details: Json) -> str:
 
 
 def percent(figure: Json) -> str:
-    """`85.0 ± 1.2 (82.1 to 87.5)`: the mean in %, its deviation over seeds, if there are several, and its interval."""
+    """`85.0 ± 1.2 (82.1 to 87.5)`: mean in %, standard deviation where there are several seeds, interval."""
     spread = f" ± {100 * figure['sd']:.1f}" if figure["sd"] is not None else ""
     return f"{100 * figure['value']:.1f}{spread} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
@@ -61,7 +61,7 @@ def p_value(value: float) -> str:
 
 
 def teraflops(flops: int) -> str:
-    """In 10^12, without digits that nobody needs."""
+    """In 10^12, to two significant digits below 10."""
     value = flops / 1e12
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
@@ -83,7 +83,7 @@ def _cells(name: str, strategy: Json) -> list[str]:
 
 
 def _all_seeds(strategy: Json) -> str:
-    """The line on what more seeds of the head show."""
+    """The line on the head over all of its seeds."""
     figures = strategy["test"]["metrics"]
     return (
         f"{HEAD_ONLY} over all its seeds (n = {strategy['distinct_runs']}): accuracy {percent(figures['accuracy'])} %, "

@@ -24,6 +24,7 @@ from pipeline.params import HEAD_ONLY, load_params
 from pipeline.training.runs import MODELS, RUNS, Run, read_run
 
 REPORTS = Path("reports")
+METRICS, CONFUSION = REPORTS / "metrics", REPORTS / "confusion"
 
 
 def main() -> None:
@@ -38,18 +39,20 @@ def main() -> None:
     runs = {name: [read_checked(name, splits[seed]) for seed in common] for name in names}
     every_head = [read_checked(HEAD_ONLY, split) for split in splits.values()]
 
-    found = details.rounded(details.assemble(runs, every_head, labels, n_train, params.compare))
+    found = details.round_floats(details.assemble(runs, every_head, labels, n_train, params.compare))
     strategies, table = found["strategies"], tables.as_markdown(found)
-    for name, strategy in strategies.items():
-        write_json(REPORTS / "metrics" / f"{name}.json", details.summarise(strategy))
+    compared = {name: strategies[name] for name in names}
     write_json(REPORTS / "details.json", found)
     write_text(REPORTS / "comparison.md", table)
-    compared = {name: strategies[name] for name in names}
-    write_json(REPORTS / "curves.json", details.rounded(plots.curves(runs, compared)))
+    write_json(REPORTS / "curves.json", details.round_floats(plots.curves(runs, compared)))
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))
+    for directory in (METRICS, CONFUSION):  # where a run by hand would leave files of strategies no longer listed
+        shutil.rmtree(directory, ignore_errors=True)
+    for name, strategy in strategies.items():
+        write_json(METRICS / f"{name}.json", details.summarise(strategy))
     for name, strategy in compared.items():
-        write_json(REPORTS / "confusion" / f"{name}.json", plots.confusion(name, strategy, labels.class_names))
+        write_json(CONFUSION / f"{name}.json", plots.confusion(name, strategy, labels.class_names))
     logs.log.info("\n%s", table)
 
 
@@ -65,16 +68,16 @@ def delete_unlisted(listed: dict[str, set[int]]) -> None:
 
 
 def read_checked(name: str, split: Split) -> Run:
-    """Read a run; ValueError if it is damaged or about other images than the split."""
+    """Read a run; ValueError if it is damaged, not finite, or about other images than the split."""
     try:
         run = read_run(name, split.seed)
     except (SafetensorError, LookupError, TypeError, ValueError):
         raise ValueError(f"{RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro") from None
-    for part, predictions in (("val", run.val), ("test", run.test)):
+    for role, predictions in (("val", run.val), ("test", run.test)):
         if not np.isfinite(predictions.log_probability).all():
-            raise ValueError(f"{name}, seed {split.seed}: {part} predictions are not finite; the run has diverged")
-        if not np.array_equal(predictions.rows, split.rows(part)):
-            raise ValueError(f"{name}, seed {split.seed}: other {part} images than in the split; run: dvc repro")
+            raise ValueError(f"{name}, seed {split.seed}: {role} predictions are not finite; the run has diverged")
+        if not np.array_equal(predictions.rows, split.rows(role)):
+            raise ValueError(f"{name}, seed {split.seed}: other {role} images than in the split; run: dvc repro")
     return run
 
 

@@ -1,54 +1,53 @@
-"""The Markdown of a pull request: what changed against another revision, what is recommended, and what is guarded.
+"""The Markdown of a pull request: what changed against another revision, the recommendation, and the guard.
 
-Reads committed kinds of files only, params.yaml, reports/comparison.json and reports/details.json: those of REV by
-`git show`, those of here from the disk.
+DVC compares parameters and metrics. The guard compares reports/details.json on the disk with that of the revision,
+which `git show` reads.
 """
 
-import io
+import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vl_convert
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.comparison.plots import VEGA_LITE
-from pipeline.params import HIGHER_IS_BETTER, PARAMS
+from pipeline.params import load_params
+from pipeline.tools.git import git
 
-COMPARISON, DETAILS = Path("reports/comparison.json"), Path("reports/details.json")
+DETAILS = Path("reports/details.json")
 PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json", "reports/confusion")
-Number = float | None
-
-
-@dataclass(frozen=True)
-class State:
-    """Parameters and metrics of a revision, by dotted name."""
-
-    params: dict[str, Any]
-    metrics: dict[str, Number]
+HIGHER_IS_BETTER = {
+    *("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "auroc", "precision", "recall", "f1"),
+    *("difference", "by_seed", "baseline_accuracy", "vs_baseline"),
+}
+LOWER_IS_BETTER = {
+    *("nll", "brier", "ece", "ece_scaled", "temperature", "sd", "val_nll", "largest_rounding"),
+    *("p_value", "p_value_uncorrected", "corrected_t_p_value"),
+    *("cost", "trainable_params", "train_flops", "base_passes", "cached_bytes"),
+}
+Figures = dict[str, Any]  # by dotted name: the keys of details.json below `strategies`
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On a guarded metric: its value before and after, None where there is none, and by how much it is worse."""
+    """A guarded figure at the revision and here, None where there is none."""
 
     name: str
     tolerance: float
-    before: Number
-    after: Number
+    before: float | None
+    after: float | None
 
     @property
     def worse_by(self) -> float:
-        """In the direction in which the metric gets worse; infinite if it is gone, 0 if it is new."""
+        """By how much it got worse; infinite if it is gone, 0 if it is new."""
         if self.before is None or self.after is None:
             return float("inf") if self.before is not None else 0.0
-        is_higher_better = self.name.partition(".")[2] in HIGHER_IS_BETTER
-        return round(self.before - self.after if is_higher_better else self.after - self.before, 9)
+        return round((self.before - self.after) * (1 if is_higher_better(self.name) else -1), 9)
 
     def __str__(self) -> str:
         """In a line."""
@@ -61,77 +60,95 @@ class Verdict:
         return self.worse_by <= self.tolerance
 
 
-def here() -> tuple[State, str]:
-    """The state on the disk and its recommendation; FileNotFoundError where nothing was compared yet."""
-    for path in (COMPARISON, DETAILS):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; run: dvc repro")
-    try:
-        recommendation = json.loads(DETAILS.read_text(encoding="utf-8"))["recommendation"]["text"]
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{DETAILS}: damaged, or of another version; run: dvc repro") from None
-    return _state(PARAMS.read_text(encoding="utf-8"), COMPARISON.read_text(encoding="utf-8")), recommendation
+def show(revision: str, pictures: Path | None) -> None:
+    """Print the Markdown; ValueError if a guarded figure got worse by more than its tolerance."""
+    guard = load_params().compare.guard
+    if not DETAILS.is_file():
+        raise FileNotFoundError(f"{DETAILS}: not found; run: dvc repro")
+    after, recommendation = parse(DETAILS.read_text(encoding="utf-8"), f"{DETAILS}")
+    before, _ = parse(text_at(revision), f"--against {revision}: {DETAILS}")
+    verdicts = judge(before, after, guard)
+    print(as_markdown(revision, recommendation, verdicts))
+    if pictures is not None:
+        print(draw(revision, pictures))
+    if worse := [str(verdict) for verdict in verdicts if not verdict.holds]:
+        raise ValueError(f"worse than in {revision}: {'; '.join(worse)}")
 
 
-def at(revision: str) -> State:
-    """The state that git has of `revision`; ValueError if there is no such commit, or no reports in it."""
+def text_at(revision: str) -> str:
+    """details.json as git has it at `revision`; ValueError if there is no such commit, or no such file in it."""
     commit = f"{revision}^{{commit}}"
-    if _git("rev-parse", "--verify", "--quiet", "--end-of-options", commit) is None:
-        raise ValueError(
-            f"--against {revision}: no such commit here; expected a branch, tag or hash (git fetch brings those of a "
-            "remote)"
-        )
-    shown = {path: _git("show", f"{revision}:./{path.as_posix()}") for path in (PARAMS, COMPARISON)}
-    for path, text in shown.items():
-        if text is None:
-            raise ValueError(f"--against {revision}: that commit has no {path}; run `dvc repro` there and commit")
+    problem = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
     try:
-        return _state(str(shown[PARAMS]), str(shown[COMPARISON]))
-    except (ValueError, YAMLError) as error:
-        raise ValueError(f"--against {revision}: {' '.join(str(error).split())}") from None
+        git("rev-parse", "--verify", "--quiet", "--end-of-options", commit)
+        problem = f"that commit has no {DETAILS}; run `dvc repro` there and commit"
+        return git("show", f"{revision}:./{DETAILS.as_posix()}")
+    except ValueError:
+        raise ValueError(f"--against {revision}: {problem}") from None
 
 
-def judge(before: State, after: State, guard: Mapping[str, float]) -> list[Verdict]:
-    """A verdict on every guarded metric."""
-    return [Verdict(name, guard[name], before.metrics.get(name), after.metrics.get(name)) for name in guard]
+def parse(text: str, source: str) -> tuple[Figures, str]:
+    """Figures of details.json and the text of its recommendation; ValueError, naming `source`, for any other shape."""
+    try:
+        details = json.loads(text)
+        strategies, recommendation = dict(details["strategies"]), str(details["recommendation"]["text"])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{source}: damaged, or of another version; run: dvc repro") from None
+    return dict(_flat(strategies)), recommendation
 
 
-def as_markdown(revision: str, before: State, after: State, recommendation: str, verdicts: list[Verdict]) -> str:
+def judge(before: Figures, after: Figures, guard: Mapping[str, float]) -> list[Verdict]:
+    """A verdict on every guarded figure; a strategy that ran on neither side holds.
+
+    ValueError for a name that its strategy has on neither side, and for what is no number or has no better direction.
+    """
+    strategies = {name.partition(".")[0] for name in (*before, *after)}
+    for name in guard:
+        is_higher_better(name)
+        if name not in before and name not in after and name.partition(".")[0] in strategies:
+            known = [other for other in {**before, **after} if other.partition(".")[0] == name.partition(".")[0]]
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+            raise ValueError(f"compare.guard: {name!r} is not in {DETAILS}; close matches: {near}")
+        for value in (before.get(name), after.get(name)):
+            if isinstance(value, bool | str):
+                raise ValueError(f"compare.guard: {name} is {value!r} in {DETAILS}; expected a number")
+    return [Verdict(name, tolerance, before.get(name), after.get(name)) for name, tolerance in guard.items()]
+
+
+def is_higher_better(name: str) -> bool:
+    """By the last key of the dotted name whose better direction is known; ValueError if there is none."""
+    for key in reversed(name.split(".")):
+        if key in HIGHER_IS_BETTER or key in LOWER_IS_BETTER:
+            return key in HIGHER_IS_BETTER
+    known = ", ".join(sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))
+    raise ValueError(f"compare.guard: {name}: whether higher or lower is better is only known of {known}")
+
+
+def as_markdown(revision: str, recommendation: str, verdicts: list[Verdict]) -> str:
     """Parameters and metrics that differ, the recommendation of here, the guard."""
+    head = ("file", "name", revision, "here", "change")
     guarded = [
-        (
-            verdict.name,
-            _value(verdict.before),
-            _value(verdict.after),
-            f"{verdict.tolerance:,g}",
-            "holds" if verdict.holds else "**worse**",
-        )
-        for verdict in verdicts
+        (one.name, one.before, one.after, one.tolerance, "holds" if one.holds else "**worse**") for one in verdicts
     ]
-    parts = [
-        f"## Compared with {_code(revision)}",
+    sections = [
+        f"## Compared with `{revision}`",
         "### Parameters",
-        _table(("parameter", revision, "here"), _changed(before.params, after.params)) or "No parameter differs.",
+        _table(head, _changes("params", revision)) or "No parameter differs.",
         "### Metrics",
-        _table(("metric", revision, "here", "change"), _changed_metrics(before.metrics, after.metrics))
-        or "No metric differs.",
+        _table(head, _changes("metrics", revision)) or "No metric differs.",
         "### Recommendation",
         recommendation,
         "### Guard",
-        _table(("metric", revision, "here", "tolerance", ""), guarded) or "Nothing is guarded.",
+        _table(("figure", revision, "here", "tolerance", ""), guarded) or "Nothing is guarded.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def draw(revision: str, directory: Path) -> str:
     """Write what `dvc plots diff` draws as PNG files; Markdown that shows them."""
-    command = [sys.executable, "-m", "dvc", "plots", "diff", revision, "--json", "--targets", *PICTURES]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"dvc plots diff {revision}: {' '.join(done.stderr.split())}")
     directory.mkdir(parents=True, exist_ok=True)
     lines = ["### Pictures", ""]
-    for name, plots in json.loads(done.stdout)["data"].items():
+    for name, plots in _dvc("plots", "diff", revision, "--targets", *PICTURES)["data"].items():
         for plot in plots:
             title = "_".join(Path(name).with_suffix("").parts[1:])
             path = directory / f"{title}.png"
@@ -140,59 +157,42 @@ def draw(revision: str, directory: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _state(params: str, comparison: str) -> State:
-    metrics = _flat(json.loads(comparison))
-    if strange := [name for name, value in metrics.items() if not isinstance(value, float | int | None)]:
-        raise ValueError(f"{COMPARISON}: {strange[0] or 'all of it'} is no number; expected what dvc repro writes")
-    return State(_flat(YAML(typ="safe", pure=True).load(io.StringIO(params))), metrics)
+def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
+    """Rows of `dvc params diff` or `dvc metrics diff`, whose own Markdown does not escape `|`."""
+    files = sorted(_dvc(kind, "diff", revision).items())
+    return [
+        (path, name, *(change.get(key) for key in ("old", "new", "diff")))
+        for path, changes in files
+        for name, change in sorted(changes.items())
+    ]
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401
-    """Leaves by dotted name; lists are leaves."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    parts = (_flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
-    return {key: inner for part in parts for key, inner in part.items()}
+def _dvc(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments, "--json"], capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
+    return json.loads(done.stdout)
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    names = [*before, *(name for name in after if name not in before)]
-    shown = [(name, _json(before, name), _json(after, name)) for name in names]
-    return [row for row in shown if row[1] != row[2]]
+def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:  # noqa: ANN401
+    """Leaves by dotted name; the entries of a list are numbered from 0."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flat(inner, f"{name}.{key}" if name else f"{key}")
 
 
-def _changed_metrics(before: dict[str, Number], after: dict[str, Number]) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for name in [*after, *(name for name in before if name not in after)]:
-        old, new = before.get(name), after.get(name)
-        if _value(old) != _value(new):
-            change = "" if old is None or new is None else _value(new - old, sign="+")
-            rows.append((name, _value(old), _value(new), change))
-    return rows
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Markdown; empty without rows."""
     lines = [head, ("---",) * len(head), *rows]
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    escaped = ([" ".join(_cell(value).split()).replace("|", "\\|") for value in line] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped) if rows else ""
 
 
-def _value(value: Number, sign: str = "") -> str:
+def _cell(value: Any) -> str:  # noqa: ANN401
     if value is None:
         return "none"
-    return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign}.4f}"
-
-
-def _json(values: dict[str, Any], name: str) -> str:
-    return _code(json.dumps(values[name], ensure_ascii=False)) if name in values else "none"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', ' ')}`"
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says; None if it fails."""
-    done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8")
-    return None if done.returncode else done.stdout
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if type(value) is int else str(value)

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from pipeline.comparison import plots
 from pipeline.comparison.plots import VEGA_LITE
 from pipeline.tools import plots_page
+from tests.factories import HEAD_RUNS, forty_details, run_wrong_on
 
 TEMPLATES = Path(".dvc/plots")
 STAGE = YAML(typ="safe", pure=True).load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["compare"]
@@ -84,3 +85,37 @@ def test_the_name_of_a_class_cannot_end_a_script():
     rows = plots.confusion("full", strategy, ["</script><script>alert(1)</script>", "a < b"])
     assert len(rows) == 3
     assert "<" not in json.dumps(rows)
+
+
+def test_curves_are_those_of_every_strategy_and_a_line_where_there_are_no_epochs():
+    line = {"epoch": 0, "train_loss": None, "val_loss": 0.5}
+    tuned = run_wrong_on("full", 0, [8], curve=[line, {**line, "epoch": 3, "val_loss": 0.4}])
+    runs = {"feature_extraction": HEAD_RUNS[:1], "full": [tuned]}
+    strategies = {"feature_extraction": {"runs": [{"val": {"nll": 0.6, "accuracy": 0.7}}]}}
+    strategies["full"] = {"runs": [{"val": {"nll": 0.4, "accuracy": 0.8}}]}
+    rows = plots.curves(runs, strategies)
+    assert [(row["strategy"], row["seed"], row["epoch"], row["val_loss"]) for row in rows] == [
+        ("feature_extraction", 0, 0, 0.6),
+        ("feature_extraction", 0, 3, 0.6),
+        ("full", 0, 0, 0.5),
+        ("full", 0, 3, 0.4),
+    ]
+    assert {tuple(row) for row in rows} == {("strategy", "seed", *plots.CURVE)}, "DVC would draw nothing"
+
+
+def test_plots_hold_counts_and_bins_rather_than_images():
+    strategies = forty_details()["strategies"]
+    assert plots.confusion("full", strategies["full"], ["cat", "dog"]) == [
+        {"strategy": "full", "actual": "cat", "predicted": "cat", "count": 15},
+        {"strategy": "full", "actual": "cat", "predicted": "dog", "count": 1},
+        {"strategy": "full", "actual": "dog", "predicted": "cat", "count": 1},
+        {"strategy": "full", "actual": "dog", "predicted": "dog", "count": 15},
+    ]
+    without = {"test": {"confusion": [[3, 0], [0, 4]]}}
+    assert [row["count"] for row in plots.confusion("full", without, ["cat", "dog"])] == [3, 4]
+    assert [row["strategy"] for row in plots.reliability(strategies)] == list(strategies)
+    costs = {
+        row["strategy"]: (row["low"] < row["accuracy"] < row["high"], row["train_flops"])
+        for row in plots.cost(strategies)
+    }
+    assert costs["full"] == (True, 9_500_000_000_000)

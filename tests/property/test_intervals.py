@@ -1,4 +1,4 @@
-"""What holds for the statistics of all runs."""
+"""What holds for intervals and paired comparisons of all runs."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.comparison.intervals import Gain, Interval, Predictions, gain, images_needed, intervals
+from pipeline.comparison.intervals import Interval, metric_intervals
+from pipeline.comparison.paired import Difference, compare, images_needed
 from pipeline.comparison.resampling import sign_flip
+from pipeline.training.runs import Predictions
 
 Answers = tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]
 few = settings(deadline=None, max_examples=60)
@@ -36,9 +38,9 @@ def same(found: dict[str, Interval | None], other: dict[str, Interval | None]) -
             assert vars(interval) == pytest.approx(vars(other[name]), rel=1e-6, abs=1e-7), name
 
 
-def same_gain(found: Gain, other: Gain) -> None:
+def same_difference(found: Difference, other: Difference) -> None:
     assert found.method == other.method
-    for name in ("baseline_accuracy", "accuracy", "gain", "low", "high", "p_value", "by_seed"):
+    for name in ("baseline_accuracy", "accuracy", "difference", "low", "high", "p_value", "by_seed"):
         assert getattr(found, name) == pytest.approx(getattr(other, name), rel=1e-6, abs=1e-7), name
 
 
@@ -46,26 +48,26 @@ def same_gain(found: Gain, other: Gain) -> None:
 @given(answers())
 def test_intervals_contain_the_value_and_lie_in_range(given_answers: Answers):
     runs, _, label, weight = given_answers
-    for name, interval in intervals(runs, label, weight).items():
+    for name, interval in metric_intervals(runs, label, weight).items():
         if interval is not None:
-            top = {"nll": np.inf, "brier": 1 if runs[0].logits.shape[1] == 2 else 2}.get(name, 1)
+            top = {"nll": np.inf, "brier": 1 if runs[0].log_probability.shape[1] == 2 else 2}.get(name, 1)
             assert 0 <= interval.low <= interval.value <= interval.high <= top
             assert np.isfinite(interval.high)
 
 
 @few
 @given(answers())
-def test_gains_contain_the_value_and_lie_in_range(given_answers: Answers):
+def test_differences_contain_the_value_and_lie_in_range(given_answers: Answers):
     runs, others, label, weight = given_answers
-    found = gain(runs, others, label, weight)
-    assert -1 <= found.low <= found.gain + 1e-12
-    assert found.gain - 1e-12 <= found.high <= 1
+    found = compare(runs, others, label, weight)
+    assert -1 <= found.low <= found.difference + 1e-12
+    assert found.difference - 1e-12 <= found.high <= 1
     assert found.low < found.high
-    assert found.gain == pytest.approx(found.accuracy - found.baseline_accuracy)
+    assert found.difference == pytest.approx(found.accuracy - found.baseline_accuracy)
     assert 0 < found.p_value <= 1
     assert found.corrected_t_p_value is None or 0 <= found.corrected_t_p_value <= 1
     needed = images_needed(runs, others, label, weight, 0.01, 0.9)
-    assert (needed is None) == (found.gain + 0.01 <= 0)
+    assert (needed is None) == (found.difference + 0.01 <= 0)
 
 
 @few
@@ -79,28 +81,30 @@ def test_the_order_of_rows_and_of_runs_changes_nothing(given_answers: Answers, r
         rows = list(range(len(runs[s].rows)))
         random.shuffle(rows)
         for to, run in zip(shuffled, (runs[s], others[s]), strict=True):
-            to.append(Predictions(run.rows[rows], run.logits[rows]))
-    same(intervals(shuffled[0], label, weight), intervals(runs, label, weight))
-    mine, theirs = gain(shuffled[0], shuffled[1], label, weight), gain(runs, others, label, weight)
+            to.append(Predictions(run.rows[rows], run.log_probability[rows]))
+    same(metric_intervals(shuffled[0], label, weight), metric_intervals(runs, label, weight))
+    mine, theirs = compare(shuffled[0], shuffled[1], label, weight), compare(runs, others, label, weight)
     mine.by_seed.sort()
     theirs.by_seed.sort()
-    same_gain(mine, theirs)
+    same_difference(mine, theirs)
 
 
 @few
 @given(answers(), st.floats(0.01, 100))
 def test_only_ratios_of_weights_matter(given_answers: Answers, factor: float):
     runs, others, label, weight = given_answers
-    same(intervals(runs, label, factor * weight), intervals(runs, label, weight))
-    same_gain(gain(runs, others, label, factor * weight), gain(runs, others, label, weight))
+    same(metric_intervals(runs, label, factor * weight), metric_intervals(runs, label, weight))
+    same_difference(compare(runs, others, label, factor * weight), compare(runs, others, label, weight))
 
 
 @few
 @given(answers())
-def test_the_other_way_round_the_gain_has_the_other_sign(given_answers: Answers):
+def test_the_other_way_round_the_difference_has_the_other_sign(given_answers: Answers):
     runs, others, label, weight = given_answers
-    found, other = gain(runs, others, label, weight), gain(others, runs, label, weight)
-    assert (found.gain, found.low, found.high) == pytest.approx((-other.gain, -other.high, -other.low), abs=1e-9)
+    found, other = compare(runs, others, label, weight), compare(others, runs, label, weight)
+    assert (found.difference, found.low, found.high) == pytest.approx(
+        (-other.difference, -other.high, -other.low), abs=1e-9
+    )
     assert found.p_value == pytest.approx(other.p_value)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.comparison import recommendation
-from pipeline.comparison.intervals import Predictions
 from pipeline.comparison.recommendation import Recommendation
+from pipeline.training.runs import Predictions
 
 N = 400
 LABEL = np.arange(N) % 2
@@ -18,8 +18,8 @@ FLOPS = {"cheap": 1 * 10**12, "middle": 20 * 10**12, "dear": 1000 * 10**12}
 
 def right_on(images: np.ndarray) -> list[Predictions]:
     """One run that is right on just these images."""
-    said = np.where(np.isin(ROWS, images), LABEL, 1 - LABEL)
-    return [Predictions(ROWS, np.eye(2)[said] * 4.0)]
+    predicted = np.where(np.isin(ROWS, images), LABEL, 1 - LABEL)
+    return [Predictions(ROWS, np.eye(2)[predicted] * 4.0)]
 
 
 def recommend(runs: dict[str, list[Predictions]], margin: float = 0.01) -> Recommendation:
@@ -28,14 +28,14 @@ def recommend(runs: dict[str, list[Predictions]], margin: float = 0.01) -> Recom
 
 def words(found: Recommendation, runs: dict[str, list[Predictions]], baseline: str = "cheap") -> str:
     def strategy(name: str) -> dict[str, Any]:
-        accuracy = float(np.mean(runs[name][0].logits.argmax(1) == LABEL))
+        accuracy = float(np.mean(runs[name][0].log_probability.argmax(1) == LABEL))
         figure = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "sd": None}
-        gain = {"gain": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004}
+        difference = {"difference": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004}
         return {
             "val": {"metrics": {"accuracy": figure}},
             "test": {"metrics": {"accuracy": figure}},
             "cost": {"train_flops": FLOPS[name]},
-            "vs_baseline": None if name == baseline else {"test": gain},
+            "vs_baseline": None if name == baseline else {"test": difference},
         }
 
     return recommendation.in_words(found, {name: strategy(name) for name in runs})
@@ -56,7 +56,7 @@ def test_the_cheapest_that_is_shown_to_be_no_worse_is_taken():
     assert "middle is -0.5 points from it" in text
     assert "trains with 20 TFLOPs in place of 1,000" in text
     assert "cannot decide" not in text
-    assert text.endswith("+2.0 (+1.0 to +3.0) points over the baseline (p < 0.001).")
+    assert text.endswith("+2.0 (+1.0 to +3.0) points from the baseline (p < 0.001).")
 
 
 def test_the_best_is_taken_where_everything_cheaper_is_shown_worse():

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pipeline.comparison.influence import is_among_top
 from pipeline.comparison.metrics import (
+    bin_of,
     confusion,
     expected_calibration_error,
-    is_among_top,
     per_class,
     reliability,
     score,
@@ -58,7 +59,7 @@ def test_only_ratios_of_weights_matter(given_rows: Rows, factor: float):
     assert score(logits, label, factor * weight) == pytest.approx(score(*given_rows), abs=1e-9)
 
 
-def test_what_is_right_and_sure_has_the_best_score_there_is():
+def test_correct_and_certain_predictions_have_the_best_scores():
     found = score(np.array([[50.0, -50.0], [-50.0, 50.0]]), np.array([0, 1]), np.ones(2))
     best = {"accuracy": 1, "balanced_accuracy": 1, "macro_f1": 1, "auroc": 1, "nll": 0, "brier": 0, "ece": 0}
     assert found == pytest.approx(best, abs=1e-12)
@@ -70,7 +71,7 @@ def test_logits_of_any_size_give_finite_metrics():
     assert found["accuracy"] == 0.5
 
 
-def test_metrics_are_plain_numbers_that_json_can_say():
+def test_metrics_are_plain_numbers_that_json_can_hold():
     found = score(np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1]), np.ones(4, np.float32))
     assert {type(value) for value in found.values()} == {float}
 
@@ -109,8 +110,10 @@ def test_ece_by_hand():
 
 
 def test_a_confidence_on_a_border_falls_into_the_lower_bin():
-    probability, label = np.array([[0.6, 0.4], [0.55, 0.45], [1.0, 0.0]]), np.array([0, 1, 0])
-    assert expected_calibration_error(probability, label, np.ones(3)) == pytest.approx((0.55 - 0.4) / 3)
+    assert bin_of(np.array([0.55, 0.6, 0.61, 1.0, 0.0])).tolist() == [8, 8, 9, 14, 0]
+    probability, label = np.array([[0.59, 0.41], [0.55, 0.45], [1.0, 1e-300]]), np.array([0, 1, 0])
+    expected = (0.55 - 0.41) / 3  # the first two share a bin
+    assert expected_calibration_error(np.log(probability), label, np.ones(3)) == pytest.approx(expected)
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order():
@@ -163,16 +166,17 @@ def test_top_5_is_there_above_ten_classes_and_a_tie_goes_to_the_lower_class():
 def test_classes_and_confusion_by_hand():
     logits, label = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]), np.array([0, 0, 1, 1])
     assert confusion(logits, label).tolist() == [[2, 0], [1, 1]]
-    assert per_class(logits, label, np.array([1.0, 1.0, 1.0, 3.0])) == [
-        pytest.approx({"precision": 2 / 5, "recall": 1, "f1": 4 / 7, "support": 2}),
-        pytest.approx({"precision": 1, "recall": 1 / 4, "f1": 2 / 5, "support": 2}),
-    ]
+    found = per_class(logits, label, np.array([1.0, 1.0, 1.0, 3.0]))
+    expected = {"precision": [2 / 5, 1], "recall": [1, 1 / 4], "f1": [4 / 7, 2 / 5], "support": [2, 2]}
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: pytest.approx(values) for name, values in expected.items()
+    }
 
 
 def test_a_class_that_neither_occurs_nor_is_predicted_has_zeros():
     logits = np.array([[1.0, 0.0, -1.0]])
     found = per_class(logits, np.array([0]), np.ones(1))
-    assert found[2] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert {name: values[2] for name, values in found.items()} == dict.fromkeys(found, 0)
     assert confusion(logits, np.array([0])).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
@@ -182,13 +186,13 @@ def test_the_temperature_is_within_bounds_and_never_raises_the_nll(given_rows: R
     logits, label, weight = given_rows
     found = temperature(*given_rows)
     assert 0.05 <= found <= 20
-    before, after = (score(said, label, weight)["nll"] for said in (logits, logits / found))
+    before, after = (score(scaled, label, weight)["nll"] for scaled in (logits, logits / found))
     assert after is not None
     assert before is not None
     assert after <= before + 1e-6
 
 
-def test_nothing_is_scaled_where_all_are_right():
+def test_nothing_is_scaled_where_all_are_correct():
     logits = np.array([[3.0, 0.0], [0.0, 1.0], [5.0, 0.0]])
     assert temperature(logits, np.array([0, 1, 0]), np.ones(3)) == 1
     assert temperature(logits, np.array([0, 1, 1]), np.array([1.0, 1.0, 0.0])) == 1

@@ -1,0 +1,151 @@
+"""Metrics' influences and intervals against published figures, closed forms, scipy and statsmodels."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_softmax, softmax
+from statsmodels.stats.proportion import proportion_confint
+
+from pipeline.comparison.influence import Influence, linearise
+from pipeline.comparison.intervals import ece_interval, metric_intervals
+from pipeline.comparison.metrics import expected_calibration_error
+from pipeline.training.runs import Predictions
+from tests.factories import predictions_with
+
+Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def answers(n_classes: int, n: int, key: int = 0) -> Answers:
+    """Logits, labels and weights; an image's weight says something of how hard it is."""
+    random = np.random.default_rng(key)
+    label, weight = random.integers(0, n_classes, n), random.choice([1 / 3, 2 / 3, 1.0], n)
+    logits = random.normal(size=(n, n_classes))
+    logits[np.arange(n), label] += 2 * weight
+    return logits, label, weight
+
+
+def accuracy_interval(runs: list[Predictions], weight: np.ndarray) -> tuple[float, float]:
+    found = metric_intervals(runs, np.zeros(len(weight), int), weight)["accuracy"]
+    assert found is not None
+    return found.low, found.high
+
+
+def values(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """Every smooth metric of metrics.score."""
+    return {name: linear.value for name, linear in linearise(logits, label, weight).items() if linear is not None}
+
+
+def standard_error(found: Influence | None) -> float:
+    assert found is not None
+    return float(np.sqrt((found.influence**2).sum()))
+
+
+@pytest.mark.parametrize(("n_right", "n"), [(0, 7), (1, 7), (85, 100), (170, 200), (655, 656), (1, 1)])
+def test_accuracy_with_equal_weights_has_wilsons_interval(n_right: int, n: int):
+    expected = np.asarray(proportion_confint(n_right, n, method="wilson")).tolist()
+    assert accuracy_interval([predictions_with(np.arange(n) < n_right)], np.full(n, 0.3)) == pytest.approx(
+        expected, abs=1e-9
+    )
+
+
+def test_accuracy_over_disjoint_seeds_is_one_accuracy_over_all_images():
+    hits = np.random.default_rng(0).random(900) < 0.9
+    runs = [predictions_with(hits[part], part) for part in np.arange(900).reshape(3, 300)]
+    once = accuracy_interval([predictions_with(hits)], np.ones(900))
+    assert accuracy_interval(runs, np.ones(900)) == pytest.approx(once, abs=2e-4)  # each with a mean of its own
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_influence_is_the_derivative_by_the_weight(n_classes: int):
+    n, step = 60, 1e-6
+    logits, label, weight = answers(n_classes, n)
+    moved = [
+        [values(logits, label, weight + sign * step * (np.arange(n) == i)) for i in range(n)] for sign in (1.0, -1.0)
+    ]
+    size, of_class = np.bincount(label)[label], {"balanced_accuracy", "macro_f1", "auroc"}
+    for name, linear in linearise(logits, label, weight).items():
+        if name == "auroc" and n_classes > 2:
+            continue  # corrected in parts, by class
+        derivative = weight * [(up[name] - down[name]) / (2 * step) for up, down in zip(*moved, strict=True)]
+        correction = np.sqrt(size / (size - 1)) if name in of_class else np.sqrt(n / (n - 1))
+        assert linear is not None
+        np.testing.assert_allclose(linear.influence, correction * derivative, atol=1e-7)
+        assert np.all(np.abs(derivative) <= (2 if name == "auroc" else 1) * linear.top * linear.share + 1e-7)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4, 12])
+def test_standard_errors_and_widths_are_those_of_a_bootstrap(n_classes: int):
+    logits, label, weight = answers(n_classes, 600)
+    random = np.random.default_rng(1)
+    resampled = [values(logits[i], label[i], weight[i]) for i in random.integers(0, 600, (400, 600))]
+    found = metric_intervals([Predictions(np.arange(600), logits)], label, weight)
+    for name, linear in linearise(logits, label, weight).items():
+        expected, interval = np.std([value[name] for value in resampled], ddof=1), found[name]
+        assert standard_error(linear) == pytest.approx(expected, rel=0.15), name
+        assert interval is not None
+        assert interval.high - interval.low == pytest.approx(2 * 1.96 * expected, rel=0.17), name
+
+
+def test_auroc_has_delongs_variance():
+    # Figures of the R package pROC (its test of var(roc)): 113 patients by the WFNS grade, 1 to 5, and the outcome
+    grade = np.repeat([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], [37, 20, 3, 8, 4, 2, 12, 1, 8, 18])
+    found = linearise(np.stack([0 * grade, grade], axis=1), np.repeat([0, 1], [72, 41]), np.ones(113))["auroc"]
+    assert found is not None
+    assert found.value == pytest.approx(0.8236789, abs=1e-7)
+    assert standard_error(found) ** 2 == pytest.approx(0.00146991470882363, rel=1e-12)
+
+
+def test_auroc_of_weighted_images_by_pairs():
+    logits, label, weight = answers(2, 80)
+    logits = logits.round(1)  # ties
+    positive = softmax(logits, axis=1)[:, 1]
+    is_right = (positive[label == 1][:, None] > positive[label == 0]) + 0.5 * (
+        positive[label == 1][:, None] == positive[label == 0]
+    )
+    ours, theirs = weight[label == 1] / weight[label == 1].sum(), weight[label == 0] / weight[label == 0].sum()
+    area = float(ours @ is_right @ theirs)
+    m, n = len(ours), len(theirs)
+    variance = m / (m - 1) * ((ours * (is_right @ theirs - area)) ** 2).sum()
+    variance += n / (n - 1) * ((theirs * (ours @ is_right - area)) ** 2).sum()
+    found = linearise(logits, label, weight)["auroc"]
+    assert found is not None
+    assert (found.value, standard_error(found) ** 2) == pytest.approx((area, variance))
+
+
+def test_nll_has_the_normal_interval_of_its_logarithm():
+    logits, label, _ = answers(3, 400)
+    loss = -log_softmax(logits, axis=1)[np.arange(400), label]
+    found = metric_intervals([Predictions(np.arange(400), logits)], label, np.ones(400))["nll"]
+    assert found is not None
+    with_two = np.append(loss, [0.0, 2 * loss.mean()])
+    reach = stats.norm.ppf(0.975) * np.sqrt(with_two.var() / 400) / loss.mean()
+    assert (found.value, np.log(found.high / found.value)) == pytest.approx((loss.mean(), reach))
+    assert found.low * found.high == pytest.approx(found.value**2)
+
+
+def test_ece_has_the_basic_bootstrap_interval_of_scipy():
+    logits, label, weight = answers(3, 300)
+    logits *= 4  # too sure
+
+    def ece(drawn: np.ndarray) -> float:
+        return expected_calibration_error(logits[drawn], label[drawn], weight[drawn])
+
+    rows = np.arange(300)
+    expected = stats.bootstrap(
+        (rows,), ece, method="basic", n_resamples=1000, vectorized=False, rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = ece_interval([Predictions(rows, logits)], label, weight)
+    assert found is not None
+    assert found.value == pytest.approx(ece(rows))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.005)
+
+
+def test_the_ece_of_answers_as_often_right_as_confident_may_be_0():
+    random, n_covered = np.random.default_rng(5), 0
+    for _ in range(200):
+        logits = 2 * random.normal(size=(150, 3))
+        label = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from the softmax
+        found = ece_interval([Predictions(np.arange(150), logits)], label, np.ones(150))
+        assert found is not None
+        n_covered += found.low == 0
+    assert n_covered / 200 == pytest.approx(0.975, abs=0.025)

@@ -1,0 +1,101 @@
+"""Confidence intervals: what must hold for any runs, and the edge cases."""
+
+import numpy as np
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+from pipeline.comparison.intervals import Interval, digest_of, distinct, ece_interval, metric_intervals
+from pipeline.comparison.metrics import score
+from pipeline.training.runs import Predictions
+from tests.factories import predictions_with, two_strategies
+
+
+def accuracy_of(hits: np.ndarray, weight: np.ndarray | None = None) -> Interval:
+    weight = np.ones(len(hits)) if weight is None else weight
+    found = metric_intervals([predictions_with(hits)], np.zeros(len(hits), int), weight)["accuracy"]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("n_classes", [2, 4, 12])
+def test_intervals_are_of_the_mean_of_metrics_score(n_classes: int, seeds: int):
+    runs, _, label, weight = two_strategies(n_classes, seeds)
+    found = metric_intervals(runs, label, weight)
+    scores = [score(run.log_probability, label[run.rows], weight[run.rows]) for run in runs]
+    assert set(found) == set(scores[0])
+    for name, interval in found.items():
+        assert interval is not None
+        assert interval.value == pytest.approx(np.mean([result[name] or 0.0 for result in scores]), abs=1e-9)
+        assert 0 <= interval.low < interval.value < interval.high
+
+
+def test_identical_runs_count_once():
+    runs, _, label, weight = two_strategies(2, 2)
+    again = Predictions(runs[0].rows.copy(), runs[0].log_probability.copy())
+    assert distinct([runs[0], runs[1], again], digest_of) == runs
+    assert metric_intervals([runs[0], again], label, weight) == metric_intervals(runs[:1], label, weight)
+
+
+def test_all_right_leaves_room_below_and_all_wrong_above():
+    for n in range(1, 100):
+        for is_right in (True, False):
+            low, high = np.asarray(proportion_confint(n * is_right, n, method="wilson")).tolist()
+            assert vars(accuracy_of(np.full(n, is_right))) == pytest.approx(
+                {"value": float(is_right), "low": low, "high": high}, abs=1e-9
+            )
+
+
+def test_one_error_of_hardly_any_weight_is_not_taken_for_certainty():
+    hits, weight = np.arange(100) > 0, np.where(np.arange(100) > 0, 1.0, 0.001)
+    assert accuracy_of(hits, weight).low == pytest.approx(accuracy_of(np.full(100, True)).low, abs=2e-3)
+
+
+def test_an_image_of_weight_zero_is_absent():
+    runs, _, label, weight = two_strategies(3, 2)
+    weight[::3] = 0
+    left = [Predictions(run.rows[weight[run.rows] > 0], run.log_probability[weight[run.rows] > 0]) for run in runs]
+    assert metric_intervals(runs, label, weight) == metric_intervals(left, label, weight)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n_classes", [2, 3, 11])
+def test_few_images_of_one_class_give_numbers(n: int, n_classes: int):
+    label, weight = np.zeros(n, int), np.full(n, 0.5)
+    logits = np.zeros((n, n_classes))
+    for answer in (0, 1):
+        logits[:, :2] = [[5.0, 0.0], [0.0, 5.0]][answer]
+        found = metric_intervals([Predictions(np.arange(n), logits)], label, weight)
+        assert found.pop("auroc") is None
+        for interval in found.values():
+            assert interval is not None
+            assert np.isfinite([interval.low, interval.high]).all()
+            assert 0 <= interval.low <= interval.value <= interval.high
+
+
+def test_classes_of_one_image_each_leave_as_much_room_as_there_is_in_all():
+    label, said = np.arange(50), np.where(np.arange(50) < 35, np.arange(50), np.arange(50) - 35)
+    found = metric_intervals([Predictions(label, np.eye(50)[said])], label, np.ones(50))
+    accuracy, balanced, f1 = (found[name] for name in ("accuracy", "balanced_accuracy", "macro_f1"))
+    assert accuracy is not None
+    assert balanced is not None
+    assert f1 is not None
+    assert vars(balanced) == pytest.approx(vars(accuracy), abs=0.005)
+    assert f1.high - f1.low > 0.9 * (accuracy.high - accuracy.low)
+
+
+@pytest.mark.parametrize(("n_classes", "top"), [(2, 1), (3, 2)])
+def test_the_brier_score_of_the_sure_and_wrong_is_the_most_there_is(n_classes: int, top: int):
+    logits = np.zeros((20, n_classes))
+    logits[:, 1] = 50
+    found = metric_intervals([Predictions(np.arange(20), logits)], np.zeros(20, int), np.ones(20))["brier"]
+    assert found is not None
+    assert (found.value, found.high) == pytest.approx((top, top))
+    assert found.low == pytest.approx(top * accuracy_of(np.full(20, True)).low)
+
+
+def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch):
+    runs, _, label, weight = two_strategies(2, 1)
+    monkeypatch.setattr("pipeline.comparison.intervals.MAX_IMAGES_FOR_ECE", 149)
+    assert ece_interval(runs, label, weight) is None
+    assert metric_intervals(runs, label, weight)["ece"] is None
