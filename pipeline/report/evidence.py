@@ -1,16 +1,14 @@
-"""comparison.json, details.json, curves.json -> the tables and charts of the page.
-
-Every part copes with what is not there: it is None or empty, or a figure that says why.
-"""
+"""reports/details.json and the rows of DVC's plots -> the page's tables and charts, and figures as text."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.params import HEAD_ALL_SEEDS
-from pipeline.report.charts import Spec
-from pipeline.report.page import charts
+from pipeline.comparison import tables
+from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
+from pipeline.report import charts
+from pipeline.report.charts import Rows, Spec
 
 Json = dict[str, Any]
 PERCENT = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy")
@@ -21,7 +19,7 @@ METRICS = {
     "top5_accuracy": "top-5 accuracy",
     "auroc": "AUROC",
     "nll": "NLL (nats)",
-    "brier": "Brier",
+    "brier": "Brier score",
     "ece": "ECE",
     "ece_scaled": "ECE, scaled",
 }
@@ -33,7 +31,7 @@ COSTS = {
     "cached_bytes": "cached",
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-MAX_CLASSES = 20  # of which bars are drawn
+MAX_CLASSES = 20  # with a bar each
 MAX_MATRIX = 40  # classes of a confusion matrix
 
 
@@ -47,19 +45,14 @@ class Figure:
     key: dict[str, int] = field(default_factory=dict)
 
 
-def numbered(names: Sequence[str], kept: Sequence[str] | None = None) -> dict[str, int]:
-    """Names with the numbers of their colours; of some only, where some are `kept`."""
-    return {name: i for i, name in enumerate(names) if kept is None or name in kept}
+def numbered(names: Sequence[str]) -> dict[str, int]:
+    """Names with the numbers of their colours."""
+    return {name: i for i, name in enumerate(names)}
 
 
 def label(name: str) -> str:
-    """A strategy as it is written on the page."""
-    return name.replace(HEAD_ALL_SEEDS, HEAD_ALL_SEEDS.removesuffix("_all_seeds") + ", all seeds")
-
-
-def strategies(comparison: Json) -> list[str]:
-    """The strategies that are compared, in the order of their colours."""
-    return [name for name in comparison if name != HEAD_ALL_SEEDS]
+    """The name of a strategy on the page."""
+    return f"{HEAD_ONLY}, all seeds" if name == HEAD_ALL_SEEDS else name
 
 
 def shown(metric: str, value: float | None) -> str:
@@ -69,80 +62,54 @@ def shown(metric: str, value: float | None) -> str:
     return f"{100 * value:.1f}\u2009%" if metric in PERCENT else f"{value:.3f}"
 
 
-def interval(metric: str, estimate: Json) -> str:
-    """Its 95 % interval as text, or nothing."""
-    low, high = estimate.get("low"), estimate.get("high")
-    if low is None or high is None:
-        return ""
+def cell(metric: str, estimate: Json | None) -> Json:
+    """A metric and its 95 % interval, as text."""
+    estimate = estimate or {"value": None, "low": None, "high": None}
     scale, digits = (100, 1) if metric in PERCENT else (1, 3)
-    return f"{scale * low:.{digits}f}{TO}{scale * high:.{digits}f}"
+    ends = [estimate["low"], estimate["high"]]
+    note = "" if None in ends else TO.join(f"{scale * end:.{digits}f}" for end in ends)
+    return {"metric": metric, "value": estimate["value"], "text": shown(metric, estimate["value"]), "note": note}
 
 
-def table(comparison: Json, details: Json) -> Json:
-    """The main table: its columns, and of each strategy the cells; numbers are those of comparison.json."""
-    metrics = [name for name in METRICS if any(name in summary["test"] for summary in comparison.values())]
+def measured(strategies: Json, split: str) -> list[str]:
+    """The metrics that have a value for some strategy."""
+    found = [strategy[split]["metrics"] for strategy in strategies.values()]
+    return [name for name in METRICS if any(metrics.get(name, {}).get("value") is not None for metrics in found)]
+
+
+def table(strategies: Json) -> Json:
+    """The main table: its columns, and the cells of each strategy."""
+    metrics = [name for name in measured(strategies, "test") if name != "ece_scaled"]
     rows = []
-    for name, summary in comparison.items():
-        test = summary["test"]
-        spread = _estimate(details, name, "accuracy").get("sd")
-        notes = {"accuracy": interval("accuracy", {"low": test.get("accuracy_low"), "high": test.get("accuracy_high")})}
-        if spread is not None and summary["seeds"] > 1:
-            notes["accuracy"] += f" · sd {100 * spread:.1f}"
-        cells = [
-            {"metric": metric, "value": test.get(metric), "text": shown(metric, test.get(metric))}
-            | {"note": notes.get(metric, "")}
-            for metric in metrics
-        ]
-        rows.append({"name": name, "seeds": summary["seeds"], "cells": cells, "gain": gain(summary.get("vs_baseline"))})
+    for name, strategy in strategies.items():
+        found = strategy["test"]["metrics"]
+        cells = [cell(metric, found.get(metric)) for metric in metrics]
+        if found["accuracy"]["sd"] is not None:
+            cells[0]["note"] += f" · sd {100 * found['accuracy']['sd']:.1f}"
+        rows.append(
+            {"name": name, "seeds": strategy["distinct_runs"], "cells": cells, "difference": difference(strategy)}
+        )
     return {"metrics": [METRICS[name] for name in metrics], "rows": rows}
 
 
-def gain(against: Json | None) -> Json | None:
-    """The gain over the baseline in points, with its interval and p-value, as texts and as they are."""
-    if not against:
+def difference(strategy: Json) -> Json | None:
+    """Difference from the baseline in points, with its interval and p-value, as numbers and text; None for itself."""
+    if not strategy["vs_baseline"]:
         return None
-    low, high, p = against.get("gain_low"), against.get("gain_high"), against.get("p_value")
+    found = strategy["vs_baseline"]["test"]
     return {
-        "value": against["accuracy_gain"],
-        "text": f"{100 * against['accuracy_gain']:+.1f}",
-        "note": "" if low is None or high is None else f"{100 * low:+.1f}\u2009to\u2009{100 * high:+.1f}",
-        "p": NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-        "p_value": p,
+        "value": found["difference"],
+        "text": f"{100 * found['difference']:+.1f}",
+        "note": f"{100 * found['low']:+.1f}\u2009to\u2009{100 * found['high']:+.1f}",
+        "p_value": found["p_value"],
+        "p": tables.p_value(found["p_value"]),
     }
 
 
-def every_metric(details: Json, names: Sequence[str]) -> list[Json]:
-    """All metrics of validation and test with their intervals, a row each."""
-    rows = []
-    for part in ("val", "test"):
-        for metric, title in METRICS.items():
-            estimates = [_estimate(details, name, metric, part) for name in names]
-            if any(estimates):
-                cells = [
-                    {"text": shown(metric, estimate.get("value")), "note": interval(metric, estimate)}
-                    for estimate in estimates
-                ]
-                rows.append({"part": {"val": "validation"}.get(part, part), "metric": title, "cells": cells})
-    return rows
-
-
-def costs(comparison: Json) -> Json:
-    """What each strategy costs."""
-    keys = [key for key in COSTS if any(key in summary["cost"] for summary in comparison.values())]
-    rows = [
-        {"name": name, "cells": [cost_text(key, summary["cost"].get(key)) for key in keys]}
-        for name, summary in comparison.items()
-    ]
-    return {"columns": [COSTS[key] for key in keys], "rows": rows}
-
-
-def cost_text(key: str, value: int | None) -> str:
+def cost_text(key: str, value: int) -> str:
     """A cost as text."""
-    if value is None:
-        return NONE
-    if key == "train_flops":
-        return scaled(value, "FLOP")
-    return size(value) if key == "cached_bytes" else f"{value:,}"
+    unit = {"train_flops": "FLOP", "cached_bytes": "B"}.get(key)
+    return scaled(value, unit) if unit else f"{value:,}"
 
 
 def scaled(value: float, unit: str) -> str:
@@ -151,179 +118,82 @@ def scaled(value: float, unit: str) -> str:
     return f"{value / 1000**power:.3g}\u00a0{PREFIXES[power]}{unit}"
 
 
-def size(n_bytes: float) -> str:
-    """Bytes as text."""
-    return scaled(n_bytes, "B")
+def class_rows(strategies: Json, names: Sequence[str]) -> Rows:
+    """Rows of strategy, class, support, precision, recall and F1."""
+    return [{"strategy": name} | row for name in names for row in strategies[name]["test"]["classes"]]
 
 
-def breakdown(details: Json, names: Sequence[str], kind: str) -> list[Json]:
-    """Test accuracy by `subsets` or `groups`: a row each, a cell per strategy."""
-    parts = {name: _test(details, name).get(kind) or {} for name in names}
-    rows = []
-    for value in dict.fromkeys(value for found in parts.values() for value in found):
-        n = next(found[value].get("n") for found in parts.values() if value in found)
-        estimates = [parts[name].get(value, {}).get("accuracy") or {} for name in names]
-        cells = [
-            {"text": shown("accuracy", estimate.get("value")), "note": interval("accuracy", estimate)}
-            for estimate in estimates
-        ]
-        rows.append({"value": value, "n": n, "cells": cells})
-    return rows
+def against_cost(rows: Rows, names: Sequence[str]) -> Figure:
+    """Accuracy against training FLOPs, from reports/cost.json."""
+    caption = "The upper left is best: accurate and cheap. Bars: 95 % interval over the test images."
+    return Figure("Accuracy against cost", caption, charts.from_template("cost", rows, names), numbered(names))
 
 
-def calibration(details: Json, names: Sequence[str]) -> list[Json]:
-    """ECE before and after temperature scaling."""
-    rows = []
-    for name in names:
-        test = _test(details, name)
-        temperatures = [value for value in test.get("temperature") or [] if value is not None]
-        if not temperatures:
-            continue
-        before, after = (_estimate(details, name, metric).get("value") for metric in ("ece", "ece_scaled"))
-        mean = sum(temperatures) / len(temperatures)
-        rows.append(
-            {"name": name, "before": shown("ece", before), "after": shown("ece", after), "temperature": f"{mean:.2f}"}
-        )
-    return rows
+def learning(rows: Rows, names: Sequence[str]) -> Figure:
+    """Loss by epoch of every run, from reports/curves.json; the head, which has no epochs, is a horizontal line."""
+    runs = {(row["strategy"], row["seed"]) for row in rows if row["train_loss"] is not None}
+    if not runs:
+        return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
+    caption = f"{_n(len(runs), 'run')}. Solid: validation. Dotted: training. Dot: the epoch that validation selected."
+    return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
 
 
-def class_rows(details: Json, names: Sequence[str]) -> list[Json]:
-    """Precision, recall, F1 and support by class and strategy."""
-    keys = ("class", "support", "precision", "recall", "f1")
-    return [
-        {"strategy": name} | {key: row[key] for key in keys}
-        for name in names
-        for row in _test(details, name).get("classes") or []
-    ]
-
-
-def against_cost(comparison: Json) -> Figure:
-    """Accuracy against training FLOPs."""
-    names = strategies(comparison)
-    rows = []
-    for name in names:
-        test, flops = comparison[name]["test"], comparison[name]["cost"]["train_flops"]
-        ends = {"low": test.get("accuracy_low"), "high": test.get("accuracy_high")}
-        rows.append({"strategy": name, "train_flops": max(flops, 1), "accuracy": test["accuracy"], **ends})
-    caption = "Up and to the left is better. Bars: 95 % interval over the test images, of the runs as trained."
-    return Figure("Accuracy against cost", caption, charts.accuracy_against_cost(rows, names), numbered(names))
-
-
-def learning(details: Json, curves: list[Json], names: Sequence[str]) -> Figure:
-    """Loss by epoch of every run; the head, which has no epochs, is a line across."""
-    rows = []
-    for line in curves:
-        name, seed, epoch = line["strategy"], line["seed"], line["epoch"]
-        chosen = next((run["chosen"] for run in _of(details, name, "runs", []) if run["seed"] == seed), {})
-        about = {"strategy": name, "run": f"{name}, seed {seed}", "epoch": epoch}
-        for kind, key in (("validation", "val_loss"), ("training", "train_loss")):
-            if line.get(key) is not None:
-                is_chosen = kind == "validation" and chosen.get("epoch") == epoch
-                rows.append(about | {"kind": kind, "loss": line[key], "is_chosen": is_chosen})
-    title = "Learning curves"
-    if not curves:
-        return Figure(title, "There is no reports/curves.json; run: dvc repro.")
-    if not any(row["kind"] == "training" for row in rows):
-        return Figure(title, "No strategy was fine-tuned, so there is no curve: fine_tune.run is empty.")
-    n = len({row["run"] for row in rows if row["kind"] == "training"})
-    caption = f"{_n(n, 'run')}. Solid: validation; dotted: training; a dot marks the epoch that validation chose."
-    drawn = [name for name in names if any(row["strategy"] == name for row in rows)]
-    return Figure(title, caption, charts.learning_curves(rows, names), numbered(names, drawn))
-
-
-def penalty(details: Json) -> Figure:
-    """Validation NLL of the head by the strength of its penalty."""
-    rows, title = [], "The head's penalty"
-    for run in _of(details, HEAD_ALL_SEEDS, "runs", []):
-        path = run["chosen"].get("val_nll") or {}
+def penalty(strategies: Json) -> Figure:
+    """Validation NLL of the head by regularization strength."""
+    rows, title = [], "Regularization of the head"
+    for run in strategies[HEAD_ALL_SEEDS]["runs"]:
+        chosen = run["chosen"]
         rows += [
-            {"seed": run["seed"], "strength": strength, "val_nll": nll}
-            | {"is_chosen": float(strength) == run["chosen"].get("strength")}
-            for strength, nll in sorted(path.items(), key=lambda item: float(item[0]))
+            {"seed": run["seed"], "strength": text, "val_nll": nll, "is_selected": float(text) == chosen["strength"]}
+            for text, nll in chosen.get("val_nll", {}).items()
         ]
     if not rows:
-        return Figure(title, "The runs do not say what each strength of the penalty gave; run: dvc repro.")
+        return Figure(title, "The head was trained with one regularization strength, so there is nothing to select.")
     rows.sort(key=lambda row: float(row["strength"]))
     n = len({row["seed"] for row in rows})
-    caption = f"{_n(n, 'seed')}, a line each; the dot is what validation chose."
-    ends = {row["strength"] for row in rows if row["is_chosen"]} & {rows[0]["strength"], rows[-1]["strength"]}
-    if ends and len({row["strength"] for row in rows}) > 1:
-        caption += " Some seed chose an end of the range: head.strengths may be too short."
+    caption = f"One line per seed ({_n(n, 'seed')}). Dot: the strength that validation selected."
+    first, last = rows[0]["strength"], rows[-1]["strength"]
+    if first != last and {first, last} & {row["strength"] for row in rows if row["is_selected"]}:
+        caption += " Some seed selected an end of the range, so head.regularization_strengths may be too narrow."
     return Figure(title, caption, charts.penalty_path(rows))
 
 
-def confusions(details: Json, names: Sequence[str]) -> list[Figure]:
-    """A matrix for each strategy."""
-    class_names = details.get("class_names") or []
-    figures = []
-    for name in names:
-        counts = _test(details, name).get("confusion")
-        if not counts:
-            continue
-        total = sum(map(sum, counts))
-        worst = _most_confused(counts, class_names)
-        caption = f"{total:,} predictions. {worst}"
-        if len(class_names) > MAX_MATRIX:
-            figures.append(Figure(name, f"{caption} ({len(class_names)} classes are too many for a picture.)"))
-        else:
-            figures.append(Figure(name, caption, charts.confusion(counts, class_names)))
-    return figures
-
-
-def reliabilities(details: Json, names: Sequence[str]) -> Figure:
-    """Accuracy against confidence."""
-    rows, title = [], "Reliability"
-    for name in names:
-        bins = [line for line in _test(details, name).get("reliability") or [] if line.get("weight")]
-        total = sum(line["weight"] for line in bins)
-        rows += [{"strategy": name, **line, "weight": line["weight"] / total} for line in bins]
-    rows = [row for row in rows if row.get("confidence") is not None and row.get("accuracy") is not None]
-    if not rows:
-        return Figure(title, "There is no reliability in reports/details.json; run: dvc repro.")
-    caption = (
-        "On the dashed line a confidence means what it says; below it the network is too sure. Area: share of images."
+def confusion(name: str, rows: Rows, n_classes: int) -> Figure:
+    """The confusion matrix of a strategy, from reports/confusion/<name>.json."""
+    wrong = [row for row in rows if row["actual"] != row["predicted"]]
+    worst = max(wrong, key=lambda row: row["count"], default=None)
+    caption = f"{sum(row['count'] for row in rows):,} predictions. " + (
+        f"Most frequent error: {worst['actual']} predicted as {worst['predicted']} ({worst['count']:,})."
+        if worst
+        else "No errors."
     )
-    return Figure(title, caption, charts.reliability(rows, names), numbered(names))
+    if n_classes > MAX_MATRIX:
+        return Figure(name, f"{caption} {n_classes} classes are too many for a matrix.")
+    spec = charts.from_template("confusion", rows, [name], min(420, max(150, 48 * n_classes)))
+    for axis in ("x", "y"):
+        spec["encoding"][axis]["title"] = None  # the page has one explanation for all matrices
+    return Figure(name, caption, spec)
 
 
-def per_class(details: Json, names: Sequence[str]) -> Figure:
-    """F1 by class."""
-    rows, title = class_rows(details, names), "Class by class"
-    if not rows:
-        return Figure(title, "There are no classes in reports/details.json; run: dvc repro.")
-    last = [row for row in rows if row["strategy"] == rows[-1]["strategy"]]
-    worst_first = sorted(last, key=lambda row: row["f1"] or 0.0)
-    classes = [row["class"] for row in worst_first[:MAX_CLASSES]]
+def reliability(rows: Rows, names: Sequence[str]) -> Figure:
+    """Accuracy against confidence, from reports/reliability.json."""
+    caption = (
+        "On the dashed line, confidence equals accuracy; below it, the network is overconfident. Size of a dot: share "
+        "of the images."
+    )
+    return Figure("Reliability", caption, charts.from_template("reliability", rows, names), numbered(names))
+
+
+def per_class(rows: Rows, names: Sequence[str]) -> Figure:
+    """F1 by class, from what class_rows gives; classes with the lowest F1 of the last strategy come first."""
+    last = sorted((row for row in rows if row["strategy"] == names[-1]), key=lambda row: row["f1"])
+    classes = [row["class"] for row in last[:MAX_CLASSES]]
     kept = [row for row in rows if row["class"] in set(classes)]
-    caption = f"F1 on the test images; the classes that {rows[-1]['strategy']} finds hardest come first."
+    caption = f"F1 on the test images, lowest for {names[-1]} first."
     if len(last) > MAX_CLASSES:
         caption = f"The {MAX_CLASSES} hardest of {len(last)} classes. {caption} The table below has all."
-    return Figure(title, caption, charts.per_class(kept, classes, names), numbered(names))
-
-
-def _most_confused(counts: list[list[int]], class_names: Sequence[str]) -> str:
-    pairs = [(n, i, j) for i, line in enumerate(counts) for j, n in enumerate(line) if i != j]
-    n, i, j = max(pairs, default=(0, 0, 0))
-    return f"Most often {class_names[i]} taken for {class_names[j]}: {n:,}." if n else "No mistake."
+    return Figure("Results by class", caption, charts.per_class(kept, classes, names), numbered(names))
 
 
 def _n(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
-def _of(details: Json, name: str, key: str, missing: Any) -> Any:  # noqa: ANN401
-    return (details.get("strategies") or {}).get(name, {}).get(key) or missing
-
-
-def _test(details: Json, name: str) -> Json:
-    return _of(details, name, "test", {})
-
-
-def _estimate(details: Json, name: str, metric: str, part: str = "test") -> Json:
-    return (_of(details, name, part, {}).get("metrics") or {}).get(metric) or {}
-
-
-def n_test(details: Json, name: str) -> str:
-    """How many test images a seed has, as text."""
-    found = sorted(set(_test(details, name).get("n") or []))
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}" if found else ""

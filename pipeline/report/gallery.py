@@ -1,11 +1,7 @@
-"""The parts of the page that show images: mistakes, a map of the features, suspects, duplicates, what was rejected."""
+"""Sections of the page that show images: errors, a map of the features, label suspects, duplicates."""
 
-import contextlib
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,31 +9,28 @@ from scipy.special import softmax
 
 from pipeline.dataset.manifest import Labels
 from pipeline.features.hdf5 import Features
+from pipeline.report import charts, pictures
 from pipeline.report.evidence import Figure, numbered
-from pipeline.report.page import charts, pictures
 from pipeline.report.pictures import Album
-from pipeline.training.models import Run
+from pipeline.training.runs import Predictions
 
 Json = dict[str, Any]
-N_SHOWN = {"errors": 16, "hits": 8}
-N_SUSPECTS = 24
-N_PAIRS = 12
-N_ROWS = 20  # of a list of files
+N_ERRORS, N_CORRECT, N_SUSPECTS, N_PAIRS = 16, 8, 24, 12  # images, or pairs of them, that are shown
+N_BARS = 20  # of the chart of class sizes
 MAX_COLOURS = 9  # classes that have a colour of their own; the others share one
 OTHERS = "other classes"
-NOT_TESTED = "not tested"
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """What a strategy says of the images that some run tested: probabilities (n, n_classes), means over the runs."""
+class Average:
+    """Probabilities (n, n_classes) of the images `rows` (n,) that some run tested, averaged over those runs."""
 
     rows: np.ndarray
     probability: np.ndarray
 
     @property
     def predicted(self) -> np.ndarray:
-        """The class of each."""
+        """The most probable class of each image."""
         return self.probability.argmax(1)
 
     @property
@@ -48,143 +41,103 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Example:
-    """An image with what is said of it, in short lines: a word, a class, how sure."""
+    """An image and its caption: lines of a word, a class, a probability."""
 
     image_id: str
     uri: str | None
-    lines: list[tuple[str, str, str]]
+    lines: tuple[tuple[str, str, str], ...]
 
 
-def judge(runs: Sequence[Run]) -> Verdicts:
-    """Test images of all runs, each once."""
-    rows = np.concatenate([run.test_rows for run in runs])
-    probability = softmax(np.concatenate([run.test_logits for run in runs]).astype(np.float64), axis=1)
+def average(runs: Sequence[Predictions]) -> Average:
+    """Average over runs, which may have tested other images; every image once."""
+    rows = np.concatenate([run.rows for run in runs])
+    probability = softmax(np.concatenate([run.log_probability for run in runs]).astype(np.float64), axis=1)
     distinct, place = np.unique(rows, return_inverse=True)
     total = np.zeros((len(distinct), probability.shape[1]))
     np.add.at(total, place, probability)
-    return Verdicts(distinct, total / np.bincount(place)[:, None])
+    return Average(distinct, total / np.bincount(place)[:, None])
 
 
-def mistakes(verdicts: Verdicts, labels: Labels, album: Album) -> dict[str, list[Example]]:
-    """The most confident errors, and the least confident hits."""
-    is_wrong = verdicts.predicted != labels.label[verdicts.rows]
-    order = np.argsort(verdicts.confidence, kind="stable")
-    chosen = {"errors": [i for i in order[::-1] if is_wrong[i]], "hits": [i for i in order if not is_wrong[i]]}
-    return {
-        kind: [_example(i, verdicts, labels, album) for i in found[: N_SHOWN[kind]]] for kind, found in chosen.items()
-    }
+def examples(tested: Average, labels: Labels, album: Album) -> tuple[list[Example], list[Example]]:
+    """The most confident errors, and the least confident correct predictions."""
 
+    def example(i: int) -> Example:
+        row = tested.rows[i]
+        predicted = ("predicted", labels.class_names[tested.predicted[i]], percent(tested.confidence[i]))
+        return _example(album, labels.image_id[row], ("label", labels.class_names[labels.label[row]], ""), predicted)
 
-def _example(i: int, verdicts: Verdicts, labels: Labels, album: Album) -> Example:
-    row = verdicts.rows[i]
-    said = labels.class_names[verdicts.predicted[i]]
-    sure = percent(verdicts.confidence[i])
-    lines = [("is", labels.class_names[labels.label[row]], ""), ("said", said, sure)]
-    return Example(labels.image_id[row], album.thumbnail(labels.image_id[row]), lines)
+    is_wrong = tested.predicted != labels.label[tested.rows]
+    order = np.argsort(tested.confidence, kind="stable")
+    errors, correct = [i for i in order[::-1] if is_wrong[i]], [i for i in order if not is_wrong[i]]
+    return [example(i) for i in errors[:N_ERRORS]], [example(i) for i in correct[:N_CORRECT]]
 
 
 def percent(probability: float) -> str:
-    """A probability as text, never rounded to all or nothing."""
+    """A probability as text, never rounded to 0 or 1."""
     return f"{100 * min(max(probability, 0.001), 0.999):.1f}\u2009%"
 
 
-def maps(features: Features, labels: Labels, verdicts: Verdicts | None) -> list[Figure]:
+def maps(features: Features, labels: Labels, tested: Average) -> list[Figure]:
     """The cached features in two dimensions, coloured by class and by error."""
     found = pictures.map_features(features)
-    told = {int(row): i for i, row in enumerate(verdicts.rows)} if verdicts else {}
+    outcome = np.full(len(labels.label), "not tested", dtype=object)
+    outcome[tested.rows] = np.where(tested.predicted == labels.label[tested.rows], "correct", "wrong")
     counts = np.bincount(labels.label, minlength=len(labels.class_names))
-    largest = set(np.argsort(-counts, kind="stable")[: MAX_COLOURS if len(counts) <= MAX_COLOURS else MAX_COLOURS - 1])
+    n_colours = len(counts) if len(counts) <= MAX_COLOURS else MAX_COLOURS - 1
+    largest = set(np.argsort(-counts, kind="stable")[:n_colours])
     rows = []
     for row, (x, y) in zip(found.rows.tolist(), found.xy.tolist(), strict=True):
-        label, verdict = int(labels.label[row]), NOT_TESTED
-        if verdicts and row in told:
-            verdict = "right" if verdicts.predicted[told[row]] == label else "wrong"
-        name = labels.class_names[label]
+        name = labels.class_names[labels.label[row]]
+        colour = name if labels.label[row] in largest else OTHERS
         place = {"x": float(f"{x:.4g}"), "y": float(f"{y:.4g}"), "image": labels.image_id[row]}
-        rows.append(place | {"class": name, "colour": name if label in largest else OTHERS, "verdict": verdict})
+        rows.append(place | {"class": name, "colour": colour, "outcome": outcome[row]})
     n = f"{len(rows):,} images" + (f", a sample of {len(labels.label):,}" if len(rows) < len(labels.label) else "")
-    pooled = " Maps are averaged over their pixels." if found.is_pooled else ""
+    pooled = " Feature maps are averaged over their pixels." if found.is_pooled else ""
     colours = [name for i, name in enumerate(labels.class_names) if i in largest]
     colours += [OTHERS] if len(largest) < len(counts) else []
-    caption = (
-        f"{n}, by the first two principal components of their features.{pooled} Classes that lie apart need no more "
-        "than a head."
+    by_class = (
+        f"{n}, by the first two principal components of their features.{pooled} Where the classes form separate "
+        "clouds, a head on frozen features is enough."
     )
-    figures = [
-        Figure("By class", caption, charts.feature_map(rows, "colour", colours, found.shares), numbered(colours))
+    kinds = ["correct", "wrong"]
+    shown = sorted((row for row in rows if row["outcome"] in kinds), key=lambda row: row["outcome"])
+    n_wrong = sum(row["outcome"] == "wrong" for row in shown)
+    by_error = f"The {len(shown):,} of these images that some seed tests; {n_wrong:,} are predicted wrong."
+    return [
+        Figure("By class", by_class, charts.feature_map(rows, "colour", colours, found.shares), numbered(colours)),
+        Figure("By error", by_error, charts.feature_map(shown, "outcome", kinds, found.shares), numbered(kinds)),
     ]
-    if verdicts:
-        kinds = ["right", "wrong"]
-        tested = sorted((row for row in rows if row["verdict"] in kinds), key=lambda row: row["verdict"])
-        n_wrong = sum(row["verdict"] == "wrong" for row in tested)
-        caption = f"The same map: the {len(tested):,} images that some seed tests, {n_wrong:,} of them told wrong."
-        figures.append(
-            Figure("By error", caption, charts.feature_map(tested, "verdict", kinds, found.shares), numbered(kinds))
+
+
+def suspects(rows: Sequence[dict[str, str]], album: Album) -> list[Example]:
+    """The first rows of reports/label_suspects.csv: the labels that are most probably wrong."""
+    return [
+        _example(
+            album,
+            row["image_id"],
+            ("label", row["label"], percent(float(row["self_confidence"]))),
+            ("suggested", row["suggested"], ""),
         )
-    return figures
+        for row in rows[:N_SUSPECTS]
+    ]
 
 
-def suspects(path: Path, album: Album) -> list[Example]:
-    """The images whose labels are most probably wrong; empty without such a list."""
-    rows = _read_csv(path, ("image_id", "label", "suggested", "self_confidence"))
-    examples = []
-    for row in rows[:N_SUSPECTS]:
-        sure = ""
-        with contextlib.suppress(ValueError):
-            sure = percent(float(row["self_confidence"]))
-        lines = [("labelled", row["label"], sure), ("rather", row["suggested"], "")]
-        examples.append(Example(row["image_id"], album.thumbnail(row["image_id"]), lines))
-    return examples
-
-
-def rejected(path: Path) -> list[Json]:
-    """Path and reason of files that could not be read."""
-    return _read_csv(path, ("path", "reason"))
-
-
-def read_object(path: Path) -> Json:
-    """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def class_counts(summary: Json) -> Figure | None:
+def class_counts(classes: dict[str, int]) -> Figure:
     """Bars of the images of each class, the largest first."""
-    counts = sorted((summary.get("classes") or {}).items(), key=lambda item: -item[1])
-    if not counts:
-        return None
+    counts = sorted(classes.items(), key=lambda item: -item[1])
     ratio = counts[0][1] / max(counts[-1][1], 1)
-    caption = f"{sum(n for _, n in counts):,} images, the largest class {ratio:.1f} times the smallest."
-    if len(counts) > N_ROWS:
-        half = N_ROWS // 2
-        caption += f" Of {len(counts)} classes the {half} largest and the {half} smallest."
+    caption = f"{sum(classes.values()):,} images. The largest class has {ratio:.1f} times the images of the smallest."
+    if len(counts) > N_BARS:
+        half = N_BARS // 2
+        caption += f" Of {len(counts)} classes, the {half} largest and the {half} smallest are shown."
         counts = counts[:half] + counts[-half:]
-    rows = [{"class": name, "count": n} for name, n in counts]
-    return Figure("Images per class", caption, charts.class_counts(rows))
+    return Figure("Images per class", caption, charts.class_counts([{"class": name, "count": n} for name, n in counts]))
 
 
 def groups(found: Sequence[Sequence[str]], album: Album) -> list[list[Example]]:
-    """Groups of images (at most four of each are shown) that are alike."""
-    return [[Example(str(name), album.thumbnail(str(name)), []) for name in group[:4]] for group in found[:N_PAIRS]]
+    """The first groups of images that are alike, at most four images of each."""
+    return [[_example(album, image_id) for image_id in group[:4]] for group in found[:N_PAIRS]]
 
 
-def near_duplicates(found: Sequence[Json], album: Album) -> list[Json]:
-    """Pairs that look alike, with the bits in which their hashes differ."""
-    return [
-        {"bits": pair.get("bits"), "images": [Example(pair[k], album.thumbnail(pair[k]), []) for k in ("a", "b")]}
-        for pair in found[:N_PAIRS]
-        if "a" in pair and "b" in pair
-    ]
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> list[Json]:
-    """Rows of a CSV file; empty if it is not there or lacks a column."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return []
-    return [row for row in rows if all(row.get(column) is not None for column in columns)]
+def _example(album: Album, image_id: str, *lines: tuple[str, str, str]) -> Example:
+    return Example(image_id, album.thumbnail(image_id), lines)

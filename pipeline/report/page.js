@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts, and draws them again when the page turns dark or light.
+// Draws the charts, again whenever the page turns dark or light.
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const specs = read("specs");
 const themes = read("themes");
@@ -16,14 +16,14 @@ async function draw() {
     const spec = specs[Number(place.dataset.chart)];
     const options = {
       actions: false,
-      ast: true, // expressions are interpreted: the page lets no text become code
+      ast: true, // interpret expressions: the security policy allows no code made from text
       config: themes[kind],
       defaultStyle: false,
       renderer: spec.usermeta?.renderer ?? "svg",
       tooltip: { theme: kind },
     };
     views.push(await vegaEmbed(place, spec, options));
-    await new Promise((done) => setTimeout(done)); // so that the page can be scrolled meanwhile
+    await new Promise((done) => setTimeout(done)); // keeps the page responsive
   }
   document.documentElement.setAttribute("data-drawn", kind);
 }

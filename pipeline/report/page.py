@@ -1,215 +1,135 @@
-"""report: one page that shows what was found, why, on which data, and how it was made.
+"""report: one page with the results, the evidence for them, the data, and how they were made.
 
-Reads   reports/, data/, params.yaml, dvc.lock, and the image files
-Writes  reports/report.html     self-contained: it opens from the file system and asks no network for anything
+Reads   reports/, data/, params.yaml, dvc.lock, .dvc/plots/, and the image files
+Writes  reports/report.html     self-contained: it opens from the file system and loads nothing from a network
 
-What is not there is said where it would stand.
+The page shows the outputs that dvc.lock lists, and no others: one that is missing or differs is an error. Image files
+and weights, which are no outputs, may be missing: then their pictures are, too.
 """
 
 import base64
+import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from safetensors import SafetensorError
 
 from pipeline import logs
 from pipeline.comparison import tables
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images, Labels
 from pipeline.features import hdf5
-from pipeline.features.hdf5 import Features
+from pipeline.features.hdf5 import Provenance
 from pipeline.files import write_text
-from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, PARAMS, Params, load_params
+from pipeline.network import backbones
+from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, PARAMS, load_params
+from pipeline.report import charts, evidence, gallery, pictures, provenance
 from pipeline.report.evidence import Figure
-from pipeline.report.gallery import Verdicts
-from pipeline.report.page import charts, evidence, gallery, pictures, provenance
 from pipeline.report.pictures import Album
+from pipeline.training.runs import RUNS, read_run
 
-T = TypeVar("T")
 Json = dict[str, Any]
 REPORTS = Path("reports")
 PAGE = REPORTS / "report.html"
-HERE = Path(__file__).parent  # where the template, the style and the script lie
-MISSING = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-    SafetensorError,
-)  # what reading something absent or odd can raise
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the page is made of; None where there is none."""
-
-    params: Params
-    comparison: Json
-    details: Json
-    curves: list[Json]
-    labels: Labels | None
-    files: Images | None
-    features: Features | None
+HERE = Path(__file__).parent  # of the template, the style and the script
+NAMES = ("details", "cost", "curves", "reliability", "splits")  # of the JSON files in reports/ that the page shows
 
 
 def write() -> None:
     """Write the page."""
-    text = render(assemble(read()))
+    text = render(assemble())
     write_text(PAGE, text)
-    logs.log.info("%s (%s): open it in a browser", PAGE, evidence.size(len(text.encode())))
+    logs.log.info("%s (%s): open it in a browser", PAGE, evidence.scaled(len(text.encode()), "B"))
 
 
-def read() -> Inputs:
-    """Read what the pipeline wrote; ValueError if there is no comparison."""
-    path = REPORTS / "comparison.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; the page shows what dvc repro has made, so run that first")
-    return Inputs(
-        params=load_params(),
-        comparison=json.loads(path.read_text(encoding="utf-8")),
-        details=_attempt(lambda: _json("details.json"), {}),
-        curves=_attempt(lambda: _json("curves.json"), []),
-        labels=_attempt(manifest.read_labels, None),
-        files=_attempt(manifest.read_images, None),
-        features=_attempt(hdf5.read_features, None),
-    )
-
-
-def assemble(inputs: Inputs) -> Json:
-    """Everything that the template shows."""
-    comparison, details, labels = inputs.comparison, inputs.details, inputs.labels
-    names = evidence.strategies(comparison)
-    album = Album(Path(inputs.params.dataset.path), inputs.files) if inputs.files else None
-    best = choose(details, comparison)
-    verdicts = _attempt(lambda: judge(best, details), None)
-    errors = None
-    if verdicts and labels and album:
-        errors = _attempt(lambda: gallery.mistakes(verdicts, labels, album), None)
+def assemble() -> Json:
+    """Everything that the template shows; ValueError for an output that is missing or not the one in dvc.lock."""
+    stages = provenance.read_lock()
+    files = [f"reports/{name}" for name in ("confusion", "data", "label_suspects.csv", *(f"{n}.json" for n in NAMES))]
+    provenance.check(stages, [manifest.IMAGES.as_posix(), manifest.LABELS.as_posix(), *files])
+    params, labels, features = load_params(), manifest.read_labels(), hdf5.read_features()
+    if features.sha256 != labels.sha256:
+        raise ValueError(f"{hdf5.FEATURES}: of other images than {manifest.LABELS}; run: dvc repro")
+    details, cost, curves, reliability, splits = (_json(f"{name}.json") for name in NAMES)
+    summary = _json("data/summary.json")
+    strategies, best = details["strategies"], details["recommendation"]["strategy"]
+    names = [name for name in strategies if name != HEAD_ALL_SEEDS]
+    seeds = strategies[best]["seeds"]
+    runs = [RUNS / best] if best == HEAD_ONLY else [RUNS / best / f"seed_{seed}" for seed in seeds]
+    provenance.check(stages, [path.as_posix() for path in runs])
+    album = Album(Path(params.dataset.path), manifest.read_images())
+    tested = gallery.average([read_run(best, seed).test for seed in seeds])
+    errors, correct = gallery.examples(tested, labels, album)
+    class_rows = evidence.class_rows(strategies, names)
     return {
-        "params": inputs.params,
-        "params_text": _attempt(lambda: PARAMS.read_text(encoding="utf-8"), ""),
-        "n_images": len(labels.image_id) if labels else None,
-        "n_classes": len(labels.class_names) if labels else len(details.get("class_names") or []) or None,
+        "params": params,
+        "params_text": PARAMS.read_text(encoding="utf-8"),
+        "n_classes": len(labels.class_names),
         "names": names,
-        "colours": {name: i for i, name in enumerate(names)},
         "best": best,
-        "baseline": details.get("baseline") or inputs.params.compare.baseline,
-        "seeds": details.get("common_seeds") or [],
-        "n_test": evidence.n_test(details, best),
-        "recommendation": details.get("recommendation"),
-        "summary": comparison[best],
-        "gain": evidence.gain(comparison[best].get("vs_baseline")),
-        "table": evidence.table(comparison, details),
-        "tested": _attempt(lambda: tables.tested(details), ""),
-        "every_metric": _attempt(lambda: evidence.every_metric(details, names), []),
-        "costs": evidence.costs(comparison),
+        "details": details,
+        "table_of": evidence.table(strategies),
+        "tested": tables.tested(details),
         "timings": provenance.timings(),
-        "against_cost": _drawn("Accuracy against cost", lambda: evidence.against_cost(comparison)),
-        "learning": _drawn("Learning curves", lambda: evidence.learning(details, inputs.curves, names)),
-        "penalty": _drawn("The head's penalty", lambda: evidence.penalty(details)),
-        "confusions": _attempt(lambda: evidence.confusions(details, names), []),
-        "reliability": _drawn("Reliability", lambda: evidence.reliabilities(details, names)),
-        "calibration": _attempt(lambda: evidence.calibration(details, names), []),
-        "per_class": _drawn("Class by class", lambda: evidence.per_class(details, names)),
-        "class_rows": _attempt(lambda: evidence.class_rows(details, names), []),
-        "subsets": _attempt(lambda: evidence.breakdown(details, names, "subsets"), []),
-        "groups": _attempt(lambda: evidence.breakdown(details, names, "groups"), []),
-        "n_groups": _attempt(lambda: details["strategies"][best]["test"]["n_groups"], 0),
+        "figures": [
+            evidence.against_cost(cost, names),
+            evidence.learning(curves, names),
+            evidence.penalty(strategies),
+            evidence.reliability(reliability, names),
+        ],
+        "confusions": [
+            evidence.confusion(name, _json(f"confusion/{name}.json"), len(labels.class_names)) for name in names
+        ],
+        "per_class": evidence.per_class(class_rows, names),
+        "class_rows": class_rows,
         "errors": errors,
-        "n_judged": len(verdicts.rows) if verdicts else 0,
-        "maps": _maps(inputs.features, labels, verdicts),
-        "network": _network(inputs, album, errors),
-        "data": _data(album),
+        "correct": correct,
+        "n_tested": len(tested.rows),
+        "maps": gallery.maps(features, labels, tested),
+        "network": _network(features.provenance, album, [example.image_id for example in errors] + labels.image_id[:1]),
+        "summary": summary,
+        "splits": splits,
+        "class_counts": gallery.class_counts(summary["classes"]),
+        "rejected": _csv("data/rejected.csv"),
+        "exact": gallery.groups(summary["exact_duplicates"], album),
+        "conflicts": gallery.groups(summary["conflicts"], album),
+        "near": gallery.groups([[pair["a"], pair["b"]] for pair in summary["near_duplicates"]], album),
+        "suspects": gallery.suspects(_csv("label_suspects.csv"), album),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
-        "digests": provenance.digests(),
-        "made": inputs.features.provenance if inputs.features else None,
+        "stages": stages,
+        "backbone": features.provenance.backbone,
     }
 
 
-def choose(details: Json, comparison: Json) -> str:
-    """The strategy that the page dwells on: the recommended one, else the head."""
-    named = (details.get("recommendation") or {}).get("strategy")
-    return named if named in comparison else HEAD_ONLY if HEAD_ONLY in comparison else next(iter(comparison))
-
-
-def judge(name: str, details: Json) -> Verdicts:
-    """What the runs of a strategy say of the test images."""
-    return gallery.judge([artifacts.read_run(name, seed) for seed in details["strategies"][name]["seeds"]])
-
-
-def _maps(features: Features | None, labels: Labels | None, verdicts: Verdicts | None) -> list[Figure]:
-    if features is None or labels is None or features.sha256 != labels.sha256:
-        return [Figure("Map of the features", "There are no features of these images; run: dvc repro.")]
+def _network(made: Provenance, album: Album, candidates: list[str]) -> Json:
+    """Filters, the feature maps of the first image that can be shown, and why where there are none."""
+    found: Json = {"pictures": [], "image_id": "", "missing": ""}
     try:
-        return gallery.maps(features, labels, verdicts)
-    except MISSING as error:
-        return [Figure("Map of the features", f"It cannot be drawn: {error}.")]
-
-
-def _network(inputs: Inputs, album: Album | None, errors: dict[str, list[gallery.Example]] | None) -> Json:
-    """Filters and feature maps, and why where there are none."""
-    found: Json = {"filters": None, "blocks": [], "image_id": None, "missing": []}
-    if inputs.features is None:
-        return found | {"missing": ["There is no data/features.h5; run: dvc repro."]}
-    try:
-        backbone = pictures.load_backbone(inputs.features)
-    except MISSING as error:
-        return found | {"missing": [f"The network cannot be loaded: {error}"]}
-    try:
-        found["filters"] = pictures.first_filters(backbone)
-    except MISSING as error:
-        found["missing"].append(f"No filters: {error}.")
-    candidates = [example.image_id for example in (errors or {}).get("errors", [])]
-    candidates += inputs.labels.image_id[:1] if inputs.labels else []
-    opened = ((name, album.open(name)) for name in candidates) if album else iter(())
-    name, image = next(((name, image) for name, image in opened if image), ("", None))
-    if image is None:
-        found["missing"].append("No feature maps: the image files are gone, or are others than were indexed.")
-        return found
-    try:
-        pixels = pictures.network_input(backbone, image, inputs.params.augmentation)
-        last = inputs.features.provenance["computation"]["cut"]
-        found |= {"blocks": pictures.feature_maps(backbone, pixels, last), "image_id": name}
-    except MISSING as error:
-        found["missing"].append(f"No feature maps: {error}.")
-    return found
-
-
-def _data(album: Album | None) -> Json:
-    """The data section, from what `index` and `label_suspects` wrote."""
-    summary = gallery.read_object(REPORTS / "data" / "summary.json")
-    album = album or Album(Path(), Images([], [], [], []))
-    return {
-        "summary": summary,
-        "splits": gallery.read_object(REPORTS / "splits.json"),
-        "class_counts": gallery.class_counts(summary),
-        "rejected": gallery.rejected(REPORTS / "data" / "rejected.csv"),
-        "exact": gallery.groups(summary.get("exact_duplicates") or [], album),
-        "conflicts": gallery.groups(summary.get("conflicts") or [], album),
-        "near": gallery.near_duplicates(summary.get("near_duplicates") or [], album),
-        "suspects": gallery.suspects(REPORTS / "label_suspects.csv", album),
-    }
+        backbone = backbones.load_planned(made.backbone, str(hdf5.FEATURES))
+        filters = pictures.first_filters(backbone)
+        found["pictures"] = [filters] if filters else []
+        opened = ((image_id, album.open(image_id)) for image_id in candidates)
+        image_id, image = next(((image_id, image) for image_id, image in opened if image), ("", None))
+        if image is None:
+            raise ValueError(f"the image files in {album.directory} are missing, or changed since they were indexed")
+        found["pictures"] += pictures.feature_maps(backbone, image, made.augmentation, made.backbone.cut)
+        return found | {"image_id": image_id}
+    except ValueError as error:
+        return found | {"missing": str(error)}
 
 
 def render(page: Json) -> str:
-    """Fill the template; scripts are named by their digests, so that no other can run."""
+    """Fill the template; its security policy names the scripts by their digests, so that no other can run."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
         "label": evidence.label,
-        "size": evidence.size,
         "scaled": evidence.scaled,
         "shown": evidence.shown,
         "duration": duration,
@@ -217,25 +137,29 @@ def render(page: Json) -> str:
     }
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        (HERE / "report.js").read_text(encoding="utf-8"),
+        (HERE / "page.js").read_text(encoding="utf-8"),
     ]
     specs: list[Json] = []
 
     def place(figure: Figure) -> int:
-        """Number a chart, which the script finds by it."""
+        """The number by which page.js finds a chart."""
         specs.append(figure.spec or {})
         return len(specs) - 1
 
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         **page,
         place=place,
         specs=specs,
+        cell=evidence.cell,
+        measured=evidence.measured,
+        metrics=evidence.METRICS,
+        costs=evidence.COSTS,
+        cost_text=evidence.cost_text,
         themes={"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)},
         palettes={"light": charts.LIGHT, "dark": charts.DARK},
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
-        digests_of_scripts=[_csp_digest(script) for script in scripts],
-        all_seeds=HEAD_ALL_SEEDS,
+        digests=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
 
 
@@ -251,23 +175,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
-def _csp_digest(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
 def _json(name: str) -> Any:  # noqa: ANN401
     return json.loads((REPORTS / name).read_text(encoding="utf-8"))
 
 
-def _drawn(title: str, make: Callable[[], Figure]) -> Figure:
-    try:
-        return make()
-    except MISSING:
-        return Figure(title, "The reports are damaged, or of another version; run: dvc repro.")
-
-
-def _attempt(make: Callable[[], T], otherwise: T) -> T:
-    try:
-        return make()
-    except MISSING:
-        return otherwise
+def _csv(name: str) -> list[dict[str, str]]:
+    with (REPORTS / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

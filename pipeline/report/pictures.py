@@ -1,6 +1,6 @@
 """Pictures for the page, as data URIs: thumbnails of images, filters, feature maps; and a map of the features.
 
-Image files are read through decoding.decode, and only if they still are the bytes that were indexed.
+An image file is shown only if it has not changed since it was indexed.
 """
 
 import base64
@@ -18,9 +18,11 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline.dataset import decoding
 from pipeline.dataset.manifest import Images
 from pipeline.features.hdf5 import Features
-from pipeline.network import backbones, cuts, tracing
+from pipeline.features.views import make_views
+from pipeline.network import cuts, tracing
 from pipeline.network.backbones import Backbone
-from pipeline.params import Augmentation, BackboneChoice
+from pipeline.network.preprocessing import Normalize
+from pipeline.params import Augmentation
 
 THUMBNAIL = 128  # px, the longer side
 MAX_POINTS = 5000  # of the map
@@ -28,13 +30,13 @@ MAX_BLOCKS = 12
 CHANNELS = 8  # of a block
 TILE = 56  # px of a feature map
 FILTERS = 64
-X = "\u00d7"  # between two sizes
+TIMES = "\u00d7"  # between two sizes
 GAP = 2  # px between tiles
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows, in words; `width` and `height` in px, of the page."""
+    """A picture and its caption; `width` and `height` in px of the page."""
 
     uri: str
     width: int
@@ -44,7 +46,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Images `rows` (n,) of the features at `xy` (n, 2), whose axes hold `shares` of the variance."""
+    """Images `rows` (n,) and where they lie, `xy` (n, 2); `shares` of the variance along the two axes.
+
+    `is_pooled`: the features are maps, which were averaged over their pixels.
+    """
 
     rows: np.ndarray
     xy: np.ndarray
@@ -53,25 +58,25 @@ class FeatureMap:
 
 
 class Album:
-    """Thumbnails of a data set, each made once."""
+    """Thumbnails of a dataset, each made once."""
 
     def __init__(self, directory: Path, files: Images) -> None:
-        self._directory = directory
+        self.directory = directory
         self._digests = dict(zip(files.image_id, files.sha256, strict=True))
         self._made: dict[str, str | None] = {}
 
     def thumbnail(self, image_id: str) -> str | None:
-        """A data URI, or None where the file is gone, or is another than was indexed."""
+        """A data URI; None if the file is missing, cannot be read, or changed since it was indexed."""
         if image_id not in self._made:
             image = self.open(image_id)
             self._made[image_id] = _thumbnail(image) if image else None
         return self._made[image_id]
 
     def open(self, image_id: str) -> Image.Image | None:
-        """The image, decoded; one that was left out of the index counts if it lies in the directory."""
-        path = self._directory / image_id
+        """The image, decoded, or None; one that is not in the index must only lie in the directory."""
+        path = self.directory / image_id
         try:
-            if not path.resolve().is_relative_to(self._directory.resolve()):
+            if not path.resolve().is_relative_to(self.directory.resolve()):
                 return None
             content = path.read_bytes()
             if image_id in self._digests and decoding.sha256(content) != self._digests[image_id]:
@@ -81,63 +86,49 @@ class Album:
             return None
 
 
-def load_backbone(features: Features) -> Backbone:
-    """The network that made the features; ValueError if its weights are others now, or cannot be had."""
-    made = features.provenance
-    backbone = backbones.load(BackboneChoice(**made["backbone"]), made["image_size"])
-    if backbone.weights_sha256 != made["computation"]["weights_sha256"]:
-        raise ValueError("data/features.h5 was made with other weights than params.yaml names now")
-    return backbone
-
-
-def first_filters(backbone: Backbone) -> Picture:
-    """The filters of the first convolution, each scaled to its own range; ValueError if there is nothing to see."""
+def first_filters(backbone: Backbone) -> Picture | None:
+    """The filters of the first convolution, each scaled to its own range; None if they have less than 2 x 2 pixels."""
     layers = ((name, layer) for name, layer in backbone.module.named_modules() if isinstance(layer, _ConvNd))
     name, layer = next(layers, ("", None))
-    weight = layer.weight.detach().float().numpy() if layer is not None else np.zeros((0, 0, 1, 1))
-    if weight.ndim != 4 or min(weight.shape[2:]) < 2:
-        raise ValueError(f"{backbone.name} does not begin with a convolution of more than one pixel")
-    # Colours only where the three channels are those of the image
+    if layer is None or layer.weight.ndim != 4 or min(layer.weight.shape[2:]) < 2:
+        return None
+    weight = layer.weight.detach().float().numpy()
+    # In colour only if the three channels are those of the image
     tiles = weight.transpose(0, 2, 3, 1) if weight.shape[1] == 3 else weight.mean(1)[..., None]
-    shown = [_scaled(tile) for tile in tiles[:FILTERS]]
-    side = max(24, 2 * weight.shape[2])
-    n, size = len(weight), X.join(map(str, weight.shape[2:]))
+    n, size = len(weight), TIMES.join(map(str, weight.shape[2:]))
     some = f"the first {FILTERS} of " if n > FILTERS else ""
-    return _grid(shown, side, 8, f"{some}{n} filters of {size} px, layer {name}")
+    title = f"{some}{n} filters of {size} px, layer {name}"
+    return _grid([_scaled(tile) for tile in tiles[:FILTERS]], max(24, 2 * weight.shape[2]), 8, title)
 
 
-def network_input(backbone: Backbone, image: Image.Image, augmentation: Augmentation) -> np.ndarray:
-    """View 0 of an image, uint8 (crop, crop, 3), which `augmentation` leaves as it is."""
-    return images.views(image, "", [0], backbone.preprocessing, augmentation)[0]
+def feature_maps(backbone: Backbone, image: Image.Image, augmentation: Augmentation, last: str) -> list[Picture]:
+    """View 0 of the image, and the channels that vary most at the end of each block up to the cut `last`.
 
-
-def feature_maps(backbone: Backbone, pixels: np.ndarray, last: str) -> list[Picture]:
-    """The input (crop, crop, 3), and what it becomes at the end of each block up to the cut `last`.
-
-    Of each block, the channels that vary most. ValueError if the network cannot be traced, or has no maps.
+    ValueError if the network cannot be traced, or has no maps.
     """
+    pixels = make_views(image, "", [0], backbone.preprocessing, augmentation)[0]
     ends = {cuts.block(backbone.module, name): name for name in tracing.find(backbone)}
     names = list(ends.values())
     if last in names:
         names = names[: names.index(last) + 1]
     if len(names) > MAX_BLOCKS:
         names = [names[i] for i in np.linspace(0, len(names) - 1, MAX_BLOCKS).round().astype(int)]
-    pictures = []
+    blocks = []
     with torch.inference_mode():
-        x = backbones.Normalize(backbone.preprocessing)(torch.from_numpy(pixels[None].copy()))
+        x = Normalize(backbone.preprocessing)(torch.from_numpy(pixels[None].copy()))
         for name, piece in zip(names, cuts.split(backbone, *names), strict=False):
             x = piece(x)
             if x.ndim == 4 and min(x.shape[1:]) > 1:
-                pictures.append(_block(name, x[0].float().numpy()))
-    if not pictures:
-        raise ValueError(f"{backbone.name} has no maps of more than one pixel at its cut points")
+                blocks.append(_block(name, x[0].float().numpy()))
+    if not blocks:
+        raise ValueError(f"{backbone.name} has no feature maps of more than one pixel at its cut points")
     side = 2 * TILE + GAP
-    seen = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
-    return [Picture(_uri(seen, "PNG"), side, side, f"input: {len(pixels)}{X}{len(pixels)} px"), *pictures]
+    small = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+    return [Picture(_uri(small, "PNG"), side, side, f"input: {len(pixels)}{TIMES}{len(pixels)} px"), *blocks]
 
 
 def map_features(features: Features) -> FeatureMap:
-    """The first two principal components of view 0; of more than MAX_POINTS images a sample, always the same."""
+    """The first two principal components of view 0; of many images, always the same sample of MAX_POINTS."""
     n = len(features.values)
     rows = np.arange(n)
     if n > MAX_POINTS:
@@ -148,7 +139,7 @@ def map_features(features: Features) -> FeatureMap:
 
 
 def _vector(value: np.ndarray) -> np.ndarray:
-    """Features of one image as a vector: maps are averaged over their pixels."""
+    """Features of one image as a vector; maps are averaged over their pixels."""
     vector = value.astype(np.float32)
     return vector if vector.ndim == 1 else cuts.Pool("avg")(torch.from_numpy(vector[None])).numpy()[0]
 
@@ -157,7 +148,7 @@ def _block(name: str, maps: np.ndarray) -> Picture:
     is_channels_last = maps.shape[0] == maps.shape[1] != maps.shape[2]
     maps = np.moveaxis(maps, -1, 0) if is_channels_last else maps
     order = np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:CHANNELS]
-    title = f"{name}: {len(maps)} maps of {maps.shape[1]}{X}{maps.shape[2]}"
+    title = f"{name}: {len(maps)} maps of {maps.shape[1]}{TIMES}{maps.shape[2]}"
     return _grid([_scaled(maps[channel][..., None]) for channel in np.sort(order)], TILE, CHANNELS // 2, title)
 
 

@@ -1,12 +1,18 @@
-"""What a result hangs on: the commit, library versions, digests of what DVC keeps; and how long stages took."""
+"""Where a result comes from: the commit, library versions, and the outputs that dvc.lock lists; how long stages took.
 
+Reads dvc.lock and reports/timings/.
+"""
+
+import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -27,51 +33,86 @@ LIBRARIES = (
 )
 
 
+class Output(BaseModel):
+    """A file or directory that a stage wrote; `md5` as DVC computes it, see `digest`; `size` in bytes."""
+
+    path: str
+    md5: str
+    size: int
+
+
+class Stage(BaseModel):
+    """What dvc.lock says of a stage."""
+
+    outs: list[Output] = []
+
+
+class Lock(BaseModel):
+    """dvc.lock."""
+
+    stages: dict[str, Stage]
+
+
+class Timing(BaseModel):
+    """What a stage took when it last ran here; the peak is of its main process, None where the system gives none."""
+
+    stage: str
+    wall_seconds: float
+    peak_memory_bytes: int | None
+
+
+def read_lock(path: Path = LOCK) -> dict[str, Stage]:
+    """Read the stages of dvc.lock; ValueError if it is not there, or damaged."""
+    try:
+        return Lock.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))).stages
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; the page shows what `dvc repro` computed, so run that first") from None
+    except (YAMLError, ValidationError, UnicodeDecodeError):
+        raise ValueError(f"{path}: damaged; run: dvc repro") from None
+
+
+def check(stages: dict[str, Stage], paths: Iterable[str]) -> None:
+    """ValueError for an output that is missing, or is not the one that dvc.lock lists: damaged, or out of date."""
+    listed = {out.path: out.md5 for stage in stages.values() for out in stage.outs}
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"{path}: not found; run: dvc repro")
+        if listed.get(path) != digest(Path(path)):
+            raise ValueError(f"{path}: not the output that {LOCK} lists, so damaged or out of date; run: dvc repro")
+
+
+def digest(path: Path) -> str:
+    """MD5 (hex) of a file; of a directory that of the list of its files, with the suffix .dir, as in dvc.lock."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    files = {file.relative_to(path).as_posix(): digest(file) for file in path.rglob("*") if file.is_file()}
+    entries = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
+    return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
 def commit() -> dict[str, Any] | None:
     """The commit of the checkout, its date, and how many files differ from it; None without git."""
     try:
-        shown = _git("show", "--no-patch", "--format=%H %cs", "HEAD").split()
-        changed = _git("status", "--porcelain").splitlines()
+        found, date = _git("show", "--no-patch", "--format=%H %cs", "HEAD").split()
+        return {"hash": found, "date": date, "n_changed": len(_git("status", "--porcelain").splitlines())}
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"hash": shown[0], "date": shown[1], "n_changed": len(changed)}
 
 
 def versions() -> dict[str, str]:
     """Python, and the libraries whose versions change results."""
-    found = {"Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"Python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
 
 
-def digests(path: Path = LOCK) -> list[dict[str, Any]]:
-    """Stage, path, MD5 and size (bytes) of every output in dvc.lock; empty where there is none."""
-    try:
-        stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
-        return [
-            {"stage": stage, "path": out["path"], "md5": out["md5"], "size_bytes": out.get("size")}
-            for stage, done in stages.items()
-            for out in done.get("outs", [])
-        ]
-    except (OSError, YAMLError, LookupError, TypeError, AttributeError):
-        return []
-
-
-def timings(directory: Path = TIMINGS) -> list[dict[str, Any]]:
-    """What each stage took when it last ran here: stage, wall_seconds, peak_memory_bytes; the longest first."""
+def timings(directory: Path = TIMINGS) -> list[Timing]:
+    """What each stage took, the longest first; ValueError if a file is damaged."""
     found = []
     for path in directory.glob("*.json"):
         try:
-            timing = json.loads(path.read_text(encoding="utf-8"))
-            seconds, peak = float(timing["wall_seconds"]), timing["peak_memory_bytes"]
-            found.append({"stage": path.stem, "wall_seconds": seconds, "peak_memory_bytes": peak and int(peak)})
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return sorted(found, key=lambda timing: -timing["wall_seconds"])
+            found.append(Timing(stage=path.stem, **json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: damaged; delete it") from None
+    return sorted(found, key=lambda timing: -timing.wall_seconds)
 
 
 def _git(*arguments: str) -> str:

@@ -1,7 +1,7 @@
-"""The page that `dvc plots show` fills: .dvc/plots/page.html.
+"""The page that `dvc plots show` fills: .dvc/plots/page.html, which .dvc/config names and git ignores.
 
-It carries Vega, Vega-Lite and Vega-Embed itself, as vl-convert bundles them, so that it works without a network; DVC's
-own page loads them from one. To be run again when vl-convert-python changes; .dvc/config names the page.
+It contains Vega, Vega-Lite and Vega-Embed, as vl-convert bundles them, so that it works without a network; DVC's own
+page loads them from the web. `make venv` writes it.
 """
 
 from pathlib import Path
@@ -14,7 +14,6 @@ from pipeline.files import write_text
 PAGE = Path(".dvc/plots/page.html")
 SKELETON = """<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <link rel="icon" href="data:,">
@@ -24,10 +23,7 @@ SKELETON = """<!DOCTYPE html>
   body { display: flex; flex-wrap: wrap; gap: 2rem; margin: 1.5rem; font-family: sans-serif; background: white; }
   body > div { max-width: 100%; overflow-x: auto; }
 </style>
-<script>
-LIBRARIES
-</script>
-</head>
+<script>LIBRARIES</script>
 <body>
 {plot_divs}
 </body>
@@ -36,7 +32,7 @@ LIBRARIES
 
 
 def page() -> str:
-    """The page; DVC puts the plots in place of {plot_divs}."""
+    """The page; DVC replaces {plot_divs} by the plots."""
     libraries = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     return SKELETON.replace("LIBRARIES", libraries.replace("</script", r"<\/script"))
 

@@ -16,8 +16,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from pipeline.report.page import page
-from tests import study
+from pipeline.report import page as report
+from tests.factories import HOSTILE, make_study
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -41,9 +41,9 @@ pytestmark = [
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a study whose names are hostile."""
     root = tmp_path_factory.mktemp("study")
-    study.make(root)
+    make_study(root)
     with contextlib.chdir(root):
-        report.main()
+        report.write()
     return root / report.PAGE
 
 
@@ -125,7 +125,7 @@ def test_names_run_no_script(browser: webdriver.Chrome, page: Path):
     assert browser.execute_script("return document.querySelectorAll('script').length") == 4
     injected = "return document.querySelectorAll('img[onerror], [src=x]').length"
     assert browser.execute_script(injected) == 0
-    for name in study.HOSTILE:
+    for name in HOSTILE:
         shown = " ".join(str(browser.execute_script("return document.body.textContent")).split())
         assert " ".join(name.split()) in shown
 

@@ -1,4 +1,4 @@
-"""The templates that DVC's plots are drawn with, and the page they are shown on."""
+"""The templates that DVC's plots are drawn with."""
 
 import json
 import re
@@ -11,7 +11,6 @@ from ruamel.yaml import YAML
 
 from pipeline.comparison import plots
 from pipeline.comparison.plots import VEGA_LITE
-from pipeline.tools import plots_page
 from tests.factories import HEAD_RUNS, forty_details, run_wrong_on
 
 TEMPLATES = Path(".dvc/plots")
@@ -20,10 +19,11 @@ PLOTS = {Path(name).stem: options for plot in STAGE["plots"] for name, options i
 COST = {"train_flops": 10**12, "trainable_params": 1, "base_passes": 1, "cached_bytes": 1}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "curves": [
-        {"strategy": name, "seed": seed, "epoch": epoch, "val_loss": 0.5 - epoch / 10, "val_accuracy": 0.8}
+        {"strategy": name, "seed": seed, "epoch": epoch, "train_loss": 0.4 if epoch else None, "train_accuracy": None}
+        | {"val_loss": 0.5 - epoch / 10, "val_accuracy": 0.8, "is_selected": epoch == 2}
         for name in ("head", "full")
         for seed in (0, 1)
-        for epoch in (0, 1)
+        for epoch in (0, 1, 2)
     ],
     "cost": [{"strategy": name, "accuracy": 0.85, "low": 0.8, "high": 0.9, **COST} for name in ("head", "full")],
     "reliability": [{"strategy": "full", "confidence": 0.7, "accuracy": 0.75, "weight": 1.0}],
@@ -58,26 +58,15 @@ def test_the_fields_that_dvc_checks_are_in_the_rows(name: str):
 
 
 def test_confusion_is_normalised_by_the_actual_class():
-    assert sorted(re.findall(r">(\d+%)</text>", drawn("confusion"))) == sorted(
+    assert sorted(re.findall(r">(\d+%)</t(?:ext|span)>", drawn("confusion"))) == sorted(
         [*("75%", "25%", "100%") * 2, *("0%", "20%", "40%", "60%", "80%", "100%")]
     )
 
 
-def test_every_strategy_has_its_curve_for_every_seed():
-    lines = re.findall(r'aria-roledescription="line mark"', drawn("curves"))
-    assert len(lines) == 2 * 2 * 2
-
-
-def test_the_page_is_what_its_module_makes_and_loads_nothing():
-    page = plots_page.PAGE.read_text(encoding="utf-8")
-    assert page == plots_page.page(), "run: make plots-page"
-    assert page.count("{plot_divs}") == 1
-    assert "{scripts}" not in page, "DVC would put scripts from the web there"
-    assert not re.findall(r'<script[^>]+src=|<link[^>]+href="http', page)
-
-
-def test_dvc_is_told_of_the_page():
-    assert "html_template = plots/page.html" in Path(".dvc/config").read_text(encoding="utf-8")
+def test_every_run_has_its_curves_and_a_dot_on_the_selected_epoch():
+    picture = drawn("curves")
+    assert len(re.findall(r'aria-roledescription="line mark"', picture)) == 2 * (2 * 2 * 2)  # validation and training
+    assert len(re.findall(r'aria-roledescription="point"', picture)) == 2 * 2 * 2
 
 
 def test_the_name_of_a_class_cannot_end_a_script():

@@ -1,6 +1,7 @@
 """backbones: names, sizes and published weights, and one line for whatever does not fit together."""
 
 import urllib.error
+
 import pytest
 import torch
 

@@ -1,0 +1,33 @@
+"""Figures as text, and tables and charts that are cut short."""
+
+import pytest
+
+from pipeline.report import evidence
+from tests.factories import REPOSITORY
+
+
+def test_many_classes_are_cut_short(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    names = [f"class {i}" for i in range(60)]
+    rows = [
+        {"strategy": "a", "class": name, "f1": i / 60, "precision": 0.5, "recall": 0.5, "support": 2}
+        for i, name in enumerate(names)
+    ]
+    bars = evidence.per_class(rows, ["a"])
+    assert bars.caption.startswith("The 20 hardest of 60 classes")
+    assert bars.spec
+    assert len(bars.spec["data"]["values"]) == 20
+    counts = [{"strategy": "a", "actual": name, "predicted": name, "count": 1} for name in names]
+    matrix = evidence.confusion("a", counts, 60)
+    assert matrix.spec is None
+    assert matrix.caption == "60 predictions. No errors. 60 classes are too many for a matrix."
+    assert evidence.confusion("a", counts[:3], 3).spec
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0\u00a0B"), (999, "999\u00a0B"), (5.2e12, "5.2\u00a0TB")])
+def test_sizes_are_written_with_their_unit(value: float, text: str):
+    assert evidence.scaled(value, "B") == text
+
+
+def test_a_metric_without_a_value_is_a_dash():
+    assert evidence.cell("auroc", None) == {"metric": "auroc", "value": None, "text": "\u2013", "note": ""}
