@@ -44,9 +44,7 @@ class Computation:
     preprocessing: Preprocessing
 
 
-def prepare(
-    prefix: Prefix, augmentation: Augmentation, options: FeatureOptions, device: torch.device
-) -> Computation:
+def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions, device: torch.device) -> Computation:
     """Make the prefix ready to run, and describe it; ValueError if the engine or the precision does not go with it."""
     engine.check_precision("features.precision", options.precision, device)
     backbone, module = prefix.backbone, prefix.module

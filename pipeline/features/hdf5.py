@@ -1,7 +1,7 @@
 """The two kinds of HDF5 file: shards of the feature store, and data/features.h5. No other module opens them.
 
 Both hold plain arrays. A file that holds anything else (links, virtual datasets, further objects) is refused. A shard
-is named by the SHA-256 of its bytes, so that damage is noticed before it is parsed.
+is named by the SHA-256 of its bytes, so that damage is found before it is parsed.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ class Features:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that was checked: its rows, and where in the file their values (n_rows, *shape) follow each other.
+    """A shard that was checked: its rows, and the offset in the file of their values (n_rows, *shape), in bytes.
 
-    `rounding` (n_rows,) float32: largest error that storing made in a row, relative to the row's largest value.
+    `rounding` (n_rows,) float32: the largest error of storing a row, relative to the row's largest value.
     """
 
     path: Path
@@ -80,7 +80,7 @@ def write_shard(directory: Path, key: str, rows: Sequence[Row], values: np.ndarr
 
 
 def read_shard(path: Path) -> Shard:
-    """Check a shard and read what it says of its rows; ValueError if it is not, byte for byte, what was written."""
+    """Check a shard and read which rows it holds; ValueError if it is not, byte for byte, what was written."""
     _check_plain(path)
     with path.open("rb") as content:
         if hashlib.file_digest(content, "sha256").hexdigest() != path.stem:
@@ -89,7 +89,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def parse_shard(path: Path) -> Shard:
-    """As read_shard, but takes it on trust that no byte of the values has changed."""
+    """As read_shard, without comparing the digest: changed values are not noticed."""
     _check_plain(path)
     try:
         with h5py.File(path, "r") as file:
@@ -106,12 +106,12 @@ def parse_shard(path: Path) -> Shard:
             return Shard(path, key, rows, errors, values.id.get_offset(), values.shape[1:], values.dtype)
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, RuntimeError, TypeError) as error:  # what h5py raises; TypeError: a scalar has no length
+    except (OSError, KeyError, RuntimeError, TypeError) as error:  # raised by h5py; TypeError: a scalar has no length
         raise ValueError(" ".join(str(error).split())) from None
 
 
 def _check_plain(path: Path) -> None:
-    """ValueError for a directory, a link, or a pipe, which would be waited for."""
+    """ValueError for a directory, a link, or a pipe, which would block."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError("it is no plain file")
 
@@ -134,7 +134,7 @@ def write_features(
                     start += len(block)
                 file["sha256"] = np.array([name.encode() for name in sha256], "S64")
                 file.attrs["provenance"] = provenance.model_dump_json()
-        except RuntimeError as error:  # what HDF5 raises if the disk turns out to be full when it closes the file
+        except RuntimeError as error:  # raised by HDF5 if the disk is full when it closes the file
             raise OSError(str(error)) from None
 
 
@@ -152,7 +152,7 @@ def read_features(path: Path = FEATURES) -> Features:
             sha256 = [name.decode() for name in names[()].tolist()]
             return Features(mapped, sha256, Provenance.model_validate_json(provenance))
     except FileNotFoundError:
-        raise ValueError(f"{path}: not there; run: dvc repro extract") from None
+        raise ValueError(f"{path}: not found; run: dvc repro extract") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not written by this pipeline ({reason}); run: dvc repro extract") from None

@@ -33,7 +33,7 @@ def root() -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """Everything that can change a row; `row_shape` follows from it."""
+    """Everything that can change a row, as JSON; `row_shape` is the shape that results."""
 
     description: dict[str, Any]
     augmentation: Augmentation
@@ -50,7 +50,7 @@ class Key:
         return self.dtype.itemsize * math.prod(self.row_shape)
 
     def describe(self, view: int) -> dict[str, Any]:
-        """What a row of this view depends on: on the augmentation only if it is not view 0."""
+        """Everything that a row of this view depends on; view 0 does not depend on the augmentation."""
         augmentation = self.augmentation.model_dump(mode="json") if view else None
         return {"schema": SCHEMA, **self.description, "augmentation": augmentation}
 
@@ -67,8 +67,8 @@ class Store:
         self._rows: dict[Row, tuple[Shard, int]] = {}
         for view in (0, 1):
             directory = root() / key.name(view)
-            with suppress(OSError):  # there is no such key yet, or we may only read
-                os.utime(directory / "key.json")  # says when the key was last used
+            with suppress(OSError):  # a new key, or a store without write permission
+                os.utime(directory / "key.json")  # the time of the last use
             for path, found in read_shards(directory.glob("*.h5")):
                 problem = str(found) if isinstance(found, ValueError) else self._misfit(found, view)
                 if isinstance(found, ValueError) or problem:
@@ -92,7 +92,7 @@ class Store:
         found = [self._rows[row] for row in rows]
         order = sorted(range(len(rows)), key=lambda i: (found[i][0].path, found[i][1]))
         for path, group in groupby(order, lambda i: found[i][0].path):
-            with path.open("rb", buffering=0) as file:  # not mapped: what is read does not stay in memory
+            with path.open("rb", buffering=0) as file:  # not a memory map, whose pages would stay in memory
                 for i in group:
                     shard, position = found[i]
                     file.seek(shard.offset + position * values[i].nbytes)
@@ -105,7 +105,7 @@ class Store:
         return max(float(shard.rounding[position]) for shard, position in map(self._rows.__getitem__, rows))
 
     def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
-        """Add (len(rows), *row_shape) float32: one shard for view 0 and one for the others, whichever have rows."""
+        """Add (len(rows), *row_shape) float32, as one shard of view 0 and one of other views."""
         stored, rounding = self._rounded(values)
         for is_plain in (True, False):
             part = [i for i, (_, view) in enumerate(rows) if (view == 0) == is_plain]
@@ -122,7 +122,7 @@ class Store:
         self._rows.update({row: (shard, position) for position, row in enumerate(shard.rows)})
 
     def _misfit(self, shard: Shard, view: int) -> str:
-        """Why the shard cannot be one of the directory for this view, plain or not; empty if it can."""
+        """Why the shard cannot be in the directory of `view`; empty if it can."""
         if shard.key != self._key.name(view):
             return f"it belongs to the key {shard.key}"
         if any((view == 0) != (other == 0) for _, other in shard.rows):
@@ -146,7 +146,7 @@ class Store:
 
 
 def read_shards(paths: Iterable[Path]) -> Iterator[tuple[Path, Shard | ValueError]]:
-    """Each shard, or why it cannot be used; without those that another process removed meanwhile."""
+    """Each shard, or the reason why it cannot be used; shards that another process removes meanwhile are left out."""
 
     def read(path: Path) -> Shard | ValueError | None:
         try:

@@ -1,19 +1,19 @@
 """Views of images: preprocessing and deterministic augmentation, from image files to uint8 (n, crop, crop, 3).
 
 Only geometry and colour change here. Scaling to floats is the first layer of the network (preprocessing.Normalize), so
-that the decoding processes pass on a quarter of the bytes.
+that the decoding processes send a quarter of the bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from pipeline.dataset.decoding import decode, sha256
 from pipeline.logs import leave_signals
@@ -34,19 +34,19 @@ class Sample:
 
 
 def make_views(
-    image: Image.Image, name: str, which: Sequence[int], preprocessing: Preprocessing, augmentation: Augmentation
+    image: Image.Image, name: str, views: Sequence[int], preprocessing: Preprocessing, augmentation: Augmentation
 ) -> np.ndarray:
-    """The views numbered `which` of the image called `name` (its SHA-256): uint8 (len(which), crop, crop, 3).
+    """The views with the numbers `views` of the image named `name` (its SHA-256): uint8 (len(views), crop, crop, 3).
 
     View k depends on augmentation.seed, name and k alone; view 0 is the evaluation transform.
     """
     evaluation_crop, augment = _transforms(preprocessing, augmentation)  # pyright: ignore[reportArgumentType] (both are hashable)
-    plain = evaluation_crop(image) if augment is None or 0 in which else image
+    plain = evaluation_crop(image) if augment is None or 0 in views else image
     pixels = []
-    for k in which:
+    for k in views:
         view = plain
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also note, for each GPU to come, from where it was called
+            # Not torch.manual_seed, which also records its caller for GPUs that are not initialised yet
             torch.default_generator.manual_seed(int(sha256(f"{augmentation.seed} {name} {k}".encode())[:15], 16))
             if k and augment is not None:
                 view = augment(image.convert("RGB"))
@@ -86,10 +86,10 @@ def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transfor
 
 
 def _symmetry(pixels: np.ndarray, k: int, a: Augmentation) -> np.ndarray:
-    """Flip, and turn by right angles, exactly.
+    """Flip, and rotate by right angles, exactly.
 
-    View k takes element k of the group that is allowed, so that a round of views shows every element once: with
-    `flips: both`, views 0 to 3 are the four flips.
+    View k takes element k of the symmetry group that is allowed, so that successive views show every element once:
+    with `flips: both`, views 0 to 3 are the four flips.
     """
     turn, flip = divmod(k % (len(FLIPS[a.flips]) * (4 if a.right_angles else 1)), len(FLIPS[a.flips]))
     if "h" in FLIPS[a.flips][flip]:
@@ -104,18 +104,18 @@ def load_batches(
 ) -> Iterator[torch.Tensor]:
     """Decode batches in order, in worker processes: uint8 (len(batch), crop, crop, 3) each.
 
-    Raises ValueError for a file that cannot be read or whose bytes are not those that were indexed.
+    Raises ValueError for a file that cannot be read or that changed since it was indexed.
     """
     workers = min(workers, len(batches))
     loader = DataLoader(
-        _Batches(batches, preprocessing, augmentation),
+        batches,  # pyright: ignore[reportArgumentType] (a sequence does)
         batch_size=None,
-        shuffle=False,
+        collate_fn=partial(_load, preprocessing, augmentation),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals,
         prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # or it would draw from the numbers that dropout is drawn from
+        generator=torch.Generator(),  # not the global one, from which dropout draws
     )
     for batch in loader:
         if isinstance(batch, ValueError):
@@ -123,27 +123,19 @@ def load_batches(
         yield batch
 
 
-@dataclass(frozen=True)
-class _Batches(Dataset):
-    """A batch, or the ValueError that stands for it: raised in a worker, it would come with a traceback."""
-
-    batches: Sequence[Sequence[Sample]]
-    preprocessing: Preprocessing
-    augmentation: Augmentation
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> torch.Tensor | ValueError:
-        parts = []
-        for path, group in groupby(self.batches[index], lambda sample: sample.path):
-            samples = list(group)  # the views of one image, which is decoded once
-            name, which = samples[0].sha256, [sample.view for sample in samples]
-            try:
-                content = path.read_bytes()
-                if sha256(content) != name:
-                    raise ValueError("other bytes than were indexed; run: dvc repro")
-                parts.extend(make_views(decode(content), name, which, self.preprocessing, self.augmentation))
-            except (OSError, ValueError, MemoryError) as error:
-                return ValueError(f"{path}: {error or 'needs more memory than there is'}")
-        return default_collate([torch.from_numpy(part) for part in parts])  # in a worker, right into shared memory
+def _load(
+    preprocessing: Preprocessing, augmentation: Augmentation, batch: Sequence[Sample]
+) -> torch.Tensor | ValueError:
+    """A batch, or the error to raise in the main process: one that is raised in a worker comes with a traceback."""
+    pixels = []
+    for path, group in groupby(batch, lambda sample: sample.path):
+        samples = list(group)  # the views of one image, which is decoded once
+        name, views = samples[0].sha256, [sample.view for sample in samples]
+        try:
+            content = path.read_bytes()
+            if sha256(content) != name:
+                raise ValueError("the file changed since it was indexed; run: dvc repro")
+            pixels.extend(make_views(decode(content), name, views, preprocessing, augmentation))
+        except (OSError, ValueError, MemoryError) as error:
+            return ValueError(f"{path}: {error or 'needs more memory than there is'}")
+    return default_collate([torch.from_numpy(view) for view in pixels])  # a worker writes it to shared memory

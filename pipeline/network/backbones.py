@@ -37,7 +37,7 @@ class Backbone:
 
 
 def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
-    """Build the network and load its weights; ValueError in one line for whatever does not fit."""
+    """Build the network and load its weights; ValueError in one line if name, weights or size do not fit."""
     library, _, name = choice.name.partition("/")
     build = _build_torchvision if library == "torchvision" else _build_timm
     with torch.random.fork_rng(devices=[]):
@@ -59,7 +59,7 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
 
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
-    """Load the backbone of `plan` again; ValueError, naming `source`, if the weights are others now."""
+    """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
     backbone = load(plan.choice, plan.image_size)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
@@ -88,12 +88,12 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
     if name not in known:
         raise ValueError(_unknown("torchvision", name, known))
     published = torchvision.models.get_model_weights(name)["DEFAULT"]
-    # What torchvision sets itself where it loads the published weights of these two networks
+    # torchvision sets these itself when it loads the published weights of the two networks
     special = {"transform_input": True, "aux_logits": True, "init_weights": False}
     options = special if name in ("inception_v3", "googlenet") and not pretrained else {}
     try:
         network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the digest of what came is another
+    except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
         raise ValueError(_unreachable(f"torchvision/{name}", error)) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
@@ -121,7 +121,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
         raise ValueError(_unknown("timm", name, timm.list_models()))
     try:
         published = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a network that timm has, with weights that it has not
+    except RuntimeError:  # timm has the network, but not these weights
         raise ValueError(_unknown("timm", name, timm.list_pretrained())) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
     try:
@@ -133,7 +133,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
         raise ValueError(_unreachable(f"timm/{name}", error)) from None
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
-        raise ValueError(f"timm/{name}: its weights want crop mode {config['crop_mode']!r}, which is not supported")
+        raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
     side = int(config["input_size"][1] / config["crop_pct"])
     geometry = Preprocessing(
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
@@ -160,8 +160,8 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def _remove(network: nn.Module, paths: list[str]) -> None:
-    """Take away the classification layer, and auxiliary classifiers where there are any."""
-    if hasattr(network, "reset_classifier"):  # timm knows what else belongs to the classifier
+    """Remove the classification layer, and auxiliary classifiers where there are any."""
+    if hasattr(network, "reset_classifier"):  # timm knows which other layers belong to the classifier
         network.reset_classifier(0)  # pyright: ignore[reportCallIssue]
         return
     for path in paths:

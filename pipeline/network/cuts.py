@@ -82,7 +82,7 @@ def resolve(backbone: Backbone, where: str | int) -> str:
     if where in found:
         return str(where)
     if isinstance(where, int):
-        depths = {name: _count_weight_layers(backbone.module, before) for name, before in _tensors_before(backbone).items()}
+        depths = {name: _count_layers(backbone.module, read) for name, read in _tensors_before(backbone).items()}
         inside = [name for name in found if depths[name] == where]
         near = ", ".join(map(str, sorted(sorted(set(depths.values()), key=lambda n: abs(n - where))[:3])))
         problem = f"no cut point of {backbone.name} has exactly {where} convolution and linear layers before it"
@@ -140,7 +140,7 @@ def describe(backbone: Backbone, value_bytes: int) -> list[CutPoint]:
             name=name,
             shape=tuple(meter.values[node].shape[1:]),
             params_before=sum(sizes.get(key, 0) for key in before[name]),
-            weight_layers_before=_count_weight_layers(backbone.module, before[name]),
+            weight_layers_before=_count_layers(backbone.module, before[name]),
             flops_before=meter.flops[node],
             bytes_per_image=value_bytes * meter.values[node][0].numel(),
         )
@@ -171,6 +171,6 @@ def _tensors_before(backbone: Backbone) -> dict[str, set[int]]:
     return before
 
 
-def _count_weight_layers(network: nn.Module, tensors: set[int]) -> int:
+def _count_layers(network: nn.Module, tensors: set[int]) -> int:
     layers = (module for module in network.modules() if isinstance(module, (nn.Linear, _ConvNd)))
     return sum(id(layer.weight) in tensors for layer in layers)

@@ -9,7 +9,7 @@ BATCH = {"cpu": 8, "cuda": 64}  # rows that go through a frozen network together
 
 
 def choose_device(requested: str) -> torch.device:
-    """`runtime.device` -> the device; ValueError where there is none. LOCAL_RANK chooses among several GPUs."""
+    """The device for `runtime.device`; ValueError if there is none. LOCAL_RANK selects one of several GPUs."""
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ValueError("params.yaml: runtime.device: cuda, but torch finds no GPU; expected auto or cpu")

@@ -31,7 +31,7 @@ log = logging.getLogger("pipeline")
 
 
 def check_precision(key: str, precision: str, device: torch.device) -> None:
-    """ValueError naming `key` where bf16 is asked of a CPU that has no instructions for it."""
+    """ValueError, naming `key`, for bf16 on a CPU that has no instructions for it."""
     if precision == "bf16" and device.type == "cpu":
         able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in able:
@@ -60,9 +60,9 @@ def prepare(
 ) -> Runner:
     """Make `module` ready for batches like `example`; `engine` is `features.engine`.
 
-    auto takes OpenVINO on a CPU if it can convert the network, and says so if it cannot. `expected` is what torch gives
-    for the first row of `example` in fp32: with it, OpenVINO has to give the same, up to TOLERANCE. Raises ValueError
-    where OpenVINO is asked for and cannot run it.
+    auto takes OpenVINO on a CPU if it can convert the network, and logs a warning if not. `expected` is torch's output
+    for the first row of `example` in fp32: if given, OpenVINO's output must equal it up to TOLERANCE. Raises ValueError
+    if `engine` is openvino and OpenVINO cannot run the network.
     """
     module.eval()
     if engine == "openvino" and device.type != "cpu":
@@ -72,7 +72,7 @@ def prepare(
             compiled = _compile(module, example, precision)
             if expected is not None and precision == "fp32":
                 _compare(compiled, example, expected)
-        # The converter raises errors of many kinds, all of which mean that it cannot
+        # The converter raises errors of many types; all of them mean that it cannot convert the network
         except Exception as error:
             if engine == "openvino":
                 raise ValueError(
@@ -110,13 +110,13 @@ def _run_torch(
 
 
 def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-    """Several requests under way at once, collected in order (callbacks of OpenVINO's own queue can deadlock)."""
+    """Run several requests at once and collect them in order (callbacks of OpenVINO's own queue can deadlock)."""
     n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
     idle = [compiled.create_infer_request() for _ in range(n_requests)]
-    under_way: deque[tuple[openvino.InferRequest, int]] = deque()
+    running: deque[tuple[openvino.InferRequest, int]] = deque()
 
     def collect() -> np.ndarray:
-        request, rows = under_way.popleft()
+        request, rows = running.popleft()
         request.wait()
         idle.append(request)
         return request.get_output_tensor(0).data[:rows].copy()
@@ -125,19 +125,19 @@ def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable
         output = None if idle else collect()
         request = idle.pop()
         request.start_async({0: _padded(batch, size).numpy()})
-        under_way.append((request, len(batch)))
+        running.append((request, len(batch)))
         if output is not None:
             yield output
-    while under_way:
+    while running:
         yield collect()
 
 
 @cache
 def _core() -> openvino.Core:
-    """OpenVINO, imported where it runs, and one core for the process.
+    """Import OpenVINO, and make the one core of this process.
 
-    Each core sets a signal stack and restores, when it is deleted, the one that it found. With several cores that may
-    be gone, and the next signal (a decoding worker has ended) would end the process.
+    Each core installs a signal stack and, when it is deleted, restores the one that was there before. With several
+    cores that stack may no longer exist, and the next signal (when a decoding worker ends) would end the process.
     """
     # Without this package OpenVINO uses its own stub: nothing is sent from a user's machine
     sys.modules["openvino_telemetry"] = None  # pyright: ignore[reportArgumentType]
@@ -152,8 +152,8 @@ def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvi
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
-        warnings.simplefilter("ignore")  # the tracer's remarks on shapes, which are constant here
-        # Traced once: torch's check of the trace would run it twice more, and tests compare outputs anyway
+        warnings.simplefilter("ignore")  # the tracer warns of shapes, which are constant here
+        # torch's check of the trace would run the network twice more; tests compare outputs anyway
         decoder = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
         shape = [openvino.PartialShape(list(example.shape))]
         converted = openvino.convert_model(decoder, example_input=example, input=shape)
@@ -164,7 +164,7 @@ def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvi
 
 @contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """`convert_model` silences the root logger, and where it fails leaves it so: no log line would follow."""
+    """Restore the root logger: `convert_model` silences it, and leaves it silent if it fails."""
     root = logging.getLogger()
     level, filters, handlers = root.level, root.filters.copy(), root.handlers.copy()
     try:
@@ -177,7 +177,7 @@ def _root_logger_kept() -> Iterator[None]:
 def _compare(compiled: openvino.CompiledModel, example: torch.Tensor, expected: np.ndarray) -> None:
     (found,) = _run_openvino(compiled, len(example), [example[:1]])
     apart, largest = np.abs(found - expected).max(), np.abs(expected).max()
-    if not apart <= TOLERANCE * largest:  # nor where one is no number
+    if not apart <= TOLERANCE * largest:  # true for NaN too
         raise RuntimeError(f"it differs from torch by {apart / largest:.1g} of the largest value")
 
 

@@ -36,7 +36,7 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
         _drop_optional_inputs(graph)
         two, three = (Meter(backbone, graph, n).values for n in (2, 3))
         _fold_numbers(graph, two, three)
-    # Tracing runs the network's own forward on stand-ins, which can raise anything
+    # Tracing calls the network's forward with proxies instead of tensors, which can raise errors of any type
     except Exception as error:
         raise ValueError(
             f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({one_line(error)})"
@@ -46,7 +46,7 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
     return {
         tracer.node_to_qualname[node]: node
         for node in _cut_nodes(network, graph)
-        if isinstance(two[node], torch.Tensor) and (len(two[node]), len(three[node])) == (2, 3)  # a row an image
+        if isinstance(two[node], torch.Tensor) and (len(two[node]), len(three[node])) == (2, 3)  # one row per image
     }
 
 
@@ -69,7 +69,7 @@ def tensors_read(network: nn.Module, node: fx.Node) -> set[int]:
 
 
 class Meter(fx.Interpreter):
-    """Runs a graph on `n` black images; keeps each node's value, tensors as stand-ins without data, and the FLOPs."""
+    """Run a graph on `n` black images; `values` of the nodes (tensors without data), and `flops` up to each node."""
 
     def __init__(self, backbone: Backbone, graph: fx.Graph, n: int = 1) -> None:
         super().__init__(backbone.module, graph=graph)
@@ -80,7 +80,7 @@ class Meter(fx.Interpreter):
             self.run(torch.zeros(n, 3, *[backbone.preprocessing.crop] * 2))
 
     def run_node(self, n: fx.Node) -> object:
-        """Run one node and note what it gives."""
+        """Run one node and record its value and the FLOPs so far."""
         value = super().run_node(n)
         is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
         self.values[n] = value.to("meta") if is_tensor else value if _is_number(value) else None
@@ -89,7 +89,7 @@ class Meter(fx.Interpreter):
 
 
 def _untraced(name: str) -> tuple[tuple[Any, ...], list[type[nn.Module]]]:
-    """Functions and modules of timm that torch.fx cannot look into."""
+    """Functions and modules of timm that torch.fx cannot trace."""
     if not name.startswith("timm/"):
         return (), []
     from timm.models._features_fx import get_notrace_functions, get_notrace_modules
@@ -98,22 +98,22 @@ def _untraced(name: str) -> tuple[tuple[Any, ...], list[type[nn.Module]]]:
 
 
 def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
-    """Types of leaf modules that read `self.training`: traced through, the mode would be baked in."""
+    """Types of leaf modules that read `self.training`; if they were traced, their mode would become a constant."""
     leaves = {type(module) for module in network.modules() if not any(module.children())}
     return [leaf for leaf in leaves if "self.training" in inspect.getsource(leaf.forward)]
 
 
 def _drop_optional_inputs(graph: fx.Graph) -> None:
-    """Put their defaults in place of arguments of `forward` that nobody passes (attn_mask=None)."""
+    """Replace optional arguments of `forward` (attn_mask=None) by their defaults."""
     _, *optional = [node for node in graph.nodes if node.op == "placeholder"]
     for node in optional:
         _replace(graph, node, node.args[0] if node.args else None)
 
 
 def _fold_numbers(graph: fx.Graph, two: dict[fx.Node, Any], three: dict[fx.Node, Any]) -> None:
-    """Put constants in place of numbers that the input size fixes, which would stay alive to the end.
+    """Replace numbers that depend on the image size alone by constants; as nodes they would stay alive to the end.
 
-    They are the same in a batch of `two` and of `three` images.
+    They are the numbers that have the same value in a batch of `two` and of `three` images.
     """
     for node in list(graph.nodes):
         value = two[node]
@@ -138,8 +138,8 @@ def _replace(graph: fx.Graph, node: fx.Node, value: Argument) -> None:
 
 
 def _cut_nodes(network: nn.Module, graph: fx.Graph) -> list[fx.Node]:
-    """Nodes behind which one value is alive, and that part the parameters in two."""
-    nodes = [node for node in graph.nodes if node.op != "get_attr"]  # get_attr is fetched wherever it is read
+    """Nodes behind which one value is alive, and before and behind which different parameters are used."""
+    nodes = [node for node in graph.nodes if node.op != "get_attr"]  # a get_attr node moves to where it is read
     position = {node: i for i, node in enumerate(nodes)}
     last_use = [max((position[user] for user in node.users), default=-1) for node in nodes]
     owned = [tensors_read(network, node) for node in nodes]
@@ -159,7 +159,7 @@ def _pieces(cuts: list[fx.Node]) -> Iterator[fx.Graph]:
     graph, copies, waiting = fx.Graph(), {}, list(cuts)
 
     def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a get_attr, which moves to where it is read
+        if node not in copies:  # a get_attr node
             copies[node] = graph.node_copy(node)
         return copies[node]
 

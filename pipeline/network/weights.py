@@ -1,6 +1,6 @@
 """Weights of a network: read them from a file or from an installed package, and fit them to the network.
 
-Files come from anywhere, so nothing in them is run: .safetensors, or .pth and .pt read with `weights_only=True`.
+Files are not trusted, so no code in them is run: .safetensors, or .pth and .pt read with `weights_only=True`.
 """
 
 import warnings
@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 WEIGHTS = Path("data/weights")
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training checkpoints call their state dict
-PREFIXES = ("module.", "_orig_mod.", "model.")  # what wrappers of a network put before its names
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # the keys of the state dict in training checkpoints
+PREFIXES = ("module.", "_orig_mod.", "model.")  # which wrappers of a network put before the names of its tensors
 State = dict[str, torch.Tensor]
 
 
 def bundled_state(name: str, expected: State) -> State:
-    """Published weights that an installed package carries, under the names of `expected`."""
+    """Published weights from an installed package, under the names of `expected`."""
     if name != "timm/tf_efficientnet_lite0":
         raise ValueError(
             f"params.yaml: backbone.weights: bundled exists of timm/tf_efficientnet_lite0 only, not of {name}; "
@@ -32,7 +32,7 @@ def bundled_state(name: str, expected: State) -> State:
     def kinds(state: State) -> list[tuple[str, torch.Size]]:
         return [(name.rpartition(".")[2], value.shape) for name, value in state.items()]
 
-    if kinds(state) != kinds(expected):  # the package names its layers otherwise, in the same order
+    if kinds(state) != kinds(expected):  # the package has other names, in the same order
         raise ValueError(f"{file}: the tensors are not those of {name}")
     return dict(zip(expected, state.values(), strict=True))
 
@@ -48,10 +48,10 @@ def read_state(name: str, expected: State) -> State:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickles, which it refuses anyway
+        with warnings.catch_warnings(action="ignore"):  # torch warns of old pickles, which it refuses anyway
             is_safe = path.suffix == ".safetensors"
             state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    # The unpickler, which builds nothing but tensors, raises almost anything on broken files
+    # On broken files the unpickler, which builds nothing but tensors, raises errors of almost any type
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason})") from None
@@ -68,7 +68,7 @@ def read_state(name: str, expected: State) -> State:
 
 
 def load_state(network: nn.Module, state: State, dropped: Iterable[str], source: str) -> None:
-    """Load all tensors but those of the layers `dropped`; ValueError names what is missing, extra or misshapen."""
+    """Load all tensors but those of the layers `dropped`; ValueError lists missing, unexpected and misshapen ones."""
     ends = tuple(f"{path}." for path in dropped)
     expected = {key: value for key, value in network.state_dict().items() if not key.startswith(ends)}
     given = {key: value for key, value in state.items() if not key.startswith(ends)}

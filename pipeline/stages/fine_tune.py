@@ -129,9 +129,7 @@ def load_images(images: Images, backbone: Backbone, params: Params) -> Load:
     return load
 
 
-def measure_cost(
-    base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes: int, steps: int, n_read: int
-) -> Cost:
+def measure_cost(base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes: int, steps: int, n_read: int) -> Cost:
     """The cost of `passes` images through the prefix, and of `steps` images through suffix and head and back.
 
     `n_read`: activations that are read from the store.

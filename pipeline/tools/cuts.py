@@ -1,4 +1,4 @@
-"""Where a network can be cut, and what caching there takes: a table for people, or JSON."""
+"""cuts: where a network can be cut, and what caching there costs, as a table or JSON."""
 
 import json
 import time
@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -15,7 +16,7 @@ from pipeline.network import backbones, cuts, engine
 from pipeline.network.backbones import Backbone
 from pipeline.network.cuts import CutPoint
 from pipeline.network.device import BATCH, choose_device
-from pipeline.network.flops import flops_per_image
+from pipeline.network.flops import count_parameters, flops_per_image
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import PARAMS, STORE_DTYPES, BackboneChoice, load_params
 
@@ -45,37 +46,24 @@ def show(name: str, *, is_complete: bool, is_json: bool) -> None:
 
 
 def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int) -> str:
-    """One line a cut point; for a dataset, with what caching one view of it takes."""
-    n_params = sum(parameter.numel() for parameter in backbone.module.parameters())
-    example = torch.zeros(1, 3, *[backbone.preprocessing.crop] * 2)
-    flops = flops_per_image(backbone.module, example)
-    header = ["cut point", "shape", "parameters", "FLOPs", "layers", "kB/image"]
-    rows = [
-        [
-            point.name,
-            "x".join(map(str, point.shape)),
-            f"{point.params_before / n_params:.1%}" if n_params else "",
-            f"{point.flops_before / flops:.1%}" if flops else "",
-            f"{point.weight_layers_before}",
-            f"{point.bytes_per_image / 1e3:,.1f}",
-        ]
-        for point in points
-    ]
+    """One line for each cut point; with the cost of caching one view of a dataset of `n_images`, if not 0."""
+    n_params = count_parameters(backbone.module)
+    flops = flops_per_image(backbone.module, torch.zeros(1, 3, *[backbone.preprocessing.crop] * 2))
+    columns = {
+        "shape": ["x".join(map(str, point.shape)) for point in points],
+        "parameters": [f"{point.params_before / n_params:.1%}" if n_params else "" for point in points],
+        "FLOPs": [f"{point.flops_before / flops:.1%}" if flops else "" for point in points],
+        "layers": [point.weight_layers_before for point in points],
+        "kB/image": [f"{point.bytes_per_image / 1e3:,.1f}" for point in points],
+    }
     title = f"{backbone.name}: share of parameters and of FLOPs, and weight layers, before each cut point"
     if n_images:
-        rate = _images_per_second(backbone)
-        header += ["GB", "minutes"]
-        for row, point in zip(rows, points, strict=True):
-            minutes = n_images / rate / 60 * point.flops_before / flops
-            row += [f"{n_images * point.bytes_per_image / 1e9:.3f}", f"{minutes:.1f}"]
+        minutes = n_images / _images_per_second(backbone) / 60
+        columns["GB"] = [f"{n_images * point.bytes_per_image / 1e9:.3f}" for point in points]
+        columns["minutes"] = [f"{minutes * point.flops_before / flops:.1f}" for point in points]
         title += f"; GB and minutes to cache one view of {n_images:,} images, decoding not counted"
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for name, shape, *numbers in [header, *rows]:
-        cells = [name.ljust(widths[0]), shape.ljust(widths[1])]
-        cells += [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join([title, "", *lines])
+    table = pd.DataFrame(columns, index=[point.name for point in points]).rename_axis(columns="cut point")
+    return f"{title}\n\n{table.to_string()}"
 
 
 def _images_per_second(backbone: Backbone) -> float:

@@ -1,4 +1,4 @@
-"""House-keeping of the feature store: what it holds, whether it is damaged, and removing what is not used."""
+"""store: list the keys of the feature store, check its shards, and remove what is not used."""
 
 import json
 import shutil
@@ -12,15 +12,15 @@ from pipeline.features import hdf5, store
 from pipeline.features.store import read_shards
 from pipeline.files import digest
 
-HOUR, DAY = 3600, 86_400  # s; after an hour a temporary file has no writer any more
+HOUR, DAY = 3600, 86_400  # s; a temporary file that is older than an hour was left by a process that is gone
 
 
 @dataclass(frozen=True)
 class _Directory:
-    """A key's directory, as house-keeping sees it; `last_use` in seconds since the epoch."""
+    """The directory of a key; `last_use` in seconds since the epoch, `is_current`: this version can read its shards."""
 
     path: Path
-    what: str
+    description: str
     is_current: bool
     n_bytes: int
     last_use: float
@@ -34,37 +34,36 @@ class _Directory:
 
     @property
     def left_overs(self) -> list[Path]:
-        """Damaged shards, and what writers that were killed left behind."""
+        """Damaged shards, and temporary files of processes that were killed."""
         abandoned = [path for path in self.path.glob(".*.tmp") if time.time() - _size_and_time(path)[1] > HOUR]
         return sorted([*self.path.glob("*.damaged"), *abandoned])
 
-    @property
-    def age(self) -> str:
+    def line(self, contents: str = "") -> str:
         days = (time.time() - self.last_use) / DAY
-        return f"used {days:.0f} days ago" if days >= 1 else "used today"
+        age = f"used {days:.0f} days ago" if days >= 1 else "used today"
+        return f"{self.path.name}  {contents}{_size(self.n_bytes)}, {age}"
 
 
 def _directories() -> list[_Directory]:
     """Every key, the one used last first."""
     found = []
     for path in (path for path in store.root().glob("*/") if not path.is_symlink()):
-        sizes = [_size_and_time(entry) for entry in path.glob("*")]
-        last_use = max((time for _, time in sizes), default=_size_and_time(path)[1])
-        what, is_current = "unknown: no key.json that fits", False
-        # What a file of someone else may hold, down to brackets within brackets without end
+        entries = [_size_and_time(entry) for entry in path.glob("*")]
+        last_use = max((time for _, time in entries), default=_size_and_time(path)[1])
+        description, is_current = "unknown: no key.json that fits", False
+        # The errors that a file of another program can cause; RecursionError: brackets nested too deep
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            description = json.loads((path / "key.json").read_text(encoding="utf-8"))
-            if isinstance(description, dict) and digest(description)[:32] == path.name:
+            key = json.loads((path / "key.json").read_text(encoding="utf-8"))
+            if isinstance(key, dict) and digest(key)[:32] == path.name:
                 last_use = _size_and_time(path / "key.json")[1]
-                is_other = description["schema"] != store.SCHEMA
-                what = "of another version of this pipeline" if is_other else _in_words(description)
-                is_current = not is_other
-        found.append(_Directory(path, what, is_current, sum(size for size, _ in sizes), last_use))
+                is_current = key["schema"] == store.SCHEMA
+                description = _describe(key) if is_current else "of another version of this pipeline"
+        found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use))
     return sorted(found, key=lambda directory: -directory.last_use)
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes, and seconds since the epoch of the last change; of a file that is gone, 0 bytes now."""
+    """Bytes, and seconds since the epoch of the last change; 0 bytes and now for a file that was removed meanwhile."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -72,35 +71,32 @@ def _size_and_time(path: Path) -> tuple[int, float]:
     return found.st_size, found.st_mtime
 
 
-def _in_words(key: dict[str, Any]) -> str:
+def _describe(key: dict[str, Any]) -> str:
     views = "augmented views" if key["augmentation"] else "view 0"
-    geometry = f"{key['preprocessing']['crop']} px"
-    made = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
-    weights = key["weights_sha256"][:8]
-    return f"{key['backbone']} (weights {weights}) at {key['cut']}, pool {key['pool']}, {geometry}, {views}, {made}"
+    engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
+    network = f"{key['backbone']} (weights {key['weights_sha256'][:8]}) at {key['cut']}, pool {key['pool']}"
+    return f"{network}, {key['preprocessing']['crop']} px, {views}, {engine}"
 
 
 def status() -> None:
-    """Print every key: what it is, rows, bytes, last use, and what is damaged."""
+    """Print for every key what it is, its rows, bytes and last use, and how many files are damaged."""
     directories = _directories()
     for directory in directories:
-        n_rows, n_broken = 0, 0
-        for path in directory.shards:
-            try:
-                n_rows += len(hdf5.parse_shard(path).rows)
-            except FileNotFoundError:  # a run set it aside, or gc removed it
-                continue
-            except ValueError:
-                n_broken += 1
-        rows = f"{n_rows:,} rows" if directory.is_current else f"{len(directory.shards):,} shards"
-        n_broken = (n_broken if directory.is_current else 0) + len(directory.left_overs)
-        broken = f", {n_broken} damaged or left over" if n_broken else ""
-        print(f"{directory.path.name}  {rows}, {_size(directory.n_bytes)}, {directory.age}{broken}: {directory.what}")
+        n_rows, n_damaged = 0, len(directory.left_overs)
+        for path in directory.shards if directory.is_current else ():
+            with suppress(FileNotFoundError):  # set aside by a run, or removed by gc
+                try:
+                    n_rows += len(hdf5.parse_shard(path).rows)
+                except ValueError:
+                    n_damaged += 1
+        contents = f"{n_rows:,} rows, " if directory.is_current else f"{len(directory.shards):,} shards, "
+        damaged = f", {n_damaged} damaged or left over" if n_damaged else ""
+        print(f"{directory.line(contents)}{damaged}: {directory.description}")
     print(f"{store.root()}: {len(directories)} keys, {_size(sum(directory.n_bytes for directory in directories))}")
 
 
 def verify() -> None:
-    """Compare every shard with its digest and its key; ValueError that counts the damaged ones, which are printed."""
+    """Compare every shard with its digest and its key; print the damaged ones; ValueError if there are any."""
     n_shards, damaged = 0, []
     for directory in _directories():
         for path, found in read_shards(directory.shards if directory.is_current else []):
@@ -115,7 +111,7 @@ def verify() -> None:
 
 
 def collect_garbage(days: float, *, is_asked: bool) -> None:
-    """Remove keys that no run used for so many days, and left-overs of the others; asks first if `is_asked`."""
+    """Remove keys that no run used for `days` days, and left-overs of the others; asks first if `is_asked`."""
     if not days >= 0:
         raise ValueError(f"--days: found {days:g}, expected 0 or more")
     directories = _directories()
@@ -125,7 +121,7 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
         print(f"{store.root()}: nothing to remove")
         return
     for directory in unused:
-        print(f"{directory.path.name}  {_size(directory.n_bytes)}, {directory.age}: {directory.what}")
+        print(f"{directory.line()}: {directory.description}")
     n_bytes = sum(directory.n_bytes for directory in unused) + sum(_size_and_time(path)[0] for path in left_overs)
     print(f"{len(unused)} keys and {len(left_overs)} left-overs of others, {_size(n_bytes)}", flush=True)
     try:
@@ -136,7 +132,7 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
         raise ValueError("gc asks before it removes anything, and nobody answered; expected --yes") from None
     still_unused = {directory.path for directory in _directories() if directory.is_unused(days)}
     for directory in unused:
-        if directory.path in still_unused:  # no run began to use it since
+        if directory.path in still_unused:  # no run has used it since
             _remove(directory.path)
     for path in left_overs:
         _remove(path)
@@ -146,9 +142,9 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    shutil.rmtree(path, ignore_errors=True)  # another process may take files away meanwhile
+    shutil.rmtree(path, ignore_errors=True)  # another process may remove files at the same time
     if path.exists():
-        raise OSError(f"{path} could not be removed: it is not ours to write, or a run just began to use it")
+        raise OSError(f"{path} could not be removed: no permission, or a run has just begun to use it")
 
 
 def _size(n_bytes: int) -> str:

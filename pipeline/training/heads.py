@@ -140,9 +140,7 @@ def _build_pretrained(shape: tuple[int, ...], n_classes: int, options: HeadOptio
     return nn.Sequential(dense, nn.Linear(width, n_classes))
 
 
-def fit(
-    head: nn.Sequential, train: Examples, val: Examples, evaluation_views: int, options: HeadOptions
-) -> Fitted:
+def fit(head: nn.Sequential, train: Examples, val: Examples, evaluation_views: int, options: HeadOptions) -> Fitted:
     """Fit a new `head` on all views of `train`, on its device, and select on the first views of `val`.
 
     With one seed (torch.manual_seed) and one number of threads the result has the same bytes on one kind of device.
@@ -208,9 +206,9 @@ def _nll(head: nn.Module, examples: Examples, views: int) -> float:
 
 
 class _Rows:
-    """Every view of the training images: rows (n, *shape) float32 with label (n,) and loss weight (n,), which sums to 1.
+    """Every view of the training images: rows (n, *shape) float32 with label (n,) and loss weight (n,).
 
-    They are on the device if there is room, else read when they are used.
+    The weights sum to 1. The rows are on the device if there is room, else they are read when they are used.
     """
 
     def __init__(self, examples: Examples, weight: np.ndarray, device: torch.device) -> None:

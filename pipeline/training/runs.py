@@ -23,7 +23,8 @@ class Cost(Record):
 
     `base_passes`: how often a training image went through the base, or through its frozen prefix, from pixels;
     `train_flops`: of these passes and of the training itself, forward and backward; `cached_bytes`: of the cached
-    features and activations that the run reads, those of validation and test included. Evaluation on validation is not counted.
+    features and activations that the run reads, those of validation and test included. Evaluation on validation is not
+    counted.
     """
 
     trainable_params: int

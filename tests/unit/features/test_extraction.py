@@ -366,7 +366,7 @@ def test_damaged_shard_is_set_aside_with_a_warning_and_computed_again(
 def test_image_with_other_bytes_than_were_indexed_is_refused(paths: dict[str, Path]) -> None:
     path = next(iter(paths.values()))
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match=rf"{path}: other bytes than were indexed"):
+    with pytest.raises(ValueError, match=rf"{path}: the file changed since it was indexed"):
         fill(make_computation(), paths, all_rows(paths))
 
 

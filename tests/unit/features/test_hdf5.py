@@ -250,7 +250,7 @@ def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, 
 
 
 def test_missing_features_name_the_stage_that_writes_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"features\.h5: not there; run: dvc repro extract$"):
+    with pytest.raises(ValueError, match=r"features\.h5: not found; run: dvc repro extract$"):
         hdf5.read_features(tmp_path / "features.h5")
 
 

@@ -186,4 +186,4 @@ def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: 
         next(batches)
     assert len(str(error.value).splitlines()) == 1
     if damage == "changed":
-        assert str(error.value) == f"{bad}: other bytes than were indexed; run: dvc repro"
+        assert str(error.value) == f"{bad}: the file changed since it was indexed; run: dvc repro"

@@ -187,7 +187,7 @@ def test_verify_finds_what_is_damaged_and_fails(
     flip_a_bit(shard)
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     with pytest.raises(SystemExit) as caught:
-        logs.run(lambda: run("verify") and None)
+        logs.run(lambda: cli(["store", "verify"], standalone_mode=False))
     assert caught.value.code == ("error: 1 damaged shards; the next run that uses them computes their rows again")
     printed = capsys.readouterr().out
     assert f"{shard}: its bytes do not have the SHA-256" in printed

@@ -1,0 +1,229 @@
+"""plan: what params.yaml means for the network, and one line for whatever does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.network import backbones, cuts, plans
+from pipeline.params import BackboneChoice
+from pipeline.stages import plan
+from tests.factories import REPOSITORY
+
+SIZE = 32
+TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
+PRETRAINED = {"kind": "pretrained", "standardize": False}
+
+
+@pytest.fixture(autouse=True)
+def _empty_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def configure(strategies: dict[str, dict[str, Any]], name: str = TINY, **changes: dict[str, Any]) -> None:
+    """params.yaml of the repository with a small network, these strategies, and sections changed."""
+    yaml = YAML()
+    params = yaml.load(REPOSITORY / "params.yaml")
+    sections: dict[str, dict[str, Any]] = {
+        "backbone": {"name": name, "weights": "random"},
+        "features": {"image_size": SIZE},
+        "fine_tune": {"run": [*strategies], "seeds": [0], "strategies": strategies},
+        "compare": {"guard": {}},
+        "runtime": {"device": "cpu"},
+    }
+    for section, values in sections.items():
+        params[section].update(values)
+    for section, values in changes.items():
+        params[section].update(values)
+    yaml.dump(params, Path("params.yaml"))
+
+
+def write_weights(seed: int) -> backbones.Backbone:
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=seed), SIZE)
+    Path("data/weights").mkdir(parents=True, exist_ok=True)
+    save_file(backbone.module.state_dict(), "data/weights/own.safetensors")
+    return backbone
+
+
+def written() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("data/plan").glob("*")}
+
+
+def test_plan_of_the_backbone_is_what_one_measures() -> None:
+    backbone = write_weights(seed=5)
+    configure({}, backbone={"weights": "own.safetensors"}, features={"cut": "layer3", "pool": "avg"})
+    plan.main()
+    found = plans.read_backbone()
+    assert [*written()] == ["backbone.json"]
+    base, _ = cuts.split(backbone, cuts.resolve(backbone, "layer3"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        maps = base(torch.zeros(1, 3, SIZE, SIZE))
+    assert (found.choice.name, found.choice.weights, found.image_size) == (TINY, "own.safetensors", SIZE)
+    assert (found.weights_sha256, found.feature_dim) == (backbone.weights_sha256, backbone.feature_dim)
+    assert (found.cut, found.pool, found.feature_shape) == (cuts.resolve(backbone, "layer3"), "avg", (maps.shape[1],))
+    assert found.preprocessing == backbone.preprocessing
+    assert found.parameters == sum(parameter.numel() for parameter in base.parameters())
+    assert found.flops_per_image == counter.get_total_flops()
+    assert found.licence is None, "nobody states the licence of a file"
+
+
+@pytest.mark.parametrize("boundary_cache", ["on", "off"])
+@pytest.mark.parametrize("store_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("freeze_until", ["none", "layer2", 3, "all"])
+def test_plan_of_a_strategy_is_what_one_counts(freeze_until: str | int, store_dtype: str, boundary_cache: str) -> None:
+    configure(
+        {"tuned": {"freeze_until": freeze_until, "boundary_cache": boundary_cache}},
+        features={"store_dtype": store_dtype, "cut": "layer4", "pool": "avg"},
+    )
+    plan.main()
+    found = plans.read_strategy("tuned")
+    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    end = cuts.resolve(backbone, "layer4")
+    boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
+    prefix, suffix, _ = cuts.split(backbone, boundary, end)
+    with torch.no_grad(), FlopCounterMode(display=False) as before:
+        activation = prefix(torch.zeros(1, 3, SIZE, SIZE))
+    with FlopCounterMode(display=False) as behind:
+        output = suffix.eval().requires_grad_(True)(activation)
+        if freeze_until != "all":
+            output.sum().backward()
+    n_values = activation[0].numel() if freeze_until != "all" else activation.shape[1]  # pooled
+    is_cached = boundary_cache == "on" and freeze_until != "none"
+    assert found.boundary == boundary
+    assert found.trained_parameters == sum(parameter.numel() for parameter in suffix.parameters())
+    assert found.prefix_flops == before.get_total_flops()
+    assert found.suffix_training_flops == behind.get_total_flops()
+    assert found.cached_bytes_per_image == (n_values * np.dtype(plan.STORE_DTYPES[store_dtype]).itemsize * is_cached)
+    assert found.is_cached == is_cached
+    assert found.recipe.freeze_until == freeze_until
+
+
+def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one_for_its_input() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 5, 1, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)).mean((2, 3))
+
+    configure({"tuned": {"freeze_until": "first"}, "whole": {}})
+    params = plan.load_params()
+    tiny = backbones.load(params.backbone, SIZE)
+    backbone = backbones.Backbone("torchvision/toy", Network(), tiny.preprocessing, "", 5, None)
+    base = plan.plan_backbone(backbone, params)
+    tuned, whole = (
+        plan.plan_strategy(backbone, base, params.fine_tune.strategies[name], params.features, "key")
+        for name in ("tuned", "whole")
+    )
+    first, second = 2 * 3 * 4 * SIZE**2, 2 * 4 * 5 * SIZE**2  # two per multiply-add
+    assert base.flops_per_image == first + second
+    assert (tuned.prefix_flops, tuned.suffix_training_flops) == (first, 2 * second)  # forward, gradient of the weights
+    assert (whole.prefix_flops, whole.suffix_training_flops) == (0, 2 * first + 3 * second)
+    assert (tuned.trained_parameters, whole.trained_parameters) == (20, 32)
+    assert tuned.cached_bytes_per_image == 4 * 4 * SIZE**2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "expected"),
+    [
+        (
+            {"freeze_until": "layer9"},
+            {},
+            "fine_tune.strategies.tuned.freeze_until: 'layer9' holds no cut point of timm/test_resnet; nearest: ",
+        ),
+        ({"freeze_until": 4}, {}, "fine_tune.strategies.tuned.freeze_until: no cut point of timm/test_resnet has "),
+        (
+            {"freeze_until": "layer3"},
+            {"features": {"cut": "layer2", "pool": "avg"}},
+            "fine_tune.strategies.tuned.freeze_until: layer3",
+        ),
+        ({}, {"features": {"cut": "layer9"}}, "features.cut: 'layer9' holds no cut point"),
+        ({}, {"features": {"cut": "layer3"}}, "features.pool: the features at features.cut have the shape"),
+        ({}, {"features": {"pool": "avg"}}, "features.pool: avg, but features.cut gives vectors; expected none"),
+        ({}, {"features": {"cut": "layer4"}, "head": PRETRAINED}, "head.kind: pretrained: the network has no dense"),
+        ({}, {"features": {"cut": "layer2"}, "head": PRETRAINED}, "head.kind: pretrained: behind features.cut there"),
+        ({}, {"backbone": {"name": "timm/resnet1"}}, "backbone.name: timm/resnet1 is not in timm; nearest: "),
+        ({}, {"backbone": {"weights": "none.pth"}}, "backbone.weights: 'none.pth' is no file below data/weights/"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_its_key_and_nothing_is_written(
+    strategy: dict[str, Any], changes: dict[str, dict[str, Any]], expected: str
+) -> None:
+    configure({"good": {}, "tuned": strategy}, TINY, **changes)
+    with pytest.raises(ValueError, match=r"^params\.yaml: ") as caught:
+        plan.main()
+    assert str(caught.value).startswith(f"params.yaml: {expected}")
+    assert "\n" not in str(caught.value)
+    assert written() == {}
+
+
+def test_a_weights_file_of_another_network_is_one_line_and_leaves_the_plan_as_it_was() -> None:
+    write_weights(seed=5)
+    configure({"tuned": {}}, backbone={"weights": "own.safetensors"})
+    plan.main()
+    before = written()
+    other = backbones.load(BackboneChoice(name=MOBILENET, weights="random", seed=0), SIZE)
+    save_file(other.module.state_dict(), "data/weights/own.safetensors")
+    with pytest.raises(ValueError, match=r"^data/weights/own\.safetensors: weights of another network; ") as caught:
+        plan.main()
+    assert "\n" not in str(caught.value)
+    assert written() == before
+
+
+def test_pretrained_dense_layers_are_found_behind_an_earlier_cut() -> None:
+    configure({"tuned": {}}, MOBILENET, features={"cut": "flatten"}, head=PRETRAINED)
+    plan.main()
+    assert sorted(written()) == ["backbone.json", "tuned.json"]
+
+
+def test_other_files_in_the_weights_directory_change_no_plan() -> None:
+    write_weights(seed=5)
+    configure({"tuned": {"freeze_until": "layer2"}}, backbone={"weights": "own.safetensors"})
+    plan.main()
+    before = written()
+    Path("data/weights/other.pth").write_bytes(b"anything")
+    plan.main()
+    assert written() == before
+
+
+def test_other_weights_change_the_plan_of_the_backbone_alone() -> None:
+    write_weights(seed=5)
+    configure({"tuned": {"freeze_until": "layer2"}}, backbone={"weights": "own.safetensors"})
+    plan.main()
+    before = written()
+    write_weights(seed=6)
+    plan.main()
+    assert written()["backbone.json"] != before["backbone.json"]
+    assert written()["tuned.json"] == before["tuned.json"]
+
+
+def test_a_default_changes_the_plans_of_the_strategies_that_do_not_set_it_themselves() -> None:
+    configure({"own": {"learning_rate_base": 1e-3}, "plain": {}})
+    plan.main()
+    before = written()
+    yaml = YAML()
+    params = yaml.load(Path("params.yaml"))
+    params["fine_tune"]["defaults"]["learning_rate_base"] = 7e-5
+    yaml.dump(params, Path("params.yaml"))
+    plan.main()
+    after = written()
+    assert {name: after[name] == before[name] for name in after} == {
+        "backbone.json": True,
+        "own.json": True,
+        "plain.json": False,
+    }
+    assert json.loads(after["plain.json"])["recipe"]["learning_rate_base"] == 7e-5
+
+
+def test_a_strategy_that_does_not_run_has_no_plan_and_changes_none() -> None:
+    configure({"tuned": {}, "other": {"freeze_until": "layer9"}}, fine_tune={"run": ["tuned"]})
+    plan.main()
+    assert sorted(written()) == ["backbone.json", "tuned.json"]
