@@ -25,8 +25,9 @@ from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.features.store import Store
 from pipeline.network import backbones, cuts, engine
+from pipeline.network.cuts import Prefix
 from pipeline.params import Strategy, load_params
-from pipeline.stages import fine_tune, plan
+from pipeline.stages import fine_tune
 from pipeline.training import fit
 from pipeline.training.fit import Load, Task
 
@@ -41,16 +42,12 @@ class Study:
 
     def __init__(self, name: str, n_images: int | None, seed: int = 0) -> None:
         params = load_params()
-        changes = {
-            "augmentation": params.augmentation.model_copy(update={"flips": "both"}),
-            "backbone": choose(name),
-            "features": params.features.model_copy(update={"cut": "all", "pool": "none", "image_size": None}),
-        }
+        augmentation = params.augmentation.model_copy(update={"flips": "both"})
+        self.params = params.model_copy(update={"augmentation": augmentation})
         self.files, self.labels = manifest.read_images(), manifest.read_labels()
         self.seed = seed
-        self.params = params.model_copy(update=changes)
-        self.backbone = backbones.load(self.params.backbone, None)
-        self.base = plan.plan_backbone(self.backbone, self.params)
+        self.backbone = backbones.load(choose(name), None)
+        torch.set_num_threads(params.threads)
         split = manifest.read_split(seed, self.labels.image_id)
         self.train, self.val = split.rows("train")[:n_images], split.rows("val")
 
@@ -59,26 +56,25 @@ class Study:
         base = self.params.fine_tune.strategies["partial_freeze"].model_dump()
         return Strategy.model_validate({**base, "batch_size": 32, "patience": 1000, "views": 2, **changes})
 
-    def parts(self, boundary: str) -> tuple[nn.Sequential, nn.Sequential, nn.Module]:
-        """What lies before the boundary, what lies behind it, and a new head; copies."""
-        cut = cuts.resolve(self.backbone, boundary)
-        parts = cuts.prefix_and_suffix(self.backbone, cut, self.base.cut, self.base.pool)
-        return *copy.deepcopy(parts), nn.Linear(self.backbone.feature_dim, len(self.labels.class_names))
+    def parts(self, boundary: str) -> tuple[Prefix, nn.Sequential]:
+        """What lies before the boundary, and what lies behind it with a new head."""
+        prefix, suffix = cuts.prefix_and_suffix(self.backbone, cuts.resolve(self.backbone, boundary), cuts.ALL, "none")
+        head = nn.Linear(self.backbone.feature_dim, len(self.labels.class_names))
+        return prefix, nn.Sequential(suffix, head)
 
     def cached(self, boundary: str, val: np.ndarray, views: int) -> Load:
         """Compute the activations of views 1 to `views`, and 0 of `val`; how they are loaded."""
         pairs = [(int(row), view) for row in self.train for view in range(1, views + 1)] + [(int(r), 0) for r in val]
-        arguments = self.parts(boundary)[0], self.backbone, boundary, self.base, self.params, CPU
-        load, _ = fine_tune.load_activations(self.files, pairs, *arguments)
+        load, _ = fine_tune.load_activations(self.parts(boundary)[0], self.files, pairs, self.params, CPU)
         return load
 
     def fit(self, boundary: str, load: Load, val: np.ndarray, strategy: Strategy, *, is_cached: bool) -> float:
         """Seconds."""
-        prefix, suffix, head = self.parts(boundary)
-        network = nn.Sequential(nn.Identity() if is_cached else prefix, suffix, head)
+        prefix, rest = self.parts(boundary)
+        network = copy.deepcopy(nn.Sequential(nn.Identity() if is_cached else prefix.module, *rest))
         task = Task(load, self.labels.label, self.labels.weight, self.train, val, 1, "torch")
         start = time.perf_counter()
-        fit.train(network, task, strategy, self.seed, self.params.threads, CPU, "benchmark")
+        fit.train(network, task, strategy, self.seed, "benchmark")
         return time.perf_counter() - start
 
     def epoch(self, boundary: str, load: Load, val: np.ndarray, n: int, *, is_cached: bool) -> float:
@@ -130,9 +126,8 @@ def study_time() -> Line:
 def reading() -> Line:
     """Activations/s in random order against the rate at which the rest of the network consumes them."""
     study = Study(RESNET, 512)
-    prefix, suffix, head = study.parts("layer3")
-    options = study.params.augmentation, study.params.features, study.params.threads, CPU
-    computation = extraction.prepare(prefix, study.backbone, "layer3", "none", *options)
+    prefix, rest = study.parts("layer3")
+    computation = extraction.prepare(prefix, study.params.augmentation, study.params.features, CPU)
     study.cached("layer3", study.val[:8], 2)
     store = Store(computation.key)
     rows = [(study.files.sha256[row], view) for row in study.train for view in (1, 2)]
@@ -143,7 +138,7 @@ def reading() -> Line:
     reading = time.perf_counter() - start
     tensors = [torch.from_numpy(batch) for batch in read]
     start = time.perf_counter()
-    for _ in engine.run(nn.Sequential(suffix, head), tensors, "torch", "fp32", CPU):
+    for _ in engine.run(rest, tensors, "torch", "fp32", CPU):
         pass
     consuming = time.perf_counter() - start
     return Line("random reads / forward passes, resnet18 at layer3", consuming / reading, "times", "at least", 1)

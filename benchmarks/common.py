@@ -31,6 +31,7 @@ sys.exit(status)
 """
 REPOSITORY = Path(__file__).parents[1]
 LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
+EMPTY = Images([], [], [], [])
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory with params.yaml, data/images.csv and data/plan/; `python -m` in it runs code of this repository."""
+    """A directory with params.yaml and data/images.csv; `python -m` in it runs code of this repository."""
 
     root: Path
 
@@ -74,21 +75,22 @@ class Workspace:
         """What extract writes."""
         return self.root / "data" / "features.h5"
 
-    def start(self, *module: str) -> subprocess.Popen[bytes]:
-        """Start `python -m MODULE…` in a process group of its own."""
+    def start(self, stage: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a stage, or a module of another package, in a process group of its own."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", *module]
+        module = stage if "." in stage else f"pipeline.stages.{stage}"
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module, *arguments]
         with (self.root / "log").open("ab") as log:
             return subprocess.Popen(
                 command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
 
-    def run(self, *module: str) -> Ran:
-        """Run `python -m MODULE…` to its end."""
-        start, process = time.perf_counter(), self.start(*module)
+    def run(self, stage: str, *arguments: str) -> Ran:
+        """Run it to its end."""
+        start, process = time.perf_counter(), self.start(stage, *arguments)
         printed = cast(IO[bytes], process.stdout).read().decode()
         if process.wait():
-            raise RuntimeError(f"{' '.join(module)} failed:\n{(self.root / 'log').read_text()[-2000:]}")
+            raise RuntimeError(f"{stage} failed:\n{(self.root / 'log').read_text()[-2000:]}")
         return Ran(time.perf_counter() - start, int((self.root / "peak_kb").read_text()) / 1024, printed)
 
     def shards(self) -> list[Path]:
@@ -116,7 +118,7 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
     """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
-    params["dataset"]["path"] = str(directory.resolve())
+    params["dataset"].update({"fetch": [], "path": str(directory)})
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = 1
@@ -125,11 +127,7 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
         made = Workspace(Path(folder))
         yaml.dump(params, made.root / "params.yaml")
         made.list_images(images, slice(None))
-        made.run("pipeline.stages.plan")
         yield made
-
-
-EXTRACT = "pipeline.stages.extract"
 
 
 def generate(n: int, directory: Path) -> Images:

@@ -20,7 +20,6 @@ from pipeline.dataset.manifest import Labels, Split
 from pipeline.params import HEAD_ONLY, load_params
 from pipeline.training.runs import RUNS, Cost, Predictions, Run, save_run
 
-STAGE = "pipeline.stages.compare"
 N_CLASSES, N_VAL = 100, 10_000
 
 
@@ -29,12 +28,12 @@ def measure(*, is_quick: bool = False) -> Iterator[Line]:
     n_test = 5_000 if is_quick else 100_000
     if all((REPOSITORY / RUNS / strategy).is_dir() for strategy in (HEAD_ONLY, *load_params().fine_tune.run)):
         with tempfile.TemporaryDirectory() as folder:
-            ran = default_run(Path(folder)).run(STAGE)
+            ran = default_run(Path(folder)).run("compare")
         yield Line("compare: the default run", ran.seconds, "s", "at most", 30)
     else:
         print("  the strategies have not run here: make repro, and measure again", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ran = synthetic(Path(folder), n_test).run(STAGE)
+        ran = synthetic(Path(folder), n_test).run("compare")
     what = f"compare: {n_test:,} images x {N_CLASSES} classes x 3"
     yield Line(what, ran.seconds, "s", "at most", 120)
     yield Line(f"{what}, peak memory", ran.peak_mb, "MB", "at most", 4000)

@@ -37,11 +37,13 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         for rows in (split.rows("train"), split.rows("val"))
     )
     params = load_params()
+    torch.set_num_threads(params.threads)
     options = params.head.model_copy(update={"kind": "linear", "penalty": "l2", "standardize": True})
 
     def fit(strengths: tuple[float, ...]) -> heads.Fitted:
         chosen = options.model_copy(update={"regularization_strengths": strengths})
-        return heads.fit(train, val, n_classes, 1, chosen, nn.Identity(), 0, params.threads, torch.device("cpu"))
+        torch.manual_seed(0)
+        return heads.fit(heads.build(values.shape[2:], n_classes, chosen, nn.Identity()), train, val, 1, chosen)
 
     ours, times = fit(STRENGTHS), []
     for _ in range(1 if is_quick else 3):
@@ -64,11 +66,8 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         return float(np.average(is_right, weights=val.weight))
 
     def reference(tolerance: float) -> tuple[float, list[Linear]]:
-        model, found, start = (
-            LogisticRegression(tol=tolerance, max_iter=10_000, warm_start=True),
-            [],
-            time.perf_counter(),
-        )
+        model, found = LogisticRegression(tol=tolerance, max_iter=10_000, warm_start=True), []
+        start = time.perf_counter()
         for strength in STRENGTHS:
             # Of two classes it has one weight vector, the difference of ours, and so half the penalty
             model.C = (2 if n_classes == 2 else 1) / (strength * train.weight.sum())
