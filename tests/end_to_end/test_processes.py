@@ -33,6 +33,7 @@ from pipeline import logs
 from pipeline.dataset.decoding import sha256
 from pipeline.features import extraction
 from pipeline.network.backbones import Backbone
+from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize
 from tests import factories
 
@@ -57,10 +58,8 @@ def main():
     augmentation = factories.FLIPS.model_copy(update={"noise_std": 3.0})
     network, geometry = Slow(), factories.PREPROCESSING
     backbone = Backbone("timm/slow", network, geometry, "0" * 64, 50, None)
-    module = nn.Sequential(Normalize(geometry), network)
-    computation = extraction.prepare(
-        module, backbone, "all", "none", augmentation, factories.feature_options(), 1, torch.device("cpu")
-    )
+    prefix = Prefix(nn.Sequential(Normalize(geometry), network), backbone, "all", "none")
+    computation = extraction.prepare(prefix, augmentation, factories.feature_options(), torch.device("cpu"))
     share = extraction.share_of_environment()
     rows = [(name, view) for name in paths for view in range(2)]
     store = extraction.fill(computation, paths, rows, options["workers"], math.inf, share)
