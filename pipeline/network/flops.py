@@ -1,14 +1,9 @@
-"""Count the parameters and the floating-point operations of a network."""
+"""Count the floating-point operations of a network."""
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, trainable or not; buffers are not counted."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def flops_per_image(module: nn.Module, example: torch.Tensor, *, is_training: bool = False) -> int:
