@@ -1,4 +1,4 @@
-"""Count the parameters and the floating-point operations of a network."""
+"""Count the floating-point operations of a network."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, trainable or not; buffers are not counted."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @contextmanager
