@@ -25,6 +25,7 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.files import digest
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
@@ -65,7 +66,7 @@ def main() -> None:
         )
     device = choose_device(params.runtime.device)
     torch.set_num_threads(params.threads)
-    found = find(features.values, labels, units, options, device)
+    found = find(features, labels, units, options, device)
     write(found, labels)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
@@ -87,9 +88,9 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
+    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
 ) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps; `features` (n, n_views, *shape)."""
+    """Find suspects in the classes that `assign_folds` keeps."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label = labels.label[rows]
@@ -127,29 +128,31 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
+    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
-    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. All views
-    are used, and feature maps are flattened.
+    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Feature
+    maps are flattened.
     """
-    vectors, views = features.reshape(*features.shape[:2], -1), features.shape[1]  # nothing is read yet
+    to_train, to_predict = (array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation))
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
-    probability = np.zeros((len(rows), len(labels.class_names)), np.float32)
+    probability, paths = np.zeros((len(rows), len(labels.class_names)), np.float32), []
     for held_out in range(options.folds):
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for chosen in (~is_held_out & ~is_val, is_val)
+            for vectors, chosen in ((to_train, ~is_held_out & ~is_val), (to_predict, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(vectors.shape[2:], len(classes), head_options, nn.Identity()).to(device)
-        fitted = heads.fit(head, train, val, views, head_options)
-        predicted = heads.predict(fitted.head, Selection(vectors, rows[is_held_out]), views)
+        head = heads.build(to_train.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        fitted = heads.fit(head, train, val, head_options)
+        predicted = heads.predict(fitted.head, Selection(to_predict, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
+        paths.append(fitted.path)
+    heads.warn(paths, "label_suspects")
     return probability
 
 
