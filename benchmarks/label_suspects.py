@@ -52,7 +52,7 @@ def precision(values: np.ndarray, labels: Labels, n_flips: int, title: str) -> f
     units = make_units(labels)
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        listed = suspects.find(values, replace(labels, label=label), units, options, torch.device("cpu")).rows
+        listed = suspects.find(values, values, replace(labels, label=label), units, options, torch.device("cpu")).rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error

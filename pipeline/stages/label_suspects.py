@@ -25,7 +25,6 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
-from pipeline.features.hdf5 import Features
 from pipeline.files import digest
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
@@ -66,7 +65,7 @@ def main() -> None:
         )
     device = choose_device(params.runtime.device)
     torch.set_num_threads(params.threads)
-    found = find(features, labels, units, options, device)
+    found = find(features.values, features.evaluation, labels, units, options, device)
     write(found, labels)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
@@ -88,15 +87,20 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    units: list[list[int]],
+    options: SuspectOptions,
+    device: torch.device,
 ) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps."""
+    """Find suspects in the classes that `assign_folds` keeps; arguments as of predict_out_of_fold."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label = labels.label[rows]
     if len(set(label.tolist())) < 2:
         return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
-    probability = predict_out_of_fold(features, labels, fold, options, device)
+    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
     found = rank(probability, label, labels.weight[rows])
     return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence)
 
@@ -128,14 +132,20 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    fold: np.ndarray,
+    options: SuspectOptions,
+    device: torch.device,
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
-    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Feature
-    maps are flattened.
+    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
+    fitted on `features` (n, n_views, *shape), and predict from `evaluation` (n, n_evaluation_views, *shape), both
+    flattened.
     """
-    to_train, to_predict = (array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation))
+    to_train, to_predict = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)

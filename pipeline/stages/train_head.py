@@ -47,9 +47,7 @@ def dense_layers(features: Features) -> nn.Module:
     return dense
 
 
-def fit(
-    features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module
-) -> heads.RegularizationPath:
+def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> heads.RegularizationPath:
     """Fit, save the model and its predictions for validation and test, log one line."""
     made, n_views = features.provenance, features.values.shape[1]
     rows = {name: split.rows(name) for name in ("train", "val", "test")}
@@ -94,9 +92,7 @@ def fit(
     }
     path = fitted.path
     chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
-    run = Run(
-        HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates
-    )
+    run = Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates)
     save_run(run)
     logs.log.info("head %d: strength %g, val loss %.4f", split.seed, path.strength, min(path.val_nll.values()))
     return path
