@@ -47,7 +47,7 @@ def precision(values: np.ndarray, labels: Labels, n_flips: int, title: str) -> f
     options = make_units(labels), params.label_suspects, torch.device("cpu")
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        listed = label_suspects.find(values, replace(labels, label=label), *options).rows
+        listed = label_suspects.find(values, values, replace(labels, label=label), *options).rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error

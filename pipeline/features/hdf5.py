@@ -43,6 +43,7 @@ class Features:
     """
 
     values: np.ndarray
+    evaluation: np.ndarray  # STAND-IN of branch ntrain: take the other side when merging
     sha256: list[str]
     provenance: Provenance
 
@@ -150,7 +151,7 @@ def read_features(path: Path = FEATURES) -> Features:
                 raise ValueError(f"its arrays have the types {values.dtype.str} and {names.dtype.str}")
             mapped = np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape)
             sha256 = [name.decode() for name in names[()].tolist()]
-            return Features(mapped, sha256, Provenance.model_validate_json(provenance))
+            return Features(mapped, mapped, sha256, Provenance.model_validate_json(provenance))
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run: dvc repro extract") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:

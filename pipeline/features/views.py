@@ -23,6 +23,22 @@ from pipeline.params import Augmentation
 Transform = Callable[[Image.Image], Image.Image]
 FLIPS = {"none": ("",), "horizontal": ("", "h"), "vertical": ("", "v"), "both": ("", "h", "v", "hv")}
 
+# STAND-IN of branch ntrain: take the other side when merging
+SYMMETRIES = ("identity", "flip_horizontal", "flip_vertical", "rotate_180")
+AUGMENTED = 8
+
+
+def training_views(augmentation: Augmentation, n: int) -> list[int]:
+    """STAND-IN: codes of the training views 0 to n - 1."""
+    if augmentation.flips == "both" and not augmentation.right_angles:
+        return [k % 4 for k in range(n)]
+    return [0, *range(AUGMENTED + 1, AUGMENTED + n)][:n]
+
+
+def evaluation_views(names: Sequence[str]) -> list[int]:
+    """STAND-IN: codes of symmetries."""
+    return [SYMMETRIES.index(name) for name in names]
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -25,7 +25,11 @@ def counting_flops() -> Iterator[FlopCounterMode]:
 
 
 def _convolution_backward(
-    gradient_shape: list[int], input_shape: list[int], weight_shape: list[int], *others: Any, **_: object
+    gradient_shape: list[int],
+    input_shape: list[int],
+    weight_shape: list[int],
+    *others: Any,
+    **_: object,
 ) -> int:
     """`others` are those of aten.convolution_backward from `bias` on."""
     *_before, transposed, _output_padding, _groups, output_mask = others

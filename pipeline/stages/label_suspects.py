@@ -65,7 +65,7 @@ def main() -> None:
         )
     device = choose_device(params.runtime.device)
     torch.set_num_threads(params.threads)
-    found = find(features.values, labels, units, options, device)
+    found = find(features.values, features.evaluation, labels, units, options, device)
     write(found, labels)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
@@ -87,15 +87,20 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    units: list[list[int]],
+    options: SuspectOptions,
+    device: torch.device,
 ) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps; `features` (n, n_views, *shape)."""
+    """Find suspects in the classes that `assign_folds` keeps; arguments as of predict_out_of_fold."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label = labels.label[rows]
     if len(set(label.tolist())) < 2:
         return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
-    probability = predict_out_of_fold(features, labels, fold, options, device)
+    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
     found = rank(probability, label, labels.weight[rows])
     return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence)
 
@@ -127,29 +132,37 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    fold: np.ndarray,
+    options: SuspectOptions,
+    device: torch.device,
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
-    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. All views
-    are used, and feature maps are flattened.
+    The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
+    fitted on `features` (n, n_views, *shape), and predict from `evaluation` (n, n_evaluation_views, *shape), both
+    flattened.
     """
-    vectors, views = features.reshape(*features.shape[:2], -1), features.shape[1]  # nothing is read yet
+    to_train, to_predict = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
-    probability = np.zeros((len(rows), len(labels.class_names)), np.float32)
+    probability, paths = np.zeros((len(rows), len(labels.class_names)), np.float32), []
     for held_out in range(options.folds):
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for chosen in (~is_held_out & ~is_val, is_val)
+            for vectors, chosen in ((to_train, ~is_held_out & ~is_val), (to_predict, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(vectors.shape[2:], len(classes), head_options, nn.Identity()).to(device)
-        fitted = heads.fit(head, train, val, views, head_options)
-        predicted = heads.predict(fitted.head, Selection(vectors, rows[is_held_out]), views)
+        head = heads.build(to_train.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        fitted = heads.fit(head, train, val, head_options)
+        predicted = heads.predict(fitted.head, Selection(to_predict, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
+        paths.append(fitted.path)
+    heads.warn(paths, "label_suspects")
     return probability
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.dataset import decoding
-from pipeline.features.views import make_views
+from pipeline.features.views import evaluation_views, make_views
 from pipeline.network import engine
 from pipeline.network.device import choose_device
 from pipeline.training import heads, models
@@ -42,7 +42,8 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
         except (OSError, ValueError) as error:
             failures.append(f"{path}: {error}")
             continue
-        pixels = make_views(image, name, range(card.evaluation_views), card.backbone.preprocessing, card.augmentation)
+        views = evaluation_views(card.evaluation_views)
+        pixels = make_views(image, name, views, card.backbone.preprocessing, card.augmentation)
         (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device)
         probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()
         best = int(probability.argmax())

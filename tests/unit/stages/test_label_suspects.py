@@ -118,7 +118,7 @@ def flipped(true: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.n
 
 
 def find(features: np.ndarray, labels: Labels, **changes: Any) -> Suspects:
-    return label_suspects.find(features, labels, make_units(labels), options(**changes), CPU)
+    return label_suspects.find(features, features, labels, make_units(labels), options(**changes), CPU)
 
 
 # the promise
@@ -184,7 +184,7 @@ def test_folds_are_stratified_and_follow_the_seed():
 
 def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, **columns: Any):
     chosen = options(regularization_strengths=(0.3, 0.01))
-    return label_suspects.predict_out_of_fold(features, labels_of(label, **columns), fold, chosen, CPU)
+    return label_suspects.predict_out_of_fold(features, features, labels_of(label, **columns), fold, chosen, CPU)
 
 
 @pytest.mark.parametrize("held_out", range(3))
