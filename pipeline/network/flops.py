@@ -28,7 +28,7 @@ def _convolution_backward(
     gradient_shape: list[int],
     input_shape: list[int],
     weight_shape: list[int],
-    *others: Any,
+    *others: Any,  # noqa: ANN401
     **_: object,
 ) -> int:
     """`others` are those of aten.convolution_backward from `bias` on."""
