@@ -86,23 +86,24 @@ def _auroc(
     """One class against the rest, macro average, within folds; None where a fold lacks a class."""
     if not scores.shape[1]:
         return None
+    inside = [np.flatnonzero(fold == k) for k in np.unique(fold)]
+    if any(len(np.unique(label[own])) < n_classes for own in inside):
+        return None
     value, influence, shares = 0.0, np.zeros(len(label)), np.zeros(len(label))
-    columns = range(n_classes - scores.shape[1], n_classes)
-    for k in np.unique(fold):
-        inside = np.flatnonzero(fold == k)
-        own_label, own_weight = label[inside], weight[inside]
-        if (np.bincount(own_label, minlength=n_classes) == 0).any():
-            return None
-        part = own_weight.sum() / weight.sum() / len(columns)
-        for column in columns:
-            is_positive = own_label == column
-            area, placement = placements(scores[inside, column - columns[0]], is_positive, own_weight)
-            n_own = np.where(is_positive, is_positive.sum(), (~is_positive).sum())
-            positive = own_weight @ is_positive
-            share = own_weight / np.where(is_positive, positive, own_weight.sum() - positive)
-            value += part * area
-            influence[inside] += part * np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * (placement - area)
-            shares[inside] += part * share / 2  # a pair belongs to both of its images
+    for column, score in enumerate(scores.T, n_classes - scores.shape[1]):
+        is_positive, area, placement, share = label == column, 0.0, np.zeros(len(label)), np.zeros(len(label))
+        for own in inside:
+            part = weight[own].sum() / weight.sum() / scores.shape[1]
+            of_fold, placement[own] = placements(score[own], is_positive[own], weight[own])
+            area += part * of_fold
+            totals = np.bincount(is_positive[own], weight[own])  # of the negatives and of the positives
+            share[own] = part * weight[own] / totals[is_positive[own].astype(int)]
+        n_own = np.where(is_positive, is_positive.sum(), (~is_positive).sum())
+        # Not around the area of the fold, in which a class may have one image
+        around = placement - area * scores.shape[1]
+        influence += np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * around
+        shares += share / 2  # a pair belongs to both of its images
+        value += area
     return Influence(min(max(value, 0.0), 1.0), influence, shares)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from pipeline.comparison import influence, metrics, resampling
 from pipeline.comparison.influence import Influence
@@ -45,10 +45,6 @@ class Spread:
     n_effective: float
     n_units: int
     n_images: int
-
-    def t(self, probability: float) -> float:
-        """Quantile of Student's t."""
-        return float(stats.t.ppf(probability, self.degrees))
 
 
 def distinct(items: Iterable[T], digest: Callable[[T], bytes]) -> list[T]:
@@ -118,7 +114,7 @@ def interval(by_run: Sequence[Influence | None], rows: Sequence[np.ndarray], uni
     if len(known) < len(by_run):
         return None
     top, value, spread = known[0].top, float(np.mean([metric.value for metric in known])), spread_of(known, rows, unit)
-    n, t = spread.n_effective, spread.t((1 + CONFIDENCE) / 2)
+    n, t = spread.n_effective, float(special.stdtrit(spread.degrees, (1 + CONFIDENCE) / 2))
     if math.isinf(top):
         reach = t * math.sqrt((spread.variance + 2 * value**2 / n) / (n + 2)) / value if value > 0 else 0.0
         return Interval(value, value * math.exp(-reach), value * math.exp(reach))
@@ -126,10 +122,10 @@ def interval(by_run: Sequence[Influence | None], rows: Sequence[np.ndarray], uni
     with_pseudo = (n * p + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
     second_moment = (n * (spread.variance / top**2 + p**2) + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
     effective = n * with_pseudo * (1 - with_pseudo) / (second_moment - with_pseudo**2)
-    effective = min(effective, spread.n_images) * (float(stats.norm.ppf((1 + CONFIDENCE) / 2)) / t) ** 2
+    effective = min(effective, spread.n_images) * (float(special.ndtri((1 + CONFIDENCE) / 2)) / t) ** 2
     hits, tail = p * effective, (1 - CONFIDENCE) / 2
-    low = float(stats.beta.ppf(tail, hits, effective - hits + 1)) if hits > 0 else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, effective - hits)) if hits < effective else 1.0
+    low = float(special.betaincinv(hits, effective - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(special.betaincinv(hits + 1, effective - hits, 1 - tail)) if hits < effective else 1.0
     return Interval(value, top * min(low, p), top * max(high, p))
 
 
