@@ -74,6 +74,10 @@ def assemble(
         "common_seeds": [run.seed for run in runs[HEAD_ONLY]],
         "class_names": labels.class_names,
         "has_groups": len(np.unique(unit)) < len(unit),
+        "positive_class": None
+        if (positive := positive_class(labels, options)) is None
+        else labels.class_names[positive],
+        "stated_specificity": options.specificity,
         "notes": notes(described),
         "recommendation": recommendation.as_json(chosen, described),
         "strategies": described,
@@ -125,7 +129,8 @@ def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options
     splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
     splits["test"] |= break_down(kept, labels, unit)
     images = [(outcomes.of_predictions(one.run.val, labels.label), one.test) for one in kept]
-    splits["test"]["operating_points"] = operating_points(images, *data, labels.class_names, options)
+    positive = positive_class(labels, options)
+    splits["test"]["operating_points"] = operating_points(images, *data, positive, options.specificity)
     splits["test"]["per_unit"] = per_unit(images, labels, unit, options)
     return {
         "seeds": [one.run.seed for one in judged],
@@ -162,20 +167,18 @@ def operating_points(
     label: np.ndarray,
     weight: np.ndarray,
     unit: np.ndarray,
-    class_names: Sequence[str],
-    options: Compare,
+    positive: int | None,
+    specificity: float,
 ) -> Json | None:
     """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
 
-    `runs` are validation and test. The threshold is the lowest probability of the positive class at which validation
-    has at least `compare.specificity`. None where there are not two classes, or a split has one only.
+    `runs` are validation and test. The threshold is the lowest probability of the class `positive` at which validation
+    has at least this specificity. None where there are not two classes, or a split has one only.
     """
-    if len(class_names) != 2 or any(len(np.unique(label[one.rows])) < 2 for run in runs for one in run):
+    if positive is None or any(len(np.unique(label[one.rows])) < 2 for run in runs for one in run):
         return None
-    positive = positive_class(label, class_names, options)
-    tests = [test for _, test in runs]
-    thresholds = [_threshold(val, positive, label, weight, options.specificity) for val, _ in runs]
-    found: Json = {"positive_class": class_names[positive], "stated_specificity": options.specificity}
+    tests, found = [test for _, test in runs], {}
+    thresholds = [_threshold(val, positive, label, weight, specificity) for val, _ in runs]
     by_threshold = {
         "default": (0.5, [test.predicted == positive for test in tests]),
         "chosen": (
@@ -195,16 +198,21 @@ def operating_points(
     return found
 
 
-def positive_class(label: np.ndarray, class_names: Sequence[str], options: Compare) -> int:
-    """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class."""
+def positive_class(labels: Labels, options: Compare) -> int | None:
+    """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class.
+
+    None where there are not two classes.
+    """
+    if len(labels.class_names) != 2:
+        return None
     if options.positive_class is None:
-        return int(np.bincount(label[label >= 0], minlength=2).argmin())
-    if options.positive_class not in class_names:
+        return int(np.bincount(labels.label, minlength=2).argmin())
+    if options.positive_class not in labels.class_names:
         raise ValueError(
             f"params.yaml: compare.positive_class: found {options.positive_class}, expected null or one of "
-            f"{', '.join(class_names)}"
+            f"{', '.join(labels.class_names)}"
         )
-    return class_names.index(options.positive_class)
+    return labels.class_names.index(options.positive_class)
 
 
 def per_unit(
@@ -230,7 +238,7 @@ def per_unit(
         "n_units": len(voting),
         "n_left_out": n_units - len(voting),
         "metrics": _estimates(estimates, (*SUBSET_METRICS, "brier"), label[voting], n_classes),
-        "operating_points": operating_points(votes, *data, labels.class_names, options),
+        "operating_points": operating_points(votes, *data, positive_class(labels, options), options.specificity),
     }
 
 
