@@ -50,7 +50,7 @@ def assemble(
     `n_train`: images, mean over the common seeds, that were used before judging on `val` (train), and on `test` (train
     and validation).
     """
-    unit = unit_of(labels)
+    unit, positive = unit_of(labels), positive_class(labels, options)
     by_key = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
     judged = {key: judge(run, labels, unit) for key, run in by_key.items()}
     groups = {
@@ -74,9 +74,7 @@ def assemble(
         "common_seeds": [run.seed for run in runs[HEAD_ONLY]],
         "class_names": labels.class_names,
         "has_groups": len(np.unique(unit)) < len(unit),
-        "positive_class": None
-        if (positive := positive_class(labels, options)) is None
-        else labels.class_names[positive],
+        "positive_class": None if positive is None else labels.class_names[positive],
         "stated_specificity": options.specificity,
         "notes": notes(described),
         "recommendation": recommendation.as_json(chosen, described),

@@ -40,9 +40,9 @@ def ece_interval(
 
     All arrays but unit (n_images,) are (n_images, n_runs); the weight is 0 where a run has no prediction for an image.
     The interval is the basic bootstrap over units (Davison & Hinkley 1997, "Bootstrap methods and their application",
-    section 5.2), since an ECE is biased upwards and resampling adds the bias once more; it is widened to contain the
-    value, and for few units as a t interval is. It starts at 0 where calibrated predictions could have such an ECE (Bröcker & Smith 2007, "Increasing the
-    reliability of reliability diagrams").
+    section 5.2), since an ECE is biased upwards and resampling adds the bias once more. It is widened to contain the
+    value, and for few units as a t interval is. It starts at 0 where calibrated predictions could have such an ECE
+    (Bröcker & Smith 2007, "Increasing the reliability of reliability diagrams").
     """
     in_bin = weight[..., None] * (metrics.bin_of(confidence)[..., None] == np.arange(metrics.N_BINS))
     gap, total = in_bin * (is_correct - confidence)[..., None], weight.sum(axis=0)
