@@ -17,6 +17,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.comparison import details
+from pipeline.comparison.outcomes import Outcomes, of_predictions
+from pipeline.comparison.paired import Study
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import hdf5
@@ -27,7 +29,7 @@ from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, BackboneChoice, Compare, FeatureOptions, HeadOptions, Strategy
 from pipeline.training.models import Card
-from pipeline.training.runs import Cost, Predictions, Run, save_run
+from pipeline.training.runs import Candidates, Cost, Predictions, Run, make_candidates, save_run
 
 REPOSITORY = Path(__file__).parents[1]
 CARRIED = (  # by a copy of the repository in which dvc repro runs
@@ -248,26 +250,49 @@ def predictions_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> 
     return Predictions(rows, np.stack([is_correct, ~is_correct], axis=1).astype(float))
 
 
+def outcomes_of(log_probability: np.ndarray, label: np.ndarray) -> Outcomes:
+    """Outcomes of log-probabilities (n, n_classes), or logits, for images 0 to n - 1 with these labels."""
+    return of_predictions(Predictions(np.arange(len(label)), np.asarray(log_probability)), label)
+
+
+def outcomes_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> Outcomes:
+    """Outcomes of predictions_with."""
+    made = predictions_with(is_correct, rows)
+    return of_predictions(made, np.zeros(made.rows.max() + 1, np.int64))
+
+
+def ones_study(n: int, **changes: Any) -> Study:
+    """A study of n images of class 0 and weight 1, each its own unit."""
+    return Study(**{"label": np.zeros(n, np.int64), "weight": np.ones(n), "unit": np.arange(n)} | changes)
+
+
 def two_strategies(
     n_classes: int, seeds: int, n_images: int = 400, n_test: int = 150
-) -> tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]:
-    """A better and a worse strategy on overlapping test images, the labels and the weights of all images."""
+) -> tuple[list[Outcomes], list[Outcomes], Study]:
+    """A better and a worse strategy on overlapping test images, every image its own unit."""
     random = np.random.default_rng(0)
     label, weight = random.integers(0, n_classes, n_images), random.choice([1 / 3, 2 / 3, 1.0], n_images)
     rows = [np.sort(random.permutation(n_images)[:n_test]) for _ in range(seeds)]
 
-    def predict(row: np.ndarray, strength: float) -> Predictions:
+    def predict(row: np.ndarray, strength: float) -> Outcomes:
         logits = random.normal(size=(len(row), n_classes))
         logits[np.arange(len(row)), label[row]] += strength
-        return Predictions(row, logits.astype(np.float32))
+        return of_predictions(Predictions(row, logits.astype(np.float32)), label)
 
-    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], label, weight
+    study = Study(label, weight, np.arange(n_images))
+    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], study
 
 
-def run(strategy: str, seed: int, val: Predictions, test: Predictions, **changes: Any) -> Run:
-    """A run with these predictions; that of the head by default."""
+def candidates(val: Predictions, label: np.ndarray) -> Candidates:
+    """The one candidate that predicts `val`; label (n,) of all images."""
+    return make_candidates({"0.1": val.log_probability}, label[val.rows])
+
+
+def run(strategy: str, seed: int, val: Predictions, test: Predictions, label: np.ndarray, **changes: Any) -> Run:
+    """A run with these predictions, chosen from one candidate; that of the head by default. label is of all images."""
     network = {"params": 1000, "boundary": "all", "largest_rounding": 0.0}
     plain: dict[str, Any] = {"cost": cost(), "chosen": {"strength": 0.1}, "network": network, "curve": []}
+    plain["candidates"] = candidates(val, label)
     return Run(strategy=strategy, seed=seed, val=val, test=test, **plain | changes)
 
 
@@ -283,7 +308,7 @@ def run_wrong_on(strategy: str, seed: int, wrong: list[int], train_flops: int = 
     logits = np.log(np.where(np.eye(2)[predicted] > 0, 0.9, 0.1))
     val, test = (predictions(rows, logits[rows]) for rows in FORTY_SPLITS[seed])
     spent = cost(trainable_params=100, train_flops=train_flops)
-    return run(strategy, seed, val, test, **{"cost": spent} | changes)
+    return run(strategy, seed, val, test, FORTY.label, **{"cost": spent} | changes)
 
 
 HEAD_RUNS = [
@@ -291,13 +316,20 @@ HEAD_RUNS = [
     run_wrong_on("feature_extraction", 1, [16, 17, 18]),
 ]
 FULL_RUNS = [run_wrong_on("full", 0, [8], 9 * 10**12), run_wrong_on("full", 1, [17], 10 * 10**12)]
-COMPARE = Compare(baseline="feature_extraction", practical_margin=0.01, confidence=0.95, guard={})
+COMPARE = Compare(
+    baseline="feature_extraction",
+    practical_margin=0.01,
+    confidence=0.95,
+    positive_class=None,
+    specificity=0.9,
+    guard={},
+)
 
 
 def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
     """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
     runs = {"feature_extraction": head, "full": full}
-    return details.assemble(runs, head, FORTY, 8, COMPARE.model_copy(update=options))
+    return details.assemble(runs, head, FORTY, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
 
 
 def card(**changes: Any) -> Card:
@@ -308,7 +340,7 @@ def card(**changes: Any) -> Card:
         "class_names": ("a", "b"),
         "backbone": backbone_plan(),
         "augmentation": FLIPS,
-        "evaluation_views": 1,
+        "evaluation_views": ("identity",),
         "freeze_until": "all",
         "head": LINEAR,
         "cost": cost(),
@@ -357,7 +389,7 @@ def study_params(path: Path) -> None:
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
     document["features"].update({"views": 1, "image_size": 64})
-    document["evaluation"]["views"] = 1
+    document["evaluation"]["views"] = ["identity"]
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
     yaml.dump(document, path)
@@ -411,7 +443,7 @@ def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: n
     selected = {"strength": 0.1, "val_nll": {"1.0": 0.7, "0.1": 0.6, "0.01": 0.65}}
     spent = cost(trainable_params=51, train_flops=10**9 if is_head else 10**11, base_passes=8, cached_bytes=1536)
     described = {"cost": spent, "chosen": selected if is_head else {"epoch": 2}, "curve": [] if is_head else curve}
-    return run(name, seed, *found, **described)
+    return run(name, seed, *found, labels.label, **described)
 
 
 def study_reports(labels: Labels) -> None:

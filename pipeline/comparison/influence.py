@@ -21,7 +21,7 @@ class Influence:
 
     `share` is the fraction of the metric that an image contributes: shares sum to 1 (to less where a class is absent).
     `extra_variance` is that of pseudo-images, which keep a class with few images, or with none that is wrong, from
-    looking certain. `degrees` of freedom of the variance, where classes with few images carry it.
+    looking certain.
     """
 
     value: float
@@ -29,7 +29,6 @@ class Influence:
     share: np.ndarray
     top: float = 1.0
     extra_variance: float = 0.0
-    degrees: float = np.inf
 
 
 def linearise(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: int) -> dict[str, Influence | None]:
@@ -93,7 +92,7 @@ def _auroc(
     for column, score in enumerate(scores.T, n_classes - scores.shape[1]):
         is_positive, area, placement, share = label == column, 0.0, np.zeros(len(label)), np.zeros(len(label))
         for own in inside:
-            part = weight[own].sum() / weight.sum() / scores.shape[1]
+            part = float(weight[own].sum() / weight.sum()) / scores.shape[1]
             of_fold, placement[own] = placements(score[own], is_positive[own], weight[own])
             area += part * of_fold
             totals = np.bincount(is_positive[own], weight[own])  # of the negatives and of the positives
@@ -113,16 +112,16 @@ def _balanced_accuracy(predicted: np.ndarray, label: np.ndarray, weight: np.ndar
     actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
     k, pseudo = np.count_nonzero(occurs), weight.mean()
     value = min(float(_ratio(correct, actual).sum() / k), 1.0)
-    actual_with, recall_with = actual + 2 * pseudo, (correct + pseudo) / (actual + 2 * pseudo)
+    actual_with = actual + 2 * pseudo
+    recall_with = (correct + pseudo) / actual_with
     moved = (is_correct - recall_with[label]) * weight / actual_with[label] / k
     extra = (pseudo / actual_with / k) ** 2 * ((1 - recall_with) ** 2 + recall_with**2)
-    extra[~occurs] = 0
-    return Influence(value, moved, weight / actual[label] / k, 1.0, *_of_classes(moved, label, extra))
+    return _per_image(value, moved, extra, _ratio(actual_with, actual), weight / actual[label] / k, label)
 
 
 def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
     """The mean F1 of all classes; its variance with two pseudo-images per class, one of them predicted as another."""
-    is_correct, occurs = predicted == label, np.bincount(label, minlength=n_classes) > 0
+    is_correct = predicted == label
     actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
     either = actual + np.bincount(predicted, weight, n_classes)
     value, pseudo = min(float(_ratio(2 * correct, either).mean()), 1.0), weight.mean()
@@ -130,18 +129,21 @@ def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_cl
     f1_with = 2 * (correct + pseudo) / either_with
     loss = f1_with / either_with
     moved = (2 * is_correct / either_with[label] - loss[label] - loss[predicted]) * weight / n_classes
-    right, wrong = 2 / either_with - 2 * loss, loss[:, None] + loss
-    others = occurs[:, None] & ~np.eye(n_classes, dtype=bool)
-    extra = np.where(occurs, right**2, 0) + np.where(others, wrong**2, 0).sum(axis=1) / max(n_classes - 1, 1)
+    wrong = np.where(np.eye(n_classes, dtype=bool), 0, loss[:, None] + loss)
+    extra = (2 / either_with - 2 * loss) ** 2 + (wrong**2).sum(axis=1) / max(n_classes - 1, 1)
     extra *= (pseudo / n_classes) ** 2
-    return Influence(value, moved, weight / actual[label] / n_classes, 1.0, *_of_classes(moved, label, extra))
+    times = _ratio(actual + 2 * pseudo, actual)
+    return _per_image(value, moved, extra, times, weight / actual[label] / n_classes, label)
 
 
-def _of_classes(influence: np.ndarray, label: np.ndarray, extra: np.ndarray) -> tuple[float, float]:
-    """The variance of the pseudo-images, and the degrees of freedom of all (Satterthwaite 1946, over classes)."""
-    variance = np.bincount(label, influence**2, len(extra)) + extra
-    size = np.bincount(label, minlength=len(extra))
-    return float(extra.sum()), float(variance.sum() ** 2 / (variance**2 / np.maximum(size - 1, 1)).sum())
+def _per_image(
+    value: float, influence: np.ndarray, extra: np.ndarray, times: np.ndarray, share: np.ndarray, label: np.ndarray
+) -> Influence:
+    """From influences among images and pseudo-images, of variance `extra` by class.
+
+    The variance of a class is made `times` larger: that of its images alone, which would else look like more.
+    """
+    return Influence(value, influence * np.sqrt(times[label]), share, 1.0, float(extra @ times))
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
