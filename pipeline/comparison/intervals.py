@@ -80,7 +80,7 @@ def metric_intervals(
     """
     kept = [with_weight(run, weight) for run in distinct(runs, digest_of)]
     rows = [run.rows for run in kept]
-    by_run = [influence.linearise(run, label[run.rows], weight[run.rows], n_classes) for run in kept]
+    by_run = [influence.linearise(run, label[run.rows], weight[run.rows], unit[run.rows], n_classes) for run in kept]
     found = {name: interval([metric[name] for metric in by_run], rows, unit) for name in by_run[0]}
     probabilities = [run.probability for run in kept if run.probability is not None]
     return found | ({"ece": ece_interval(rows, probabilities, label, weight, unit)} if probabilities else {})

@@ -26,7 +26,7 @@ def answers(n_classes: int, n: int, key: int = 0) -> Answers:
 
 
 def linearise(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, Influence | None]:
-    return influence.linearise(outcomes_of(logits, label), label, weight, logits.shape[1])
+    return influence.linearise(outcomes_of(logits, label), label, weight, np.arange(len(label)), logits.shape[1])
 
 
 def accuracy_interval(runs: list[Outcomes], weight: np.ndarray, unit: np.ndarray | None = None) -> tuple[float, float]:
@@ -72,10 +72,10 @@ def test_accuracy_over_disjoint_seeds_is_one_accuracy_over_all_images():
 def test_influence_is_the_derivative_by_the_weight(n_classes: int):
     n, step = 60, 1e-6
     logits, label, weight = answers(n_classes, n)
-    # Balanced accuracy and macro F1 are moved where every class has two images more, one of them right
-    wrong = np.eye(n_classes)[(np.arange(n_classes) + 1) % n_classes]
-    more = np.concatenate([logits, np.eye(n_classes), wrong]), np.append(label, np.tile(np.arange(n_classes), 2))
-    pseudo = np.full(2 * n_classes, weight.mean())
+    # Balanced accuracy and macro F1 are moved where every class has two images more, one right, one wrong in all ways
+    mean_weight, (actual, predicted) = np.bincount(label, weight) / np.bincount(label), np.indices((n_classes,) * 2)
+    more = np.concatenate([logits, np.eye(n_classes)[predicted.ravel()]]), np.append(label, actual.ravel())
+    pseudo = (mean_weight[actual] * np.where(actual == predicted, 1, 1 / (n_classes - 1))).ravel()
 
     def moved(i: int, by: float) -> dict[str, float]:
         changed = weight + by * (np.arange(n) == i)
@@ -90,8 +90,7 @@ def test_influence_is_the_derivative_by_the_weight(n_classes: int):
         derivative = weight * [(up[name] - down[name]) / (2 * step) for up, down in zip(ups, downs, strict=True)]
         correction = np.sqrt(size / (size - 1)) if name == "auroc" else 1.0
         if name in ("balanced_accuracy", "macro_f1"):
-            actual = np.bincount(label, weight)[label]
-            correction = np.sqrt((actual + 2 * weight.mean()) / actual)
+            correction = np.sqrt((size + 2) / size)
         assert linear is not None
         np.testing.assert_allclose(linear.influence, correction * derivative, atol=1e-7)
         assert np.all(np.abs(derivative) <= (2 if name == "auroc" else 1) * linear.top * linear.share + 1e-7)
