@@ -113,7 +113,7 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
     params["dataset"]["path"] = str(directory.resolve())
     params["backbone"].update({"name": name, "weights": "bundled" if name == LITE else "random"})
     params["features"].update({"views": 1, "precision": precision})
-    params["evaluation"]["views"] = 1
+    params["evaluation"]["views"] = ["identity"]
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
         (made.root / "data").mkdir()

@@ -27,7 +27,7 @@ from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, BackboneChoice, Compare, FeatureOptions, HeadOptions, Strategy
 from pipeline.training.models import Card
-from pipeline.training.runs import Cost, Predictions, Run, save_run
+from pipeline.training.runs import Candidates, Cost, Predictions, Run, make_candidates, save_run
 
 REPOSITORY = Path(__file__).parents[1]
 CARRIED = (  # by a copy of the repository in which dvc repro runs
@@ -191,6 +191,7 @@ def strategy_plan(**changes: Any) -> StrategyPlan:
 def provenance(**changes: Any) -> Provenance:
     """Features of `backbone_plan`."""
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
+    plain["evaluation_views"] = ("identity",)
     stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
 
@@ -264,10 +265,16 @@ def two_strategies(
     return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], label, weight
 
 
-def run(strategy: str, seed: int, val: Predictions, test: Predictions, **changes: Any) -> Run:
-    """A run with these predictions; that of the head by default."""
+def candidates(val: Predictions, label: np.ndarray) -> Candidates:
+    """The one candidate that predicts `val`; label (n,) of all images."""
+    return make_candidates({"0.1": val.log_probability}, label[val.rows])
+
+
+def run(strategy: str, seed: int, val: Predictions, test: Predictions, label: np.ndarray, **changes: Any) -> Run:
+    """A run with these predictions, chosen from one candidate; that of the head by default. label is of all images."""
     network = {"params": 1000, "boundary": "all", "largest_rounding": 0.0}
     plain: dict[str, Any] = {"cost": cost(), "chosen": {"strength": 0.1}, "network": network, "curve": []}
+    plain["candidates"] = candidates(val, label)
     return Run(strategy=strategy, seed=seed, val=val, test=test, **plain | changes)
 
 
@@ -283,7 +290,7 @@ def run_wrong_on(strategy: str, seed: int, wrong: list[int], train_flops: int = 
     logits = np.log(np.where(np.eye(2)[predicted] > 0, 0.9, 0.1))
     val, test = (predictions(rows, logits[rows]) for rows in FORTY_SPLITS[seed])
     spent = cost(trainable_params=100, train_flops=train_flops)
-    return run(strategy, seed, val, test, **{"cost": spent} | changes)
+    return run(strategy, seed, val, test, FORTY.label, **{"cost": spent} | changes)
 
 
 HEAD_RUNS = [
@@ -291,7 +298,14 @@ HEAD_RUNS = [
     run_wrong_on("feature_extraction", 1, [16, 17, 18]),
 ]
 FULL_RUNS = [run_wrong_on("full", 0, [8], 9 * 10**12), run_wrong_on("full", 1, [17], 10 * 10**12)]
-COMPARE = Compare(baseline="feature_extraction", practical_margin=0.01, confidence=0.95, guard={})
+COMPARE = Compare(
+    baseline="feature_extraction",
+    practical_margin=0.01,
+    confidence=0.95,
+    positive_class=None,
+    specificity=0.9,
+    guard={},
+)
 
 
 def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
@@ -308,7 +322,7 @@ def card(**changes: Any) -> Card:
         "class_names": ("a", "b"),
         "backbone": backbone_plan(),
         "augmentation": FLIPS,
-        "evaluation_views": 1,
+        "evaluation_views": ("identity",),
         "freeze_until": "all",
         "head": LINEAR,
         "cost": cost(),
@@ -357,7 +371,7 @@ def study_params(path: Path) -> None:
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
     document["features"].update({"views": 1, "image_size": 64})
-    document["evaluation"]["views"] = 1
+    document["evaluation"]["views"] = ["identity"]
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
     yaml.dump(document, path)
@@ -392,7 +406,7 @@ def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
     )
     values = np.random.default_rng(1).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
     made = provenance(backbone=plan)
-    hdf5.write_features(hdf5.FEATURES, values.shape, values.dtype, [values], labels.sha256, made)
+    hdf5.write_features(hdf5.FEATURES, [values], None, labels.sha256, made)
 
 
 def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: np.random.Generator) -> Run:
@@ -411,7 +425,7 @@ def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: n
     selected = {"strength": 0.1, "val_nll": {"1.0": 0.7, "0.1": 0.6, "0.01": 0.65}}
     spent = cost(trainable_params=51, train_flops=10**9 if is_head else 10**11, base_passes=8, cached_bytes=1536)
     described = {"cost": spent, "chosen": selected if is_head else {"epoch": 2}, "curve": [] if is_head else curve}
-    return run(name, seed, *found, **described)
+    return run(name, seed, *found, labels.label, **described)
 
 
 def study_reports(labels: Labels) -> None:
@@ -437,6 +451,8 @@ def study_reports(labels: Labels) -> None:
     write_text(Path("reports/data/rejected.csv"), f'path,reason\n"{HOSTILE[0]}",truncated\n')
     suspects = f'rank,image_id,label,suggested,self_confidence\n1,{names[5]},"{HOSTILE[0]}","{HOSTILE[1]}",0.02\n'
     write_text(Path("reports/label_suspects.csv"), suspects)
+    quality = {"accuracy": 0.4, "largest_class": 0.3333, "caution": HOSTILE[0]}
+    write_json(Path("reports/label_suspects.json"), quality)
     leaks = [{"tie": "group", "name": HOSTILE[0], "n": 2, "parts": {names[0]: "train", names[1]: "test"}}]
     splits = {"method": "stratified", "sizes": {"0": {"train": 8, "val": 8, "test": 8, "unused": 0}}, "notes": []}
     write_json(Path("reports/splits.json"), splits | {"n_leaks": 1, "leaks": leaks})
