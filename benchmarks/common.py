@@ -121,7 +121,7 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
     params["dataset"].update({"fetch": [], "path": str(directory)})
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
-    params["evaluation"]["views"] = 1
+    params["evaluation"]["views"] = ["identity"]
     params["fine_tune"]["run"] = []
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))

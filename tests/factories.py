@@ -193,6 +193,7 @@ def strategy_plan(**changes: Any) -> StrategyPlan:
 def provenance(**changes: Any) -> Provenance:
     """Features of `backbone_plan`."""
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
+    plain["evaluation_views"] = ("identity",)
     stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
 
@@ -424,7 +425,7 @@ def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
     )
     values = np.random.default_rng(1).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
     made = provenance(backbone=plan)
-    hdf5.write_features(hdf5.FEATURES, values.shape, values.dtype, [values], labels.sha256, made)
+    hdf5.write_features(hdf5.FEATURES, [values], None, labels.sha256, made)
 
 
 def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: np.random.Generator) -> Run:
@@ -469,6 +470,8 @@ def study_reports(labels: Labels) -> None:
     write_text(Path("reports/data/rejected.csv"), f'path,reason\n"{HOSTILE[0]}",truncated\n')
     suspects = f'rank,image_id,label,suggested,self_confidence\n1,{names[5]},"{HOSTILE[0]}","{HOSTILE[1]}",0.02\n'
     write_text(Path("reports/label_suspects.csv"), suspects)
+    quality = {"accuracy": 0.4, "largest_class": 0.3333, "caution": HOSTILE[0]}
+    write_json(Path("reports/label_suspects.json"), quality)
     leaks = [{"tie": "group", "name": HOSTILE[0], "n": 2, "parts": {names[0]: "train", names[1]: "test"}}]
     splits = {"method": "stratified", "sizes": {"0": {"train": 8, "val": 8, "test": 8, "unused": 0}}, "notes": []}
     write_json(Path("reports/splits.json"), splits | {"n_leaks": 1, "leaks": leaks})

@@ -75,13 +75,17 @@ def load_state(network: nn.Module, state: State, dropped: Iterable[str], source:
     shapes = {key: (tuple(given[key].shape), tuple(expected[key].shape)) for key in expected.keys() & given.keys()}
     missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in expected]
-    misshapen = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in shapes.items() if found != wanted]
+    misshapen = {key: both for key, both in shapes.items() if both[0] != both[1]}
     if missing or unexpected or misshapen:
         raise ValueError(
             f"{source}: weights of another network; "
             + "; ".join(
                 f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-                for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+                for title, names in (
+                    ("missing", missing),
+                    ("unexpected", unexpected),
+                    ("wrong shape", [f"{k} {found} instead of {wanted}" for k, (found, wanted) in misshapen.items()]),
+                )
                 if names
             )
         )

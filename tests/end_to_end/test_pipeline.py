@@ -132,7 +132,7 @@ def set_up(params: Any) -> None:
     params["split"]["seeds"] = [0, 1]
     params["backbone"].update({"name": "timm/test_resnet", "weights": "random"})
     params["features"].update({"views": 2, "image_size": 64})
-    params["evaluation"]["views"] = 2
+    params["evaluation"]["views"] = ["identity", "flip_horizontal"]
     params["threads"] = 1
     params["fine_tune"].update({"run": ["partial_freeze", "full_retrain"], "seeds": [0]})
     params["fine_tune"]["defaults"].update({"epochs": 1, "views": 1, "warmup_epochs": 0})
