@@ -1,6 +1,6 @@
 """Runs: what one strategy with one seed predicted, what it cost, and how it was selected.
 
-reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation and test), run.json
+reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation, test, candidates), run.json
 """
 
 import json

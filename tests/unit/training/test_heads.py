@@ -338,6 +338,13 @@ def test_the_end_of_the_path_is_named_where_the_best_lies_there(
     assert caplog.messages == expected[end]
 
 
+def test_the_rows_seen_with_every_strength_are_counted_whichever_is_kept():
+    strengths = (1.0, 0.1, 0.01)
+    seen = [fit(examples(n_views=2), options(strengths=strengths[:n])).rows_seen for n in (1, 2, 3)]
+    assert seen[0] < seen[1] < seen[2]
+    assert all(rows % 180 == 0 for rows in seen)
+
+
 def test_a_solver_that_stops_at_its_limit_is_reported_once(caplog: pytest.LogCaptureFixture):
     paths = [fit(examples(), options(strengths=(0.1, 0.01), max_iterations=limit)).path for limit in (2, 500)]
     assert [path.not_converged for path in paths] == [[0.1, 0.01], []]
