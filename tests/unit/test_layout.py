@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def loaded(module: str) -> set[str]:
 
 def layer(module: str) -> str:
     return Path(module).relative_to("pipeline").parts[0].removesuffix(".py")
+
+
+def test_what_is_installed_is_every_package_and_the_files_of_the_page():
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "pipeline").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == {path.as_posix().replace("/", ".") for path in packages}
+    others = {path for path in (REPOSITORY / "pipeline").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    data = {
+        REPOSITORY / name.replace(".", "/") / file
+        for name, files in setuptools["package-data"].items()
+        for file in files
+    }
+    assert data == others
 
 
 def test_every_package_is_listed_and_says_only_what_lives_there():
