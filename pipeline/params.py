@@ -53,6 +53,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
+Symmetry = Literal[
+    "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
+]  # fmt: skip
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
@@ -111,7 +114,7 @@ class FeatureOptions(Record):
 
 
 class Augmentation(Record):
-    """How view k > 0 of an image differs from view 0."""
+    """How training view k > 0 of an image differs from view 0."""
 
     seed: Natural
     flips: Literal["none", "horizontal", "vertical", "both"]
@@ -129,9 +132,9 @@ class Augmentation(Record):
 
 
 class Evaluation(Record):
-    """How a run predicts."""
+    """How a run selects and predicts: the symmetries of view 0 over which probabilities are averaged."""
 
-    views: tuple[str, ...]  # STAND-IN of branch ntrain: take the other side when merging
+    views: Annotated[tuple[Symmetry, ...], AfterValidator(_distinct), Field(min_length=1)]
 
 
 class HeadOptions(Record):

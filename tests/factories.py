@@ -17,6 +17,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.comparison import details
+from pipeline.comparison.outcomes import Outcomes, of_predictions
+from pipeline.comparison.paired import Study
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import hdf5
@@ -191,6 +193,7 @@ def strategy_plan(**changes: Any) -> StrategyPlan:
 def provenance(**changes: Any) -> Provenance:
     """Features of `backbone_plan`."""
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
+    plain["evaluation_views"] = ("identity",)
     stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
 
@@ -248,20 +251,37 @@ def predictions_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> 
     return Predictions(rows, np.stack([is_correct, ~is_correct], axis=1).astype(float))
 
 
+def outcomes_of(log_probability: np.ndarray, label: np.ndarray) -> Outcomes:
+    """Outcomes of log-probabilities (n, n_classes), or logits, for images 0 to n - 1 with these labels."""
+    return of_predictions(Predictions(np.arange(len(label)), np.asarray(log_probability)), label)
+
+
+def outcomes_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> Outcomes:
+    """Outcomes of predictions_with."""
+    made = predictions_with(is_correct, rows)
+    return of_predictions(made, np.zeros(made.rows.max() + 1, np.int64))
+
+
+def ones_study(n: int, **changes: Any) -> Study:
+    """A study of n images of class 0 and weight 1, each its own unit."""
+    return Study(**{"label": np.zeros(n, np.int64), "weight": np.ones(n), "unit": np.arange(n)} | changes)
+
+
 def two_strategies(
     n_classes: int, seeds: int, n_images: int = 400, n_test: int = 150
-) -> tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]:
-    """A better and a worse strategy on overlapping test images, the labels and the weights of all images."""
+) -> tuple[list[Outcomes], list[Outcomes], Study]:
+    """A better and a worse strategy on overlapping test images, every image its own unit."""
     random = np.random.default_rng(0)
     label, weight = random.integers(0, n_classes, n_images), random.choice([1 / 3, 2 / 3, 1.0], n_images)
     rows = [np.sort(random.permutation(n_images)[:n_test]) for _ in range(seeds)]
 
-    def predict(row: np.ndarray, strength: float) -> Predictions:
+    def predict(row: np.ndarray, strength: float) -> Outcomes:
         logits = random.normal(size=(len(row), n_classes))
         logits[np.arange(len(row)), label[row]] += strength
-        return Predictions(row, logits.astype(np.float32))
+        return of_predictions(Predictions(row, logits.astype(np.float32)), label)
 
-    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], label, weight
+    study = Study(label, weight, np.arange(n_images))
+    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], study
 
 
 def candidates(val: Predictions, label: np.ndarray) -> Candidates:
@@ -310,7 +330,7 @@ COMPARE = Compare(
 def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
     """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
     runs = {"feature_extraction": head, "full": full}
-    return details.assemble(runs, head, FORTY, 8, COMPARE.model_copy(update=options))
+    return details.assemble(runs, head, FORTY, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
 
 
 def card(**changes: Any) -> Card:
@@ -405,7 +425,7 @@ def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
     )
     values = np.random.default_rng(1).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
     made = provenance(backbone=plan)
-    hdf5.write_features(hdf5.FEATURES, values.shape, values.dtype, [values], labels.sha256, made)
+    hdf5.write_features(hdf5.FEATURES, [values], None, labels.sha256, made)
 
 
 def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: np.random.Generator) -> Run:
@@ -450,6 +470,8 @@ def study_reports(labels: Labels) -> None:
     write_text(Path("reports/data/rejected.csv"), f'path,reason\n"{HOSTILE[0]}",truncated\n')
     suspects = f'rank,image_id,label,suggested,self_confidence\n1,{names[5]},"{HOSTILE[0]}","{HOSTILE[1]}",0.02\n'
     write_text(Path("reports/label_suspects.csv"), suspects)
+    quality = {"accuracy": 0.4, "largest_class": 0.3333, "caution": HOSTILE[0]}
+    write_json(Path("reports/label_suspects.json"), quality)
     leaks = [{"tie": "group", "name": HOSTILE[0], "n": 2, "parts": {names[0]: "train", names[1]: "test"}}]
     splits = {"method": "stratified", "sizes": {"0": {"train": 8, "val": 8, "test": 8, "unused": 0}}, "notes": []}
     write_json(Path("reports/splits.json"), splits | {"n_leaks": 1, "leaks": leaks})

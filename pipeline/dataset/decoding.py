@@ -13,7 +13,6 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-VERSION = 2  # raise it when the pixels change: features and the memory of `index` are then computed again
 EXTENSIONS = {  # of the formats that are read; none of them runs a program
     "AVIF": (".avif", ".avifs"),
     "BMP": (".bmp", ".dib"),

@@ -1,7 +1,7 @@
-"""A digest of the code that computes features: with it in the key of the store, an edit makes the rows be recomputed.
+"""A digest of the code that computes rows: it is in the key of the store, so that an edit makes rows be computed again.
 
-What is digested are the syntax trees, so comments and line breaks do not count. Docstrings and the texts of errors and
-log messages are left out too: they change no value.
+Syntax trees are digested, so comments and line breaks do not count. Docstrings, calls of `log` and the texts of errors
+are left out too: they change no row.
 """
 
 import ast
@@ -14,36 +14,26 @@ MODULES = ("dataset/decoding.py", "network/*.py", "features/views.py", "features
 
 
 @cache
-def digest_of_code() -> str:
-    """SHA-256 (hex) of the modules that compute a row: decoding, the network, views and extraction."""
-    paths = sorted(path for pattern in MODULES for path in PIPELINE.glob(pattern))
+def digest_of_code(package: Path = PIPELINE) -> str:
+    """SHA-256 (hex) of the modules of `package` that compute a row: decoding, the network, views and extraction."""
     total = hashlib.sha256()
-    for path in paths:
-        total.update(
-            f"{path.relative_to(PIPELINE).as_posix()}\n{_without_words(path.read_text(encoding='utf-8'))}\n".encode()
-        )
+    for path in sorted(path for pattern in MODULES for path in package.glob(pattern)):
+        tree = _Wordless().visit(ast.parse(path.read_text(encoding="utf-8")))
+        total.update(f"{path.relative_to(package).as_posix()}\n{ast.dump(tree)}\n".encode())
     return total.hexdigest()
 
 
-def _without_words(source: str) -> str:
-    """The syntax tree as text, without docstrings and the texts of errors and log messages."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body[0] = ast.Pass()
-        elif isinstance(node, ast.Raise) or _is_log_call(node):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-                    inner.value = ""
-    return ast.dump(tree)
+class _Wordless(ast.NodeTransformer):
+    """Removes docstrings, calls of `log` and the arguments of errors from a syntax tree."""
 
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        match node.value:
+            case ast.Constant(value=str()) | ast.Call(func=ast.Attribute(value=ast.Name(id="log"))):
+                return None
+        return self.generic_visit(node)
 
-def _is_log_call(node: ast.AST) -> bool:
-    """Whether it is log.info(…), logs.log.warning(…), and so on."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="log") | ast.Attribute(attr="log"))):
-            return True
-    return False
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        match node.func:
+            case ast.Name(id=name) if name.endswith("Error"):
+                return ast.Call(node.func, [], [])
+        return self.generic_visit(node)

@@ -5,23 +5,26 @@ The assembled file is in the order of images.csv, so that its bytes do not depen
 
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
+from PIL import features as pillow
 
-from pipeline.dataset import decoding
 from pipeline.dataset.manifest import Images
 from pipeline.features import hdf5
+from pipeline.features.code import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.store import Key, Store
-from pipeline.features.views import Sample, load_batches
+from pipeline.features.views import AUGMENTED, Sample, load_batches
 from pipeline.logs import progress
 from pipeline.network import engine
 from pipeline.network.cuts import Prefix
@@ -32,6 +35,8 @@ from pipeline.params import Augmentation, FeatureOptions
 SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 256  # the most rows that are lost when the process is killed
 LIBRARIES = ("torch", "torchvision", "timm", "pillow", "openvino")  # their versions can change the values
+DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")  # of Pillow
+N_CHECKED = 8  # stored rows that are computed again, one batch on a CPU
 log = logging.getLogger("pipeline")
 
 
@@ -58,14 +63,16 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
         "weights_sha256": backbone.weights_sha256,
         "cut": prefix.boundary,
         "pool": prefix.pool,
-        "decoding": decoding.VERSION,
+        "code": digest_of_code(),
         "preprocessing": backbone.preprocessing.model_dump(mode="json"),
         "precision": options.precision,
         "store_dtype": options.store_dtype,
         "engine": runner.engine,
         "device": device.type,
+        "machine": engine.machine(runner.engine, device),
+        "batch": list(shape),
         "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
-        "versions": {library: metadata.version(library) for library in LIBRARIES},
+        "versions": {name: metadata.version(name) for name in LIBRARIES} | {n: pillow.version(n) for n in DECODERS},
     }
     return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
 
@@ -102,8 +109,9 @@ def fill(
 ) -> Store:
     """Compute the rows that are missing from images at `paths`, which are named by SHA-256.
 
-    Rows that were computed before an interruption are kept. Raises ValueError before computing anything if the rows
-    would take more than `max_gb` (GB).
+    Rows that were computed before an interruption are kept. Where rows are missing, a few stored ones are computed too:
+    if they differ, all are set aside, with a warning, and computed again. Raises ValueError before computing anything
+    if the rows would take more than `max_gb` (GB), and if a row that was computed again differs once more.
     """
     key = computation.key
     store, cut = Store(key), key.description["cut"]
@@ -114,6 +122,13 @@ def fill(
             f"params.yaml: runtime.store_max_gb: {max_gb:g}, but the cache at {cut} needs {size:.3g} GB; take fewer "
             "views, a later cut, `features.store_dtype: fp16` or `boundary_cache: off`, or raise it"
         )
+    doubted = {}
+    if any(map(share.holds, store.missing(requested))):
+        again = _compute_again(computation, paths, store, requested)
+        if not store.agrees(again):
+            aside, doubted = ", ".join(map(str, store.set_aside())), again
+            log.warning("cache at %s: stored rows differ from the same rows computed now; set aside: %s", cut, aside)
+            store = Store(key)
     n_found, missing = len(store), store.missing(requested)
     n_reused = len(requested) - len(missing)
     missing = [row for row in missing if share.holds(row)]
@@ -124,12 +139,31 @@ def fill(
             _compute_and_write(computation, paths, missing, workers, store)
         finally:
             n_computed = len(store) - n_found
-            if n_computed < len(missing):
-                text = "cache at %s: %d of %d rows are kept; the next run computes the rest"
-                log.warning(text, cut, n_reused + n_computed, len(requested))
-    text = "cache at %s: %d rows reused, %d computed, %d dropped"
-    log.info(text, cut, n_reused, len(missing), n_found - n_reused)
+            if n_computed < len(missing) and store.is_in_place():
+                n_kept, total = n_reused + n_computed, len(requested)
+                log.warning("cache at %s: %d of %d rows are kept; the next run computes the rest", cut, n_kept, total)
+    if not store.agrees({row: value for row, value in doubted.items() if share.holds(row)}):
+        store.set_aside()
+        raise ValueError(
+            f"cache at {cut}: the same rows, computed twice in this run, differ; expected an engine that repeats its "
+            f"results, found {key.description['engine']} on {key.description['device']} (params.yaml: "
+            "features.engine, runtime.device)"
+        )
+    log.info("cache at %s: %d rows reused, %d computed, %d dropped", cut, n_reused, len(missing), n_found - n_reused)
     return store
+
+
+def _compute_again(
+    computation: Computation, paths: dict[str, Path], store: Store, rows: Sequence[Row]
+) -> dict[Row, np.ndarray]:
+    """Compute at most N_CHECKED stored rows: of each image format, symmetries and augmented views; others each time."""
+    missing, groups = {*store.missing(rows)}, defaultdict(list)
+    stored = [row for row in rows if row not in missing]
+    for name, view in Random(len(missing)).sample(stored, len(stored)):
+        groups[view < AUGMENTED, paths[name].suffix.lower()].append((name, view))
+    in_turn = chain.from_iterable(zip_longest(*groups.values()))
+    chosen = [*islice(filter(None, in_turn), N_CHECKED)]
+    return dict(zip(chosen, _compute(computation, paths, chosen, 0), strict=True))
 
 
 def _compute_and_write(
@@ -170,13 +204,22 @@ def _compute(
         yield from output
 
 
-def assemble(store: Store, sha256: Sequence[str], views: int, provenance: Provenance, path: Path) -> None:
-    """Write all views of the images `sha256` to `path`, in this order, in bounded memory."""
-    example = store.read([(sha256[0], 0)])
-    shape = (views, *example.shape[1:])
-    n = max(1, min(SHARD_ROWS, SHARD_BYTES // (views * example.nbytes)))
-    blocks = (
-        store.read([(name, view) for name in sha256[start : start + n] for view in range(views)]).reshape(-1, *shape)
-        for start in range(0, len(sha256), n)
-    )
-    hdf5.write_features(path, (len(sha256), *shape), example.dtype, blocks, sha256, provenance)
+def assemble(
+    store: Store,
+    sha256: Sequence[str],
+    views: Sequence[int],
+    evaluation_views: Sequence[int],
+    provenance: Provenance,
+    path: Path,
+) -> None:
+    """Write the training and evaluation views (codes) of the images `sha256` to `path`, in order, in bounded memory."""
+    example = store.read([(sha256[0], views[0])])
+
+    def read(codes: Sequence[int]) -> Iterator[np.ndarray]:
+        n = max(1, min(SHARD_ROWS, SHARD_BYTES // (len(codes) * example.nbytes)))
+        for start in range(0, len(sha256), n):
+            values = store.read([(name, code) for name in sha256[start : start + n] for code in codes])
+            yield values.reshape(-1, len(codes), *example.shape[1:])
+
+    evaluation = None if [*views] == [*evaluation_views] else read(evaluation_views)
+    hdf5.write_features(path, read(views), evaluation, sha256, provenance)

@@ -18,7 +18,7 @@ from pipeline.network.plans import BackbonePlan
 from pipeline.params import Augmentation, Record
 
 FEATURES = Path("data/features.h5")
-Row = tuple[str, int]  # SHA-256 of the image file, view
+Row = tuple[str, int]  # SHA-256 of the image file, code of the view (views.py)
 
 
 class Provenance(Record):
@@ -29,6 +29,7 @@ class Provenance(Record):
 
     backbone: BackbonePlan
     augmentation: Augmentation
+    evaluation_views: tuple[str, ...]
     engine: str
     precision: str
     store_dtype: str
@@ -37,13 +38,14 @@ class Provenance(Record):
 
 @dataclass(frozen=True)
 class Features:
-    """data/features.h5, mapped into memory: `values` (n_images, n_views, *shape), as `features.store_dtype` says.
+    """data/features.h5, mapped into memory, as `features.store_dtype` says.
 
+    `values` (n_images, n_views, *shape) of the training views, `evaluation` (n_images, n_evaluation_views, *shape).
     `sha256` (n_images) names the images; `provenance` says how the values were computed.
     """
 
     values: np.ndarray
-    evaluation: np.ndarray  # STAND-IN of branch ntrain: take the other side when merging
+    evaluation: np.ndarray
     sha256: list[str]
     provenance: Provenance
 
@@ -119,39 +121,54 @@ def _check_plain(path: Path) -> None:
 
 def write_features(
     path: Path,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    blocks: Iterable[np.ndarray],
+    values: Iterable[np.ndarray],
+    evaluation: Iterable[np.ndarray] | None,
     sha256: Sequence[str],
     provenance: Provenance,
 ) -> None:
-    """Write features (n_images, n_views, …) of this `shape`, which come as blocks of images, in bounded memory."""
+    """Write the features (…, n_views, *shape) of training and evaluation views, which come as blocks of images.
+
+    `evaluation` is None where the views are the same: they are then stored once.
+    """
     with replacing(path) as temporary:
         try:
             with h5py.File(temporary, "w") as file:
-                values, start = file.create_dataset("features", shape, dtype), 0
-                for block in blocks:
-                    values[start : start + len(block)] = block
-                    start += len(block)
+                _write_blocks(file, "features", len(sha256), values)
+                if evaluation is None:
+                    file["evaluation_features"] = file["features"]  # a second name of the same values
+                else:
+                    _write_blocks(file, "evaluation_features", len(sha256), evaluation)
                 file["sha256"] = np.array([name.encode() for name in sha256], "S64")
                 file.attrs["provenance"] = provenance.model_dump_json()
         except RuntimeError as error:  # raised by HDF5 if the disk is full when it closes the file
             raise OSError(str(error)) from None
 
 
+def _write_blocks(file: h5py.File, name: str, n_images: int, blocks: Iterable[np.ndarray]) -> None:
+    start = 0
+    for block in blocks:
+        dataset = file.require_dataset(name, (n_images, *block.shape[1:]), block.dtype, exact=True)
+        dataset[start : start + len(block)] = block
+        start += len(block)
+
+
 def read_features(path: Path = FEATURES) -> Features:
     """Map data/features.h5 into memory; ValueError if it is not what `write_features` writes."""
     try:
         with h5py.File(path, "r") as file:
-            arrays, provenance = _checked(file, {"features", "sha256"}, "provenance")
-            values, names = arrays["features"], arrays["sha256"]
-            if values.ndim < 3 or values.shape[:1] != names.shape:
-                raise ValueError(f"its arrays have the shapes {values.shape} and {names.shape}")
-            if values.dtype.kind != "f" or names.dtype != "S64":
-                raise ValueError(f"its arrays have the types {values.dtype.str} and {names.dtype.str}")
-            mapped = np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape)
-            sha256 = [name.decode() for name in names[()].tolist()]
-            return Features(mapped, mapped, sha256, Provenance.model_validate_json(provenance))
+            arrays, provenance = _checked(file, {"features", "evaluation_features", "sha256"}, "provenance")
+            values, evaluation, names = (arrays[name] for name in ("features", "evaluation_features", "sha256"))
+            is_one_size = values.shape[:1] == evaluation.shape[:1] == names.shape
+            if values.ndim < 3 or not is_one_size or values.shape[2:] != evaluation.shape[2:]:
+                raise ValueError(f"its arrays have the shapes {[array.shape for array in arrays.values()]}")
+            if values.dtype.kind != "f" or evaluation.dtype != values.dtype or names.dtype != "S64":
+                raise ValueError(f"its arrays have the types {[array.dtype.str for array in arrays.values()]}")
+            return Features(
+                values=np.memmap(path, values.dtype, "r", values.id.get_offset(), values.shape),
+                evaluation=np.memmap(path, evaluation.dtype, "r", evaluation.id.get_offset(), evaluation.shape),
+                sha256=[name.decode() for name in names[()].tolist()],
+                provenance=Provenance.model_validate_json(provenance),
+            )
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run: dvc repro extract") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:

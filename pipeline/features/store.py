@@ -1,28 +1,31 @@
 """The feature store: outputs of frozen networks by image and view, a directory of shards for each key.
 
-A key digests everything that can change a value; a row is found by (SHA-256 of the image file, view). A shard is whole
-or absent, and never changed: several processes fill one store without communicating.
+A key digests everything that can change a value; a row is found by (SHA-256 of the image file, code of the view). Rows
+of symmetries do not depend on the augmentation, so each key has two directories. A shard is whole or absent, and never
+changed: several processes fill one store without communicating.
 """
 
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row, Shard
+from pipeline.features.views import AUGMENTED
 from pipeline.files import digest, shared, write_json
 from pipeline.params import STORE_DTYPES, Augmentation
 
-SCHEMA = 3
+SCHEMA = 4  # of the shards and of the codes of views; what computes a row is in the key itself
 log = logging.getLogger("pipeline")
 
 
@@ -50,8 +53,8 @@ class Key:
         return self.dtype.itemsize * math.prod(self.row_shape)
 
     def describe(self, view: int) -> dict[str, Any]:
-        """Everything that a row of this view depends on; view 0 does not depend on the augmentation."""
-        augmentation = self.augmentation.model_dump(mode="json") if view else None
+        """Everything that a row of this view depends on; symmetries do not depend on the augmentation."""
+        augmentation = self.augmentation.model_dump(mode="json") if view >= AUGMENTED else None
         return {"schema": SCHEMA, **self.description, "augmentation": augmentation}
 
     def name(self, view: int) -> str:
@@ -65,9 +68,11 @@ class Store:
     def __init__(self, key: Key) -> None:
         self._key = key
         self._rows: dict[Row, tuple[Shard, int]] = {}
-        for view in (0, 1):
+        self._inodes: dict[Path, int] = {}  # of the directories
+        for view in (0, AUGMENTED):
             directory = root() / key.name(view)
             with suppress(OSError):  # a new key, or a store without write permission
+                self._inodes[directory] = directory.stat().st_ino
                 os.utime(directory / "key.json")  # the time of the last use
             for path, found in read_shards(directory.glob("*.h5")):
                 problem = str(found) if isinstance(found, ValueError) else self._misfit(found, view)
@@ -104,19 +109,44 @@ class Store:
         """Largest error that `store_dtype` makes in these rows, relative to the row's largest value."""
         return max(float(shard.rounding[position]) for shard, position in map(self._rows.__getitem__, rows))
 
+    def agrees(self, values: Mapping[Row, np.ndarray]) -> bool:
+        """Whether rows that were computed again, *row_shape float32 each, would be stored as they are."""
+        again = [self._rounded(value[None])[0][0] for value in values.values()]
+        return all(map(np.array_equal, self.read([*values]), again))
+
+    def is_in_place(self) -> bool:
+        """Whether no other process has set aside or removed the directories meanwhile."""
+        with suppress(FileNotFoundError):
+            return all(path.stat().st_ino == inode for path, inode in self._inodes.items())
+        return False
+
+    def set_aside(self) -> list[Path]:
+        """Rename the directories, so that the key has no rows; their new paths."""
+        self._check_place()
+        return [path.replace(path.with_name(f"{path.name}.{uuid4().hex[:8]}")) for path in self._inodes]
+
     def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
-        """Add (len(rows), *row_shape) float32, as one shard of view 0 and one of other views."""
+        """Add (len(rows), *row_shape) float32, as one shard of symmetries and one of augmented views."""
         stored, rounding = self._rounded(values)
-        for is_plain in (True, False):
-            part = [i for i, (_, view) in enumerate(rows) if (view == 0) == is_plain]
+        for is_augmented in (False, True):
+            part = [i for i, (_, view) in enumerate(rows) if (view >= AUGMENTED) == is_augmented]
             if part:
                 view = rows[part[0]][1]
-                name = self._key.name(view)
-                if not (root() / name / "key.json").exists():
-                    write_json(root() / name / "key.json", self._key.describe(view))
+                directory = root() / self._key.name(view)
+                directory.mkdir(parents=True, exist_ok=True)
+                self._inodes.setdefault(directory, directory.stat().st_ino)
+                self._check_place()
+                if not (directory / "key.json").exists():
+                    write_json(directory / "key.json", self._key.describe(view))
                 chosen = [rows[i] for i in part]
-                path = hdf5.write_shard(root() / name, name, chosen, stored[part], rounding[part])
+                path = hdf5.write_shard(directory, directory.name, chosen, stored[part], rounding[part])
                 self._add(hdf5.read_shard(path))
+
+    def _check_place(self) -> None:
+        if not self.is_in_place():
+            raise ValueError(
+                f"{root()}: another process has set aside the rows of this key, or removed them; start again"
+            )
 
     def _add(self, shard: Shard) -> None:
         self._rows.update({row: (shard, position) for position, row in enumerate(shard.rows)})
@@ -125,7 +155,7 @@ class Store:
         """Why the shard cannot be in the directory of `view`; empty if it can."""
         if shard.key != self._key.name(view):
             return f"it belongs to the key {shard.key}"
-        if any((view == 0) != (other == 0) for _, other in shard.rows):
+        if any((view < AUGMENTED) != (other < AUGMENTED) for _, other in shard.rows):
             return "it holds views that belong to another key"
         if (shard.shape, shard.dtype) != (self._key.row_shape, self._key.dtype):
             return f"it holds rows of {shard.dtype} {shard.shape}, not {self._key.dtype} {self._key.row_shape}"

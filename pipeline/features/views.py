@@ -1,5 +1,8 @@
 """Views of images: preprocessing and deterministic augmentation, from image files to uint8 (n, crop, crop, 3).
 
+A view is named by its code. Codes below AUGMENTED are the symmetries of view 0, the evaluation transform, in the order
+of SYMMETRIES; they do not depend on the augmentation. Code AUGMENTED + k is the augmented training view k.
+
 Only geometry and colour change here. Scaling to floats is the first layer of the network (preprocessing.Normalize), so
 that the decoding processes send a quarter of the bytes.
 """
@@ -21,62 +24,82 @@ from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
 
 Transform = Callable[[Image.Image], Image.Image]
-FLIPS = {"none": ("",), "horizontal": ("", "h"), "vertical": ("", "v"), "both": ("", "h", "v", "hv")}
-
-# STAND-IN of branch ntrain: take the other side when merging
-SYMMETRIES = ("identity", "flip_horizontal", "flip_vertical", "rotate_180")
-AUGMENTED = 8
-
-
-def training_views(augmentation: Augmentation, n: int) -> list[int]:
-    """STAND-IN: codes of the training views 0 to n - 1."""
-    if augmentation.flips == "both" and not augmentation.right_angles:
-        return [k % 4 for k in range(n)]
-    return [0, *range(AUGMENTED + 1, AUGMENTED + n)][:n]
-
-
-def evaluation_views(names: Sequence[str]) -> list[int]:
-    """STAND-IN: codes of symmetries."""
-    return [SYMMETRIES.index(name) for name in names]
+SYMMETRIES = {  # flipped left to right or not, and then turned counter-clockwise by so many right angles
+    "identity": (False, 0),
+    "flip_horizontal": (True, 0),
+    "flip_vertical": (True, 2),
+    "rotate_180": (False, 2),
+    "rotate_90": (False, 1),
+    "rotate_270": (False, 3),
+    "transpose": (True, 1),
+    "transverse": (True, 3),
+}
+AUGMENTED = len(SYMMETRIES)
+FLIPS = {
+    "none": ("identity",),
+    "horizontal": ("identity", "flip_horizontal"),
+    "vertical": ("identity", "flip_vertical"),
+    "both": ("identity", "flip_horizontal", "flip_vertical", "rotate_180"),
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One view of one image file, whose bytes must have this SHA-256."""
+    """One view, by its code, of one image file, whose bytes must have this SHA-256."""
 
     path: Path
     sha256: str
     view: int
 
 
+def training_views(augmentation: Augmentation, n: int) -> list[int]:
+    """The codes of the training views 0 to n - 1; the same pixels have the same code."""
+    if _is_random(augmentation):
+        return [AUGMENTED + k if k else 0 for k in range(n)]
+    return [list(SYMMETRIES.values()).index(_symmetry(k, augmentation)) for k in range(n)]
+
+
+def evaluation_views(names: Sequence[str]) -> list[int]:
+    """The codes of the symmetries `names` of view 0."""
+    return [list(SYMMETRIES).index(name) for name in names]
+
+
 def make_views(
     image: Image.Image, name: str, views: Sequence[int], preprocessing: Preprocessing, augmentation: Augmentation
 ) -> np.ndarray:
-    """The views with the numbers `views` of the image named `name` (its SHA-256): uint8 (len(views), crop, crop, 3).
+    """The views with the codes `views` of the image named `name` (its SHA-256): uint8 (len(views), crop, crop, 3).
 
-    View k depends on augmentation.seed, name and k alone; view 0 is the evaluation transform.
+    An augmented view depends on augmentation.seed, name and number alone.
     """
     evaluation_crop, augment = _transforms(preprocessing, augmentation)  # pyright: ignore[reportArgumentType] (both are hashable)
-    plain = evaluation_crop(image) if augment is None or 0 in views else image
+    plain = evaluation_crop(image) if augment is None or min(views) < AUGMENTED else image
     pixels = []
-    for k in views:
-        view = plain
+    for code in views:
+        if code < AUGMENTED:
+            pixels.append(_turned(plain, *list(SYMMETRIES.values())[code]))
+            continue
+        k = code - AUGMENTED
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which also records its caller for GPUs that are not initialised yet
             torch.default_generator.manual_seed(int(sha256(f"{augmentation.seed} {name} {k}".encode())[:15], 16))
-            if k and augment is not None:
-                view = augment(image.convert("RGB"))
-            array = _symmetry(np.asarray(view.convert("RGB")), k, augmentation)
-            if k and augmentation.noise_std:
+            view = plain if augment is None else augment(image.convert("RGB"))
+            array = _turned(view, *_symmetry(k, augmentation))
+            if augmentation.noise_std:
                 noise = augmentation.noise_std * torch.randn(array.shape).numpy()
                 array = np.clip(np.round(array + noise), 0, 255).astype(np.uint8)
         pixels.append(array)
     return np.stack(pixels)
 
 
+def _is_random(a: Augmentation) -> bool:
+    """Whether training views differ by more than flips and right angles."""
+    amounts = a.rotation_degrees, a.shift_fraction, a.brightness, a.contrast, a.saturation, a.hue, a.noise_std
+    return any(amounts) or not a.scale == a.crop_area == a.crop_aspect == (1.0, 1.0)
+
+
 @cache
 def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transform, Transform | None]:
-    """The evaluation crop, and the random transform of views k > 0 (None if they differ by flips alone)."""
+    """The evaluation crop, and the random transform of augmented views (None if there is none)."""
     from torchvision.transforms import InterpolationMode, v2
 
     interpolation = InterpolationMode(preprocessing.interpolation)
@@ -101,18 +124,22 @@ def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transfor
     return v2.Compose(evaluation), v2.Compose(([] if crops else evaluation) + random) if random else None
 
 
-def _symmetry(pixels: np.ndarray, k: int, a: Augmentation) -> np.ndarray:
-    """Flip, and rotate by right angles, exactly.
+def _symmetry(k: int, a: Augmentation) -> tuple[bool, int]:
+    """The symmetry of training view k, as in SYMMETRIES.
 
     View k takes element k of the symmetry group that is allowed, so that successive views show every element once:
     with `flips: both`, views 0 to 3 are the four flips.
     """
-    turn, flip = divmod(k % (len(FLIPS[a.flips]) * (4 if a.right_angles else 1)), len(FLIPS[a.flips]))
-    if "h" in FLIPS[a.flips][flip]:
-        pixels = pixels[:, ::-1]
-    if "v" in FLIPS[a.flips][flip]:
-        pixels = pixels[::-1]
-    return np.rot90(pixels, turn)
+    flips, n_turns = FLIPS[a.flips], 4 if a.right_angles else 1
+    turn, flip = divmod(k % (len(flips) * n_turns), len(flips))
+    is_flipped, turns = SYMMETRIES[flips[flip]]
+    return is_flipped, (turns + turn) % 4
+
+
+def _turned(image: Image.Image, is_flipped: bool, turns: int) -> np.ndarray:
+    """Flip, and rotate by right angles, exactly."""
+    pixels = np.asarray(image.convert("RGB"))
+    return np.rot90(pixels[:, ::-1] if is_flipped else pixels, turns)
 
 
 def load_batches(

@@ -25,7 +25,7 @@ from pipeline.files import digest, shared, write_text
 from pipeline.ingest import duplicates
 from pipeline.logs import leave_signals, log, progress
 
-SCHEMA = 4
+CODE = decoding.__file__, duplicates.__file__, __file__  # decides what is remembered; an edit has all files read again
 LARGEST_FILE = 1024**3  # bytes of an image file
 CHUNK_FILES, CHUNK_BYTES = 64, 2_000_000  # handed to a process at a time: about so many files, or so many bytes of them
 MAX_ALONE = 8  # files up to which no process is started
@@ -66,7 +66,7 @@ Memory = dict[str, tuple[Stamp, Inspected]]
 
 def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying: bool = False) -> list[Inspected]:
     """Inspect the files `names` of a directory; remembered ones are read again only if `is_verifying`."""
-    key = digest([str(directory.resolve()), SCHEMA, decoding.VERSION, PIL.__version__])[:32]
+    key = digest([str(directory.resolve()), PIL.__version__, *map(_source, CODE)])[:32]
     place = shared(".index") / f"{key}.json"
     memory = _recall(place)
     stamps = {name: stamp for name in names if (stamp := _stamp(directory / name))}
@@ -186,6 +186,10 @@ def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[lis
 
 
 # memory
+
+
+def _source(module: str) -> str:
+    return Path(module).read_text(encoding="utf-8")  # whole: the memory holds the texts of errors too
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -69,6 +69,11 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     return backbone
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, trainable or not; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def state_sha256(module: nn.Module) -> str:
     """SHA-256 (hex) of the names, types, shapes and bytes of a module's parameters and buffers."""
     total = hashlib.sha256()
@@ -86,7 +91,7 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(_unknown("torchvision", name, known))
+        raise _unknown("torchvision", name, known)
     published = torchvision.models.get_model_weights(name)["DEFAULT"]
     # torchvision sets these itself when it loads the published weights of the two networks
     special = {"transform_input": True, "aux_logits": True, "init_weights": False}
@@ -94,7 +99,7 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
     try:
         network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
     except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
-        raise ValueError(_unreachable(f"torchvision/{name}", error)) from None
+        raise _unreachable(f"torchvision/{name}", error) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
         path
@@ -118,11 +123,11 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     from timm.data.config import resolve_data_config
 
     if not timm.is_model(name):
-        raise ValueError(_unknown("timm", name, timm.list_models()))
+        raise _unknown("timm", name, timm.list_models())
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError:  # timm has the network, but not these weights
-        raise ValueError(_unknown("timm", name, timm.list_pretrained())) from None
+        raise _unknown("timm", name, timm.list_pretrained()) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
     try:
         network = timm.create_model(name, pretrained=pretrained, **options)
@@ -130,7 +135,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     except Exception as error:
         if not pretrained or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
-        raise ValueError(_unreachable(f"timm/{name}", error)) from None
+        raise _unreachable(f"timm/{name}", error) from None
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
@@ -147,13 +152,13 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     return network, geometry, dropped, published.license if published else None
 
 
-def _unknown(library: str, name: str, known: list[str]) -> str:
+def _unknown(library: str, name: str, known: list[str]) -> ValueError:
     near = ", ".join(f"{library}/{other}" for other in difflib.get_close_matches(name, known, n=3) or known[:3])
-    return f"params.yaml: backbone.name: {library}/{name} is not in {library}; nearest: {near}"
+    return ValueError(f"params.yaml: backbone.name: {library}/{name} is not in {library}; nearest: {near}")
 
 
-def _unreachable(name: str, error: Exception) -> str:
-    return (
+def _unreachable(name: str, error: Exception) -> ValueError:
+    return ValueError(
         f"params.yaml: backbone.weights: default: the published weights of {name} could not be loaded "
         f"({one_line(error)}); without a network, put a weights file into {WEIGHTS}/ and name it"
     )

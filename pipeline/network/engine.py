@@ -6,6 +6,7 @@ A row of the output depends on its own input alone: batches are padded to one sh
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 import warnings
 from collections import deque
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +37,20 @@ def check_precision(key: str, precision: str, device: torch.device) -> None:
         able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if "BF16" not in able:
             raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
+
+
+def machine(engine: str, device: torch.device) -> dict[str, Any]:
+    """What of this machine can change the last digits of an output: the instructions of the CPU, the GPU and cuDNN.
+
+    As torch and OpenVINO report it, which choose their kernels by it. The flags in /proc/cpuinfo would change with the
+    kernel of Linux, and exist nowhere else.
+    """
+    found: dict[str, Any] = {"cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    if engine == "openvino":
+        found["openvino"] = sorted(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
+    return found
 
 
 @dataclass(frozen=True)

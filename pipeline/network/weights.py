@@ -73,16 +73,20 @@ def load_state(network: nn.Module, state: State, dropped: Iterable[str], source:
     expected = {key: value for key, value in network.state_dict().items() if not key.startswith(ends)}
     given = {key: value for key, value in state.items() if not key.startswith(ends)}
     shapes = {key: (tuple(given[key].shape), tuple(expected[key].shape)) for key in expected.keys() & given.keys()}
-    problems = {
-        "missing": [key for key in expected if key not in given and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in given if key not in expected],
-        "wrong shape": [f"{k} {found} instead of {wanted}" for k, (found, wanted) in shapes.items() if found != wanted],
-    }
-    found = [
-        f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for title, names in problems.items()
-        if names
-    ]
-    if found:
-        raise ValueError(f"{source}: weights of another network; {'; '.join(found)}")
+    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = {key: both for key, both in shapes.items() if both[0] != both[1]}
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{source}: weights of another network; "
+            + "; ".join(
+                f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+                for title, names in (
+                    ("missing", missing),
+                    ("unexpected", unexpected),
+                    ("wrong shape", [f"{k} {found} instead of {wanted}" for k, (found, wanted) in misshapen.items()]),
+                )
+                if names
+            )
+        )
     network.load_state_dict(given, strict=False)

@@ -1,7 +1,7 @@
 """extract: every image once through the frozen base, in evaluation mode.
 
 Reads   data/images.csv and the images it names, data/plan/backbone.json
-Writes  data/features.h5     (n_images, n_views, d), in the order of images.csv
+Writes  data/features.h5     training and evaluation views, (n_images, n_views, d) each, in the order of images.csv
 
 Several processes fill the store side by side: `torchrun --nproc-per-node N -m pipeline.stages.extract`, and then the
 ordinary stage, which has nothing left to compute.
@@ -13,6 +13,7 @@ from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.features import extraction, hdf5
 from pipeline.features.hdf5 import Provenance
+from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device
 from pipeline.params import load_params
@@ -28,7 +29,9 @@ def main() -> None:
     base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, plan.pool)
     computation = extraction.prepare(base, params.augmentation, features, choose_device(runtime.device))
     paths = extraction.locate(images, params.dataset.path)
-    rows = [(sha256, view) for sha256 in images.sha256 for view in range(features.views)]
+    training = training_views(params.augmentation, features.views)
+    evaluation = evaluation_views(params.evaluation.views)
+    rows = [(sha256, view) for sha256 in images.sha256 for view in dict.fromkeys([*training, *evaluation])]
     store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
     if share.world_size > 1:
         logs.log.info("rank %d of %d is done; when all are: dvc repro", share.rank, share.world_size)
@@ -36,12 +39,13 @@ def main() -> None:
     provenance = Provenance(
         backbone=plan,
         augmentation=params.augmentation,
+        evaluation_views=params.evaluation.views,
         engine=computation.runner.engine,
         precision=features.precision,
         store_dtype=features.store_dtype,
         largest_rounding=store.largest_rounding(rows),
     )
-    extraction.assemble(store, images.sha256, features.views, provenance, hdf5.FEATURES)
+    extraction.assemble(store, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
 
 
 if __name__ == "__main__":

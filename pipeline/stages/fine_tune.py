@@ -20,10 +20,10 @@ from pipeline.features import extraction
 from pipeline.features.extraction import Share
 from pipeline.features.views import Sample, evaluation_views, load_batches, training_views
 from pipeline.network import backbones, cuts, engine, plans
-from pipeline.network.backbones import Backbone
+from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import Prefix
 from pipeline.network.device import BATCH, choose_device, place
-from pipeline.network.flops import count_parameters, flops_per_image
+from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
 from pipeline.training import fit, heads

@@ -1,7 +1,7 @@
 """label_suspects: labels that are probably wrong, the most suspicious first.
 
 Reads   data/features.h5, data/labels.csv
-Writes  reports/label_suspects.csv
+Writes  reports/label_suspects.csv, and .json: how good the heads are, and a caution where they are poor
 
 No other stage reads the list, so the labels of test images are used too. The method is confident learning (Northcutt,
 Jiang & Chuang 2021, JAIR 70). Each image is predicted by a linear head that was fitted without it. The threshold of a
@@ -9,6 +9,9 @@ class is the weighted mean of the probabilities that images with its label have 
 class whose threshold it reaches; if there are several, of the most probable one. The share of wrong labels c is
 estimated as the share of the confident images with label c that are confidently of another class. So many images with
 label c are suspects, the least confident first ("prune by class"), except those whose most probable class is c.
+
+Heads that know little call many right labels wrong. A caution says so where they avoid less than half of the errors
+that are made by naming the largest class always.
 """
 
 from collections import Counter, defaultdict
@@ -25,13 +28,15 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
-from pipeline.files import digest
+from pipeline.features.hdf5 import Features
+from pipeline.files import digest, write_json
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Selection
 
 REPORT = Path("reports/label_suspects.csv")
+LEAST_AVOIDED = 0.5  # share of the errors of naming the largest class always; below it the heads are called poor
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,27 @@ class Suspects:
     suggested: np.ndarray
     self_confidence: np.ndarray
     suggested_confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good the heads are on images that they were fitted without, weighted by image.
+
+    `accuracy`, and `largest_class`, the share of the largest class; both 0 if there are no heads.
+    """
+
+    accuracy: float = 0.0
+    largest_class: float = 0.0
+
+    @property
+    def caution(self) -> str | None:
+        """What to keep in mind where the heads are poor; None where they are good, or there are none."""
+        if 1 - self.accuracy <= (1 - LEAST_AVOIDED) * (1 - self.largest_class) or not self.largest_class:
+            return None
+        return (
+            f"the heads that find suspects are right for {100 * self.accuracy:.1f} % of the images, and naming the "
+            f"largest class always for {100 * self.largest_class:.1f} %: many suspects may be labelled correctly"
+        )
 
 
 def main() -> None:
@@ -65,8 +91,11 @@ def main() -> None:
         )
     device = choose_device(params.runtime.device)
     torch.set_num_threads(params.threads)
-    found = find(features.values, features.evaluation, labels, units, options, device)
+    found, quality = find(features, labels, units, options, device)
     write(found, labels)
+    write_json(REPORT.with_suffix(".json"), {**vars(quality), "caution": quality.caution})
+    if quality.caution:
+        logs.log.warning("caution: %s", quality.caution)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
 
@@ -87,22 +116,19 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    units: list[list[int]],
-    options: SuspectOptions,
-    device: torch.device,
-) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps; arguments as of predict_out_of_fold."""
+    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
+) -> tuple[Suspects, Quality]:
+    """Find suspects in the classes that `assign_folds` keeps."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
-    label = labels.label[rows]
+    label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
-    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
-    found = rank(probability, label, labels.weight[rows])
-    return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence)
+        return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0))), Quality()
+    probability = predict_out_of_fold(features, labels, fold, options, device)
+    accuracy = np.average(probability.argmax(1) == label, weights=weight)
+    quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
+    found = rank(probability, label, weight)
+    return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence), quality
 
 
 def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions) -> np.ndarray:
@@ -132,20 +158,16 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    fold: np.ndarray,
-    options: SuspectOptions,
-    device: torch.device,
+    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
     The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
-    fitted on `features` (n, n_views, *shape), and predict from `evaluation` (n, n_evaluation_views, *shape), both
-    flattened.
+    fitted on all training views, and select and predict with the evaluation views; feature maps are flattened.
     """
-    to_train, to_predict = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))
+    training, evaluation = (  # nothing is read yet
+        array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation)
+    )
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
@@ -154,12 +176,12 @@ def predict_out_of_fold(
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for vectors, chosen in ((to_train, ~is_held_out & ~is_val), (to_predict, is_val))
+            for vectors, chosen in ((training, ~is_held_out & ~is_val), (evaluation, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(to_train.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        head = heads.build(training.shape[2:], len(classes), head_options, nn.Identity()).to(device)
         fitted = heads.fit(head, train, val, head_options)
-        predicted = heads.predict(fitted.head, Selection(to_predict, rows[is_held_out]))
+        predicted = heads.predict(fitted.head, Selection(evaluation, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
         paths.append(fitted.path)
     heads.warn(paths, "label_suspects")

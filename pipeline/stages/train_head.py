@@ -14,8 +14,8 @@ from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Features
 from pipeline.features.views import training_views
+from pipeline.network.backbones import count_parameters
 from pipeline.network.device import choose_device
-from pipeline.network.flops import count_parameters
 from pipeline.params import HEAD_ONLY, Params, load_params
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Selection

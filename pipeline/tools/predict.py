@@ -34,6 +34,7 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
     """Predictions of the images that can be read, and one message for each of the others."""
     network, card = models.load_network(run)
     device = choose_device("auto")
+    views = evaluation_views(card.evaluation_views)
     predictions, failures = [], []
     for path in paths:
         try:
@@ -42,7 +43,6 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
         except (OSError, ValueError) as error:
             failures.append(f"{path}: {error}")
             continue
-        views = evaluation_views(card.evaluation_views)
         pixels = make_views(image, name, views, card.backbone.preprocessing, card.augmentation)
         (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device)
         probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()

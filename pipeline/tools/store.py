@@ -54,10 +54,14 @@ def _directories() -> list[_Directory]:
         # The errors that a file of another program can cause; RecursionError: brackets nested too deep
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             key = json.loads((path / "key.json").read_text(encoding="utf-8"))
-            if isinstance(key, dict) and digest(key)[:32] == path.name:
+            name, _, aside = path.name.partition(".")
+            if isinstance(key, dict) and digest(key)[:32] == name:
                 last_use = _size_and_time(path / "key.json")[1]
-                is_current = key["schema"] == store.SCHEMA
-                description = _describe(key) if is_current else "of another version of this pipeline"
+                is_current = key["schema"] == store.SCHEMA and not aside
+                unreadable = (
+                    "set aside, its rows were computed again" if aside else "of another version of this pipeline"
+                )
+                description = _describe(key) if is_current else unreadable
         found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use))
     return sorted(found, key=lambda directory: -directory.last_use)
 
@@ -72,7 +76,7 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 
 
 def _describe(key: dict[str, Any]) -> str:
-    views = "augmented views" if key["augmentation"] else "view 0"
+    views = "augmented views" if key["augmentation"] else "symmetries"
     engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
     network = f"{key['backbone']} (weights {key['weights_sha256'][:8]}) at {key['cut']}, pool {key['pool']}"
     return f"{network}, {key['preprocessing']['crop']} px, {views}, {engine}"

@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 
 from pipeline.comparison import recommendation
+from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.recommendation import Recommendation
-from pipeline.training.runs import Predictions
+from tests.factories import ones_study, outcomes_of
 
 N = 400
 LABEL = np.arange(N) % 2
-WEIGHT = np.ones(N)
 ROWS = np.arange(N)
 FLOPS = {"cheap": 1 * 10**12, "middle": 20 * 10**12, "dear": 1000 * 10**12}
 
 
-def right_on(images: np.ndarray) -> list[Predictions]:
+def right_on(images: np.ndarray) -> list[Outcomes]:
     """One run that is right on just these images."""
     predicted = np.where(np.isin(ROWS, images), LABEL, 1 - LABEL)
-    return [Predictions(ROWS, np.eye(2)[predicted] * 4.0)]
+    return [outcomes_of(np.eye(2)[predicted] * 4.0, LABEL)]
 
 
-def recommend(runs: dict[str, list[Predictions]], margin: float = 0.01) -> Recommendation:
-    return recommendation.recommend(runs, FLOPS, LABEL, WEIGHT, margin, 0.95)
+def recommend(runs: dict[str, list[Outcomes]], margin: float = 0.01) -> Recommendation:
+    return recommendation.recommend(runs, FLOPS, ones_study(N, label=LABEL), margin, 0.95)
 
 
-def words(found: Recommendation, runs: dict[str, list[Predictions]], baseline: str = "cheap") -> str:
+def words(found: Recommendation, runs: dict[str, list[Outcomes]], baseline: str = "cheap") -> str:
     def strategy(name: str) -> dict[str, Any]:
-        accuracy = float(np.mean(runs[name][0].log_probability.argmax(1) == LABEL))
+        accuracy = float(np.mean(runs[name][0].predicted == LABEL))
         figure = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "sd": None}
         difference = {"difference": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004}
         return {

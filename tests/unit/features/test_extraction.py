@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.features import extraction, hdf5
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
 from pipeline.features.store import Store
+from pipeline.features.views import AUGMENTED, Sample
 from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone, state_sha256
 from pipeline.network.cuts import Prefix
@@ -27,6 +29,7 @@ from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
 
 CPU = torch.device("cpu")
 N_IMAGES = 12
+VIEWS = [0, AUGMENTED + 1]
 EVERYTHING = Share(0, 1)
 
 
@@ -74,7 +77,8 @@ def fill(
 
 
 def all_rows(paths: dict[str, Path], views: int = 2) -> list[Row]:
-    return [(name, view) for name in paths for view in range(views)]
+    """View 0, and augmented views."""
+    return [(name, AUGMENTED + k if k else 0) for name in paths for k in range(views)]
 
 
 def shards(root: Path = Path()) -> list[Path]:
@@ -108,7 +112,7 @@ def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) ->
     views = np.stack([pixels, pixels[:, ::-1]])  # with `flips: both` view 1 is the horizontal flip
     with torch.no_grad():
         expected = network(Normalize(PREPROCESSING)(torch.from_numpy(views))).numpy()
-    np.testing.assert_allclose(store.read([(name, 0), (name, 1)]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read([(name, 0), (name, AUGMENTED + 1)]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
@@ -180,13 +184,16 @@ def test_whatever_can_change_a_row_has_a_key_of_its_own(
     assert sorted(computed) == sorted(rows)
 
 
-@pytest.mark.parametrize("name", ["precision", "engine", "device", "versions", "schema", "weights_sha256"])
+@pytest.mark.parametrize(
+    "name", ["precision", "engine", "device", "machine", "batch", "code", "versions", "schema", "weights_sha256"]
+)
 def test_key_says_how_rows_were_made(name: str) -> None:
     key = make_computation().key
     assert name in key.describe(0)
     assert key.describe(0)["augmentation"] is None
-    assert key.describe(1) == key.describe(2)
-    assert key.describe(1)["augmentation"]["flips"] == "both"
+    assert key.describe(AUGMENTED - 1) == key.describe(0)
+    assert key.describe(AUGMENTED) == key.describe(AUGMENTED + 1)
+    assert key.describe(AUGMENTED)["augmentation"]["flips"] == "both"
 
 
 def test_store_lies_below_dvc_root_where_that_is_set(
@@ -262,7 +269,7 @@ def test_rows_of_any_shape_are_read_as_they_were_written(paths: dict[str, Path])
     rows = all_rows(paths)
     store = fill(computation, paths, rows)
     assert store.read(rows[:3]).shape == (3, 4, 3, 3)
-    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
+    extraction.assemble(store, list(paths), VIEWS, [0], provenance(), Path("features.h5"))
     values = hdf5.read_features(Path("features.h5")).values
     assert values.shape == (N_IMAGES, 2, 4, 3, 3)
     assert np.array_equal(values.reshape(-1, 4, 3, 3), store.read(rows))
@@ -270,7 +277,7 @@ def test_rows_of_any_shape_are_read_as_they_were_written(paths: dict[str, Path])
 
 def test_features_are_assembled_as_they_are_stored(paths: dict[str, Path]) -> None:
     store = fill(make_computation(store_dtype="fp16"), paths, all_rows(paths))
-    extraction.assemble(store, list(paths), 2, provenance(), Path("features.h5"))
+    extraction.assemble(store, list(paths), VIEWS, [0], provenance(), Path("features.h5"))
     assert hdf5.read_features(Path("features.h5")).values.dtype == np.float16
 
 
@@ -378,9 +385,172 @@ def test_features_that_are_not_finite_are_refused_and_not_stored(paths: dict[str
     assert shards() == []
 
 
+# stored rows that are computed again
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[list[Row]]:
+    """Grows by the rows of every call that loads images: those that are checked, then those that are missing."""
+    calls: list[list[Row]] = []
+    load_batches = extraction.load_batches
+
+    def recorded(batches: Sequence[Sequence[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
+        calls.append([(sample.sha256, sample.view) for batch in batches for sample in batch])
+        return load_batches(batches, *arguments)
+
+    monkeypatch.setattr(extraction, "load_batches", recorded)
+    return calls
+
+
+def other_machine(*, seed: int = 1) -> Computation:
+    """A computation with the key of make_computation that gives other values."""
+    return replace(make_computation(seed=seed), key=make_computation().key)
+
+
+def set_aside(root: Path = Path()) -> list[Path]:
+    return sorted(root.glob("data/.feature_store/*.*"))
+
+
+def test_rows_that_come_out_otherwise_are_set_aside_with_one_warning_and_all_are_computed_again(
+    paths: dict[str, Path], loaded: list[list[Row]], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = all_rows(paths)
+    before = fill(other_machine(), paths, rows[:10]).read(rows[:10])
+    loaded.clear()
+    with caplog.at_level(logging.INFO, "pipeline"):
+        store = fill(make_computation(), paths, rows)
+    checked, computed = loaded
+    assert len(checked) == extraction.N_CHECKED
+    assert {*checked} <= {*rows[:10]}
+    assert computed == rows
+    (warning,) = (record.message for record in caplog.records if record.levelno == logging.WARNING)
+    assert "stored rows differ from the same rows computed now; set aside: " in warning
+    assert all(str(path) in warning for path in set_aside())
+    assert len(set_aside()) == 2
+    assert "0 rows reused, 24 computed, 0 dropped" in caplog.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", "elsewhere")
+        assert np.array_equal(store.read(rows), fill(make_computation(), paths, rows).read(rows))
+    assert not np.array_equal(store.read(rows[:10]), before)
+    caplog.clear()
+    loaded.clear()
+    fill(make_computation(), paths, rows)
+    assert loaded == []
+    assert not caplog.records
+
+
+def test_rows_that_come_out_as_they_are_stored_stay(paths: dict[str, Path], loaded: list[list[Row]]) -> None:
+    rows = all_rows(paths)
+    fill(make_computation(store_dtype="fp16"), paths, rows[:10])
+    loaded.clear()
+    fill(make_computation(store_dtype="fp16"), paths, rows)
+    checked, computed = loaded
+    assert len(checked) == extraction.N_CHECKED
+    assert computed == rows[10:]
+    assert set_aside() == []
+
+
+def test_where_nothing_is_missing_nothing_is_computed_again(paths: dict[str, Path], loaded: list[list[Row]]) -> None:
+    rows = all_rows(paths)
+    fill(other_machine(), paths, rows)
+    loaded.clear()
+    fill(make_computation(), paths, rows)
+    assert loaded == []
+
+
+def test_symmetries_and_augmented_views_of_every_format_are_checked(
+    paths: dict[str, Path], loaded: list[list[Row]], tmp_path: Path
+) -> None:
+    for number, ending in enumerate(("jpg", "webp", "PNG")):
+        path = tmp_path / f"another.{ending}"
+        Image.fromarray(np.full((10, 10, 3), number, np.uint8)).save(path)
+        paths[hashlib.sha256(path.read_bytes()).hexdigest()] = path
+    rows = [(name, view) for name in paths for view in (0, 1, 2, *VIEWS[1:])]
+    fill(make_computation(), paths, rows[:-1])
+    loaded.clear()
+    fill(make_computation(), paths, rows)
+    checked, _ = loaded
+    kinds = [(view < AUGMENTED, paths[name].suffix.lower()) for name, view in checked]
+    assert len(checked) == len({*checked}) == extraction.N_CHECKED
+    assert {*kinds} == {(is_plain, ending) for is_plain in (True, False) for ending in (".png", ".jpg", ".webp")}
+
+
+@pytest.mark.parametrize("stale", VIEWS)
+def test_one_kind_of_view_that_is_stale_is_found(paths: dict[str, Path], stale: int) -> None:
+    rows = all_rows(paths)
+    plain = [row for row in rows if row[1] != stale]
+    fill(make_computation(), paths, plain)
+    Store(make_computation().key).write(rows[stale != 0 :: 2][:3], np.ones((3, 5), np.float32))
+    fill(make_computation(), paths, rows)
+    assert len(set_aside()) == 2
+
+
+def test_rows_that_never_come_out_the_same_are_an_error_and_are_not_kept(paths: dict[str, Path]) -> None:
+    class Restless(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.rand(len(x), 5)
+
+    rows, restless = all_rows(paths), replace(make_computation(module=Restless()), key=make_computation().key)
+    fill(restless, paths, rows[:10])
+    with pytest.raises(
+        ValueError, match=r"the same rows, computed twice in this run, differ; .*features\.engine"
+    ) as caught:
+        fill(restless, paths, rows)
+    assert "\n" not in str(caught.value)
+    assert Store(make_computation().key).missing(rows) == rows
+
+
+def test_a_rank_whose_rows_another_sets_aside_stops_with_one_line(
+    paths: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 4)
+    rows, plain = all_rows(paths), make_computation()
+    fill(plain, paths, rows[:4])
+
+    def run(batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+        for number, output in enumerate(plain.runner.run(batches)):
+            if number == 1:
+                Store(plain.key).set_aside()
+            yield output
+
+    with (
+        caplog.at_level(logging.WARNING, "pipeline"),
+        pytest.raises(
+            ValueError, match=r"another process has set aside the rows of this key.*; start again$"
+        ) as caught,
+    ):
+        fill(replace(plain, runner=replace(plain.runner, run=run)), paths, rows)
+    assert "\n" not in str(caught.value)
+    assert not caplog.records
+    store = fill(plain, paths, rows)
+    assert store.missing(rows) == []
+
+
+def test_two_ranks_that_find_the_same_set_the_rows_aside_once(paths: dict[str, Path]) -> None:
+    fill(make_computation(), paths, all_rows(paths))
+    first, second = Store(make_computation().key), Store(make_computation().key)
+    first.set_aside()
+    with pytest.raises(ValueError, match="start again"):
+        second.set_aside()
+    first = Store(make_computation().key)
+    first.write([("0" * 64, 0)], np.ones((1, 5), np.float32))
+    with pytest.raises(ValueError, match="start again"):
+        second.write([("0" * 64, 0)], np.ones((1, 5), np.float32))
+    first.write([("1" * 64, 0)], np.ones((1, 5), np.float32))
+    assert len(set_aside()) == 2
+
+
+def test_a_rank_checks_what_others_stored(paths: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    rows = all_rows(paths)
+    fill(other_machine(), paths, rows, share=Share(0, 2))
+    store = fill(make_computation(), paths, rows, share=Share(1, 2))
+    assert "set aside" in caplog.text
+    assert {*store.missing(rows)} == {row for row in rows if Share(0, 2).holds(row)}
+
+
 def assemble(paths: dict[str, Path], path: Path = Path("features.h5")) -> Path:
     store = fill(make_computation(), paths, all_rows(paths))
-    extraction.assemble(store, list(paths), 2, provenance(), path)
+    extraction.assemble(store, list(paths), VIEWS, [0], provenance(), path)
     return path
 
 
@@ -398,7 +568,7 @@ def test_features_are_read_as_they_were_assembled(paths: dict[str, Path]) -> Non
 def test_image_that_is_listed_twice_has_its_row_twice(paths: dict[str, Path]) -> None:
     store = fill(make_computation(), paths, all_rows(paths))
     names = [*paths, next(iter(paths))]
-    extraction.assemble(store, names, 2, provenance(), Path("features.h5"))
+    extraction.assemble(store, names, VIEWS, [0], provenance(), Path("features.h5"))
     features = hdf5.read_features(Path("features.h5"))
     assert features.sha256 == names
     assert np.array_equal(features.values[0], features.values[-1])
@@ -430,11 +600,12 @@ def test_file_whose_bytes_change_costs_its_own_rows_and_one_that_moves_costs_non
     changed = hashlib.sha256(paths[second].read_bytes()).hexdigest()
     now = moved | {changed: paths[second]}
     store = fill(make_computation(), now, all_rows(now))
-    assert computed == [(changed, 0), (changed, 1)]
-    extraction.assemble(store, list(now), 2, provenance(), Path("incremental.h5"))
+    assert computed == [(changed, 0), (changed, AUGMENTED + 1)]
+    extraction.assemble(store, list(now), VIEWS, [0], provenance(), Path("incremental.h5"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path / "empty"))
-        extraction.assemble(fill(make_computation(), now, all_rows(now)), list(now), 2, provenance(), Path("fresh.h5"))
+        store = fill(make_computation(), now, all_rows(now))
+        extraction.assemble(store, list(now), VIEWS, [0], provenance(), Path("fresh.h5"))
     assert Path("incremental.h5").read_bytes() == Path("fresh.h5").read_bytes()
 
 

@@ -222,23 +222,25 @@ def test_shard_whose_arrays_make_no_sense_is_refused_even_if_its_name_fits(
 # data/features.h5
 
 NAMES = [f"{number:064x}" for number in range(6)]
+EVALUATION = -VALUES[:, :1]
 
 
 def write(path: Path) -> None:
-    values = VALUES.reshape(6, 2, 2)
-    hdf5.write_features(path, values.shape, values.dtype, iter([values[:4], values[4:]]), NAMES, provenance())
+    hdf5.write_features(path, iter([VALUES[:4], VALUES[4:]]), iter([EVALUATION]), NAMES, provenance())
 
 
 def test_features_are_read_as_they_were_written(tmp_path: Path) -> None:
     write(tmp_path / "features.h5")
     found = hdf5.read_features(tmp_path / "features.h5")
     assert isinstance(found.values, np.memmap)
+    assert isinstance(found.evaluation, np.memmap)
     assert np.array_equal(found.values, VALUES)
+    assert np.array_equal(found.evaluation, EVALUATION)
     assert (found.sha256, found.provenance) == (NAMES, provenance())
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["features", "sha256"])
+@pytest.mark.parametrize("name", ["features", "evaluation_features", "sha256"])
 def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, change: str, name: str) -> None:
     path = tmp_path / "features.h5"
     write(path)
@@ -249,6 +251,30 @@ def test_file_that_is_not_as_this_pipeline_writes_it_is_refused(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
+def test_views_that_are_the_same_are_stored_once(tmp_path: Path) -> None:
+    once, twice = tmp_path / "once.h5", tmp_path / "twice.h5"
+    large = np.repeat(VALUES, 100, axis=2)
+    hdf5.write_features(once, [large], None, NAMES, provenance())
+    hdf5.write_features(twice, [large], [large], NAMES, provenance())
+    found = hdf5.read_features(once)
+    assert np.array_equal(found.values, large)
+    assert np.array_equal(found.evaluation, large)
+    assert twice.stat().st_size - once.stat().st_size >= large.nbytes
+
+
+@pytest.mark.parametrize("other", [EVALUATION[:5], EVALUATION[..., :1], EVALUATION.astype(np.float16), EVALUATION[0]])
+def test_evaluation_features_that_do_not_fit_are_refused(tmp_path: Path, other: np.ndarray) -> None:
+    path = tmp_path / "features.h5"
+    write(path)
+    with h5py.File(path, "r+") as file:
+        del file["evaluation_features"]
+        file["evaluation_features"] = other
+    with pytest.raises(
+        ValueError, match=r"features\.h5: not written by this pipeline \(its arrays have the (shapes|types)"
+    ):
+        hdf5.read_features(path)
+
+
 def test_missing_features_name_the_stage_that_writes_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"features\.h5: not found; run: dvc repro extract$"):
         hdf5.read_features(tmp_path / "features.h5")
@@ -256,7 +282,7 @@ def test_missing_features_name_the_stage_that_writes_them(tmp_path: Path) -> Non
 
 def test_features_without_views_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "features.h5"
-    hdf5.write_features(path, (6, 4), VALUES.dtype, [VALUES.reshape(6, 4)], NAMES, provenance())
+    hdf5.write_features(path, [VALUES.reshape(6, 4)], [VALUES.reshape(6, 4)], NAMES, provenance())
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)
 

@@ -10,6 +10,7 @@ import pytest
 from pipeline.features import hdf5
 from pipeline.features import store as feature_store
 from pipeline.features.store import Store
+from pipeline.features.views import AUGMENTED
 from tests.factories import STORE_ROWS as ROWS
 from tests.factories import STORE_VALUES as VALUES
 from tests.factories import fill_store, store_key
@@ -28,7 +29,7 @@ def test_rows_are_read_as_they_were_written() -> None:
     assert len(store) == 12
     order = np.random.default_rng(1).permutation(12)
     assert np.array_equal(store.read([ROWS[i] for i in order]), VALUES[order])
-    assert store.missing([*ROWS, ("f" * 64, 0), (ROWS[0][0], 1)]) == [("f" * 64, 0), (ROWS[0][0], 1)]
+    assert store.missing([*ROWS, ("f" * 64, 0), (ROWS[0][0], AUGMENTED)]) == [("f" * 64, 0), (ROWS[0][0], AUGMENTED)]
 
 
 def test_writing_the_same_rows_again_adds_nothing() -> None:

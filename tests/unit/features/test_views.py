@@ -1,7 +1,7 @@
 """Decoding, the evaluation transform, and augmented views that depend on seed, image and number alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,9 +9,17 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.decoding import decode, sha256
-from pipeline.features.views import Sample, load_batches, make_views
+from pipeline.features.views import (
+    AUGMENTED,
+    SYMMETRIES,
+    Sample,
+    evaluation_views,
+    load_batches,
+    make_views,
+    training_views,
+)
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.params import Augmentation
+from pipeline.params import Augmentation, Symmetry
 from tests.factories import PLAIN, encoded, noise, photograph
 
 KNOBS: list[dict[str, Any]] = [
@@ -39,8 +47,18 @@ def augmentation(**changes: Any) -> Augmentation:
     return PLAIN.model_copy(update=changes)
 
 
+def augmented(*numbers: int) -> list[int]:
+    """Codes of augmented views, whose pixels may be those of a symmetry."""
+    return [AUGMENTED + k for k in numbers]
+
+
 def view(k: int, options: Augmentation, image: Image.Image | None = None, name: str = NAME) -> np.ndarray:
-    return make_views(image or photograph(), name, [k], SMALL, options)[0]
+    """Training view k."""
+    return make_views(image or photograph(), name, training_views(options, k + 1)[-1:], SMALL, options)[0]
+
+
+def training(n: int, options: Augmentation) -> np.ndarray:
+    return make_views(photograph(), NAME, training_views(options, n), SMALL, options)
 
 
 # views
@@ -51,7 +69,8 @@ def view(k: int, options: Augmentation, image: Image.Image | None = None, name: 
 def test_a_grey_image_gives_what_it_gives_as_rgb(interpolation: str, options: Augmentation):
     grey = photograph().convert("L")
     how = SMALL.model_copy(update={"interpolation": interpolation}), options
-    assert np.array_equal(make_views(grey, NAME, range(4), *how), make_views(grey.convert("RGB"), NAME, range(4), *how))
+    codes = [*range(4), *augmented(1, 2, 3)]
+    assert np.array_equal(make_views(grey, NAME, codes, *how), make_views(grey.convert("RGB"), NAME, codes, *how))
 
 
 def test_view_0_is_resized_by_its_shorter_side_and_cropped_in_the_middle():
@@ -92,12 +111,12 @@ def test_one_flip_alternates(flips: str, axis: int):
 def test_with_both_flips_a_round_is_the_four_flips_exactly():
     original = view(0, PLAIN)
     four = [original, original[:, ::-1], original[::-1], original[::-1, ::-1]]
-    found = make_views(photograph(), NAME, range(8), SMALL, augmentation(flips="both"))
+    found = training(8, augmentation(flips="both"))
     assert np.array_equal(found, [*four, *four])
 
 
 def test_right_angles_alone_are_the_four_turns():
-    found = make_views(photograph(), NAME, range(5), SMALL, augmentation(right_angles=True))
+    found = training(5, augmentation(right_angles=True))
     assert np.array_equal(found, [np.rot90(view(0, PLAIN), turn) for turn in range(5)])
 
 
@@ -105,7 +124,7 @@ def test_right_angles_alone_are_the_four_turns():
 def test_flips_and_right_angles_show_each_symmetry_of_the_square_once_in_eight_views(flips: str):
     original = view(0, PLAIN)
     symmetries = {np.rot90(side, turn).tobytes() for side in (original, original[::-1]) for turn in range(4)}
-    found = make_views(photograph(), NAME, range(16), SMALL, augmentation(flips=flips, right_angles=True))
+    found = training(16, augmentation(flips=flips, right_angles=True))
     assert len(symmetries) == 8
     assert {pixels.tobytes() for pixels in found[:8]} == symmetries
     assert {pixels.tobytes() for pixels in found[8:]} == symmetries
@@ -116,17 +135,60 @@ def test_a_view_depends_on_seed_image_and_number_and_on_nothing_else(knob: dict[
     options = augmentation(**knob)
     reference = view(1, options)
     torch.manual_seed(99)
-    together = make_views(photograph(), NAME, [5, 1, 0], SMALL, options)
+    together = make_views(photograph(), NAME, [*augmented(5, 1), 0], SMALL, options)
     assert np.array_equal(together[1], reference)
     assert not np.array_equal(together[0], reference)
     assert not np.array_equal(view(1, augmentation(**knob, seed=1)), reference)
     assert not np.array_equal(view(1, options, name="1" * 64), reference)
 
 
+@pytest.mark.parametrize("knob", [{}, {"crop_area": (0.3, 0.5)}, {"seed": 3}, EVERYTHING])
+def test_evaluation_views_are_symmetries_of_view_0_whatever_the_augmentation(knob: dict[str, Any]):
+    codes = evaluation_views(list(SYMMETRIES))
+    assert codes == list(range(AUGMENTED))
+    original = Image.fromarray(view(0, PLAIN))
+    turned = [
+        np.asarray(original if turn is None else original.transpose(turn))
+        for turn in (
+            *(None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180),
+            *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+            *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
+        )
+    ]
+    assert np.array_equal(make_views(photograph(), NAME, codes, SMALL, augmentation(**knob)), turned)
+
+
+def test_names_of_symmetries_are_those_of_params():
+    assert get_args(Symmetry) == tuple(SYMMETRIES)
+
+
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        ({}, [0, 0, 0, 0, 0, 0]),
+        ({"seed": 7}, [0, 0, 0, 0, 0, 0]),
+        ({"flips": "horizontal"}, [0, 1, 0, 1, 0, 1]),
+        ({"flips": "vertical"}, [0, 2, 0, 2, 0, 2]),
+        ({"flips": "both"}, [0, 1, 2, 3, 0, 1]),
+        ({"right_angles": True}, [0, 4, 3, 5, 0, 4]),
+        ({"flips": "horizontal", "right_angles": True}, [0, 1, 4, 6, 3, 2]),
+        *((knob, [0, *augmented(1, 2, 3, 4, 5)]) for knob in KNOBS[4:]),
+    ],
+)
+def test_training_views_with_the_same_pixels_have_the_same_code(options: dict[str, Any], codes: list[int]):
+    options = augmentation(**options)
+    assert training_views(options, 6) == codes
+    found = training(6, options)
+    if max(codes) < AUGMENTED:
+        assert len({pixels.tobytes() for pixels in found}) == len(set(codes))
+    numbered = make_views(photograph(), NAME, [0, *augmented(1, 2, 3, 4, 5)], SMALL, options)
+    assert np.array_equal(found, numbered), "code or number, the pixels are those that the number has always had"
+
+
 def test_noise_has_the_deviation_that_was_asked_for():
     grey = Image.new("L", (64, 64), 128)
     large = SMALL.model_copy(update={"resize": (64,), "crop": 64})
-    (noisy,) = make_views(grey, NAME, [1], large, augmentation(noise_std=10.0))
+    (noisy,) = make_views(grey, NAME, augmented(1), large, augmentation(noise_std=10.0))
     assert noisy.std() == pytest.approx(10, abs=0.5)
     assert noisy.mean() == pytest.approx(128, abs=0.5)
 
@@ -139,7 +201,7 @@ def test_what_a_rotation_uncovers_is_filled_with_the_mean_of_the_weights():
 def test_the_global_random_state_is_left_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    make_views(photograph(), NAME, range(4), SMALL, augmentation(**EVERYTHING))
+    make_views(photograph(), NAME, [0, *augmented(0, 1, 2)], SMALL, augmentation(**EVERYTHING))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -155,13 +217,13 @@ def files(directory: Path, n: int) -> list[tuple[Path, str]]:
 
 def test_batches_are_the_same_with_and_without_workers(tmp_path: Path):
     options = augmentation(**EVERYTHING)
-    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, 2)]
+    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, *augmented(2))]
     batches = [samples[:4], samples[4:], samples[3:2:-1]]
     alone, helped = (list(load_batches(batches, SMALL, options, workers)) for workers in (0, 2))
     assert [tuple(batch.shape) for batch in alone] == [(4, 16, 16, 3), (2, 16, 16, 3), (1, 16, 16, 3)]
     assert all(batch.dtype == torch.uint8 for batch in alone)
     assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
-    last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, [2], SMALL, options)
+    last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, augmented(2), SMALL, options)
     assert np.array_equal(alone[2].numpy(), last)
 
 

@@ -17,7 +17,7 @@ from tests import factories
 def test_map_of_many_images_is_a_sample_and_always_the_same(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pictures, "MAX_POINTS", 30)
     values = np.random.default_rng(0).normal(size=(100, 2, 8)).astype(np.float32)
-    first, second = (pictures.map_features(Features(values, [], factories.provenance())) for _ in range(2))
+    first, second = (pictures.map_features(Features(values, values, [], factories.provenance())) for _ in range(2))
     assert len(first.rows) == 30
     assert np.array_equal(first.rows, second.rows)
     assert np.array_equal(first.xy, second.xy)

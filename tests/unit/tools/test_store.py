@@ -22,6 +22,7 @@ from pipeline.__main__ import cli
 from pipeline.features import hdf5
 from pipeline.features import store as feature_store
 from pipeline.features.store import Store
+from pipeline.features.views import AUGMENTED
 from tests.factories import STORE_ROWS as ROWS
 from tests.factories import STORE_VALUES as VALUES
 from tests.factories import fill_store, store_key
@@ -88,7 +89,7 @@ def write_another_type(shard: Path) -> None:
 
 def write_views_that_belong_elsewhere(shard: Path) -> None:
     shard.unlink()
-    rows = [(name, 1) for name, _ in ROWS[:4]]
+    rows = [(name, AUGMENTED) for name, _ in ROWS[:4]]
     hdf5.write_shard(shard.parent, shard.parent.name, rows, VALUES[:4], np.zeros(4, np.float32))
 
 
@@ -160,15 +161,15 @@ def test_empty_store(run: Run, root: Path) -> None:
 
 def test_status_describes_the_keys(run: Run, root: Path) -> None:
     fill_store(store_key())
-    fill_store(store_key("timm/vgg16", store_dtype="fp16"), [(name, 1) for name, _ in ROWS])
+    fill_store(store_key("timm/vgg16", store_dtype="fp16"), [(name, AUGMENTED) for name, _ in ROWS])
     unused_for(root / store_key().name(0), 40)
     newer, older, total = run("status").splitlines()
     assert newer.startswith(
-        f"{store_key('timm/vgg16', store_dtype='fp16').name(1)}  12 rows, 0.0 MB, used today: timm/vgg16"
+        f"{store_key('timm/vgg16', store_dtype='fp16').name(AUGMENTED)}  12 rows, 0.0 MB, used today: timm/vgg16"
     )
     assert "augmented views, openvino fp32 on cpu, stored as fp16" in newer
     assert older.startswith(f"{store_key().name(0)}  12 rows, 0.0 MB, used 40 days ago: torchvision/resnet18")
-    assert "(weights c0ffee00) at layer3, pool avg, 224 px, view 0, openvino fp32 on cpu, stored as fp32" in older
+    assert "(weights c0ffee00) at layer3, pool avg, 224 px, symmetries, openvino fp32 on cpu, stored as fp32" in older
     assert total.startswith(f"{root}: 2 keys, ")
 
 
@@ -289,7 +290,7 @@ def test_gc_removes_left_overs_of_writers_that_are_gone(run: Run, root: Path) ->
     assert Store(store_key()).missing(ROWS) == []
 
 
-@pytest.mark.parametrize("content", [[], 3, {}, {"schema": 3}, {"schema": 3, "augmentation": None, "preprocessing": 1}])
+@pytest.mark.parametrize("content", [[], 3, {}, {"schema": 4}, {"schema": 4, "augmentation": None, "preprocessing": 1}])
 def test_key_of_any_content_is_shown_as_unknown_even_if_its_name_fits(run: Run, root: Path, content: object) -> None:
     files.write_json(root / files.digest(content)[:32] / "key.json", content)
     assert ", used today: " in run("status")
