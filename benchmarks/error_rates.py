@@ -14,7 +14,6 @@ from itertools import product
 import numpy as np
 from scipy import special
 
-from benchmarks.common import run
 from pipeline.comparison import influence, intervals, outcomes, paired
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
@@ -231,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

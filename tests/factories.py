@@ -327,10 +327,12 @@ COMPARE = Compare(
 )
 
 
-def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
+def forty_details(
+    head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, labels: Labels = FORTY, **options: Any
+) -> dict[str, Any]:
     """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
     runs = {"feature_extraction": head, "full": full}
-    return details.assemble(runs, head, FORTY, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
+    return details.assemble(runs, head, labels, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
 
 
 def card(**changes: Any) -> Card:
@@ -341,7 +343,7 @@ def card(**changes: Any) -> Card:
         "class_names": ("a", "b"),
         "backbone": backbone_plan(),
         "augmentation": FLIPS,
-        "evaluation_views": ("identity",),
+        "evaluation_views": 1,
         "freeze_until": "all",
         "head": LINEAR,
         "cost": cost(),
@@ -390,7 +392,7 @@ def study_params(path: Path) -> None:
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
     document["features"].update({"views": 1, "image_size": 64})
-    document["evaluation"]["views"] = ["identity"]
+    document["evaluation"]["views"] = 1
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
     yaml.dump(document, path)

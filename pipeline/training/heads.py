@@ -19,7 +19,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, cast
 
 import numpy as np
@@ -213,7 +212,7 @@ def warn(paths: Sequence[RegularizationPath], section: str) -> None:
             )
     stopped = [path.not_converged for path in paths if path.not_converged]
     if stopped:
-        strengths = ", ".join(f"{strength:g}" for strength in sorted({*chain.from_iterable(stopped)}, reverse=True))
+        strengths = ", ".join(f"{strength:g}" for strength in sorted(set().union(*stopped), reverse=True))
         log.warning(
             "%s: the solver did not converge in %d of %d fits (strengths: %s); raise %s.max_iterations",
             *(section, len(stopped), len(paths), strengths, section),
