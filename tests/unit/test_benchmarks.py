@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-BENCHMARKS = ["boundary", "compare", "elpv", "extract", "head", "index", "label_suspects", "plain_loop", "store"]
+BENCHMARKS = [
+    "boundary",
+    "compare",
+    "elpv",
+    "error_rates",
+    "extract",
+    "head",
+    "index",
+    "label_suspects",
+    "plain_loop",
+    "store",
+]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
