@@ -17,13 +17,12 @@ from pipeline.comparison.intervals import Interval
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.dataset.manifest import Labels
-from pipeline.dataset.units import unit_of
+from pipeline.dataset.units import FEW_UNITS, unit_of
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, Compare
 from pipeline.training.runs import Cost, Predictions, Run
 
 SPLITS = ("val", "test")
 SUBSET_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
-FEW_UNITS = 10  # units of a split, below which its intervals are rough
 MAX_GROUPS = 50  # groups with figures of their own: those with the most test images
 Json = dict[str, Any]
 

@@ -19,6 +19,7 @@ from pipeline.comparison.intervals import CONFIDENCE, PSEUDO_UNITS, digest_of, d
 from pipeline.comparison.outcomes import Outcomes
 
 MIN_SEEDS_FOR_T = 5
+CROSS_FITTED = 1.07  # standard error of a cross-fitted difference: folds choose for one another; found by simulation
 MCNEMAR, SIGN_FLIP, CORRECTED_T = "exact McNemar", "sign-flip permutation by unit", "corrected t over seeds"
 
 
@@ -129,6 +130,7 @@ class _Pairs:
     ours: list[np.ndarray]
     theirs: list[np.ndarray]
     differences: list[Influence]
+    is_cross_fitted: bool
 
     @property
     def difference(self) -> float:
@@ -156,12 +158,13 @@ class _Pairs:
         """
         if (standard_error := self.standard_error_over_seeds()) is not None:
             return self.difference, standard_error, len(self.rows) - 1
+        wider = CROSS_FITTED if self.is_cross_fitted else 1.0
         spread = spread_of(self.differences, self.rows, self.study.unit)
         n = spread.n_effective
         centre = n * self.difference / (n + 2)
         pseudo = max((spread.n_units / spread.n_images) ** 2, PSEUDO_UNITS)
         variance = ((n * (spread.variance + self.difference**2) + pseudo) / (n + 2) - centre**2) / (n + 2)
-        return centre, math.sqrt(variance), spread.degrees
+        return centre, wider * math.sqrt(variance), spread.degrees
 
     def standard_error_over_seeds(self) -> float | None:
         """That of Nadeau & Bengio 2003, "Inference for the generalization error", section 5: splits overlap.
@@ -184,7 +187,7 @@ class _Pairs:
 
 
 def _pairs(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study) -> _Pairs:
-    found = _Pairs(study, [], [], [], [])
+    found = _Pairs(study, [], [], [], [], any(run.fold.any() for run in (*runs, *others)))
     for pair in distinct(zip(runs, others, strict=True), lambda pair: digest_of(pair[0]) + digest_of(pair[1])):
         if not np.array_equal(pair[0].rows, pair[1].rows):
             raise ValueError("two runs are of other images, or in another order; expected pairs on the same images")

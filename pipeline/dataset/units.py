@@ -7,6 +7,8 @@ import numpy as np
 
 from pipeline.dataset.manifest import Labels
 
+FEW_UNITS = 10  # of a split, below which its confidence intervals are rough
+
 
 def make_units(labels: Labels) -> list[list[int]]:
     """Rows of each unit: images connected by equal bytes, by group or by near-duplicate group."""

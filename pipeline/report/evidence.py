@@ -9,6 +9,7 @@ from pipeline.comparison import tables
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 from pipeline.report import charts
 from pipeline.report.charts import Rows, Spec
+from pipeline.report.provenance import Timing
 
 Json = dict[str, Any]
 PERCENT = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy")
@@ -86,9 +87,8 @@ def table(strategies: Json) -> Json:
         cells = [cell(metric, found.get(metric)) for metric in metrics]
         if found["accuracy"]["sd"] is not None:
             cells[0]["note"] += f" · sd {100 * found['accuracy']['sd']:.1f}"
-        rows.append(
-            {"name": name, "seeds": strategy["distinct_runs"], "cells": cells, "difference": difference(strategy)}
-        )
+        counts = {"seeds": strategy["distinct_runs"], "n_candidates": strategy["n_candidates"]}
+        rows.append({"name": name, **counts, "cells": cells, "difference": difference(strategy)})
     return {"metrics": [METRICS[name] for name in metrics], "rows": rows}
 
 
@@ -104,6 +104,20 @@ def difference(strategy: Json) -> Json | None:
         "p_value": found["p_value"],
         "p": tables.p_value(found["p_value"]),
     }
+
+
+def minutes(timings: Sequence[Timing], strategies: Json) -> dict[str, str]:
+    """Measured minutes of one seed of each strategy, and of `extract`, as far as the stages ran on this machine."""
+    seconds = {timing.stage: timing.wall_seconds for timing in timings}
+    by_seed = {
+        name: [seconds.get(f"fine_tune-{name}-{seed}") for seed in strategy["seeds"]]
+        for name, strategy in strategies.items()
+    }
+    if HEAD_ALL_SEEDS in strategies and "train_head" in seconds:  # the stage trains the heads of all seeds
+        by_seed[HEAD_ONLY] = [seconds["train_head"] / len(strategies[HEAD_ALL_SEEDS]["seeds"])]
+    by_seed["extract"] = [seconds.get("extract")]
+    measured = {name: [value for value in values if value is not None] for name, values in by_seed.items()}
+    return {name: f"{sum(values) / len(values) / 60:.1f}" for name, values in measured.items() if values}
 
 
 def cost_text(key: str, value: int) -> str:
@@ -125,7 +139,7 @@ def class_rows(strategies: Json, names: Sequence[str]) -> Rows:
 
 def against_cost(rows: Rows, names: Sequence[str]) -> Figure:
     """Accuracy against training FLOPs, from reports/cost.json."""
-    caption = "The upper left is best: accurate and cheap. Bars: 95 % interval over the test images."
+    caption = "The upper left is best: accurate and cheap. Bars: 95 % interval."
     return Figure("Accuracy against cost", caption, charts.from_template("cost", rows, names), numbered(names))
 
 
@@ -134,7 +148,10 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
     runs = {(row["strategy"], row["seed"]) for row in rows if row["train_loss"] is not None}
     if not runs:
         return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
-    caption = f"{_n(len(runs), 'run')}. Solid: validation. Dotted: training. Dot: the epoch that validation selected."
+    caption = (
+        f"{_n(len(runs), 'run')}. Solid: validation, cross-fitted where there are no epochs. Dotted: training. Dot: the "
+        "epoch that validation selected."
+    )
     return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
 
 

@@ -64,7 +64,7 @@ def assemble() -> Json:
     album = Album(Path(params.dataset.path), manifest.read_images())
     tested = gallery.average([read_run(best, seed).test for seed in seeds])
     errors, correct = gallery.examples(tested, labels, album)
-    class_rows = evidence.class_rows(strategies, names)
+    class_rows, timings = evidence.class_rows(strategies, names), provenance.timings()
     return {
         "params": params,
         "params_text": PARAMS.read_text(encoding="utf-8"),
@@ -74,7 +74,11 @@ def assemble() -> Json:
         "details": details,
         "table_of": evidence.table(strategies),
         "tested": tables.tested(details),
-        "timings": provenance.timings(),
+        "sampled": tables.sampled(strategies, "test"),
+        "unit_name": tables.unit_name(details),
+        "further": tables.further(details),
+        "timings": timings,
+        "minutes": evidence.minutes(timings, strategies),
         "figures": [
             evidence.against_cost(cost, names),
             evidence.learning(curves, names),

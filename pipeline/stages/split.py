@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import SPLIT_NAMES, Labels, Split
-from pipeline.dataset.units import make_units
+from pipeline.dataset.units import FEW_UNITS, make_units
 from pipeline.files import write_json
 from pipeline.ingest import splits
 from pipeline.ingest.splits import Leak
@@ -42,7 +42,7 @@ def main() -> None:
         for leak in splits.find_leaks(labels, split):
             by_tie.setdefault((leak.tie, leak.name), leak)
     leaks = list(by_tie.values())
-    notes = make_notes(labels, drawn, options)
+    notes = make_notes(labels, drawn, options) + few_units(drawn, units)
     write_json(REPORT, as_report(drawn, leaks, notes, options))
     for note in notes:
         logs.log.warning("%s", note)
@@ -69,6 +69,19 @@ def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[s
             "`class_weights: balanced` gives all classes the same influence on training"
         )
     return notes
+
+
+def few_units(drawn: list[Split], units: list[list[int]]) -> list[str]:
+    """A note on each of validation and test that has fewer than 10 units with some seed."""
+    found = []
+    for name in ("val", "test"):
+        fewest = min(sum(name in split.split[unit] for unit in units) for split in drawn)
+        if fewest < FEW_UNITS:
+            found.append(
+                f"{name} has {fewest} units (groups, or images that belong to none): with fewer than {FEW_UNITS}, "
+                "confidence intervals are rough; add data, or raise split.val_fraction or split.test_fraction"
+            )
+    return found
 
 
 def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: Splitting) -> dict[str, Any]:

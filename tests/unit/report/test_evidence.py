@@ -2,7 +2,9 @@
 
 import pytest
 
+from pipeline.params import HEAD_ALL_SEEDS
 from pipeline.report import evidence
+from pipeline.report.provenance import Timing
 from tests.factories import REPOSITORY
 
 
@@ -31,3 +33,17 @@ def test_sizes_are_written_with_their_unit(value: float, text: str):
 
 def test_a_metric_without_a_value_is_a_dash():
     assert evidence.cell("auroc", None) == {"metric": "auroc", "value": None, "text": "\u2013", "note": ""}
+
+
+def test_minutes_are_a_mean_over_seeds_of_what_ran_on_this_machine():
+    strategies: dict[str, dict[str, list[int]]] = {
+        "feature_extraction": {"seeds": [0, 1]},
+        "full": {"seeds": [0, 1]},
+        "other": {"seeds": [0, 1]},
+        HEAD_ALL_SEEDS: {"seeds": [0, 1, 2, 3]},
+    }
+    seconds = {"extract": 90.0, "train_head": 240.0, "fine_tune-full-0": 600.0, "fine_tune-full-1": 300.0}
+    timings = [Timing(stage=stage, wall_seconds=wall, peak_memory_bytes=None) for stage, wall in seconds.items()]
+    found = evidence.minutes(timings, strategies)
+    assert found == {"feature_extraction": "1.0", "full": "7.5", "extract": "1.5"}
+    assert evidence.minutes([], strategies) == {}

@@ -86,7 +86,7 @@ def test_numbers_equal_those_of_the_details(root: Path):
     for name, strategy in json.loads((root / "reports/details.json").read_text())["strategies"].items():
         expected = {metric: figure["value"] for metric, figure in strategy["test"]["metrics"].items()}
         del expected["ece_scaled"]
-        expected["seeds"] = strategy["distinct_runs"]
+        expected |= {"seeds": strategy["distinct_runs"], "n_candidates": strategy["n_candidates"]}
         if strategy["vs_baseline"]:
             expected |= {key: strategy["vs_baseline"]["test"][key] for key in ("difference", "p_value")}
         assert {metric: value for (of, metric), (value, _) in cells.items() if of == name} == expected
@@ -140,6 +140,11 @@ def test_every_section_is_there(root: Path):
         "Hamming distance 3",
         "data/images.csv",
         "Results by subset",
+        "the validation split has 8 units",
+        "on 8 test images a seed",
+        "validation, cross-fitted",
+        "This is a result of this one run of each strategy",
+        "extracting the features, which all strategies share, took 1.3 min",
     ):
         assert words in text, words
     assert "run: dvc repro" not in text
