@@ -54,10 +54,10 @@ fresh: venv
 
 # Needs what `make repro` makes.
 bench: venv
-	python -m benchmarks
+	TQDM_DISABLE=1 python -m benchmarks
 
 bench-quick: venv
-	python -m benchmarks --quick
+	TQDM_DISABLE=1 python -m benchmarks --quick
 
 # The published protocol on the default data; goes on where it stopped. Needs nothing but the environment.
 elpv: venv

@@ -16,19 +16,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-os.environ["TQDM_DISABLE"] = "1"
-
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common import LITE, Line, run, show
+from benchmarks.common import LITE, Line, choose, run
 from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.features.store import Store
 from pipeline.network import backbones, cuts, engine
-from pipeline.network.backbones import Backbone
-from pipeline.params import BackboneChoice, Params, Strategy, load_params
+from pipeline.network.cuts import Prefix
+from pipeline.params import Strategy, load_params
 from pipeline.stages import fine_tune
 from pipeline.training import fit
 from pipeline.training.fit import Load, Task
@@ -45,11 +43,11 @@ class Study:
     def __init__(self, name: str, n_images: int | None, seed: int = 0) -> None:
         params = load_params()
         augmentation = params.augmentation.model_copy(update={"flips": "both"})
-        self.params: Params = params.model_copy(update={"augmentation": augmentation})
-        weights = "bundled" if name == LITE else "random"
-        self.backbone: Backbone = backbones.load(BackboneChoice(name=name, weights=weights, seed=0), None)
+        self.params = params.model_copy(update={"augmentation": augmentation})
         self.files, self.labels = manifest.read_images(), manifest.read_labels()
         self.seed = seed
+        self.backbone = backbones.load(choose(name), None)
+        torch.set_num_threads(params.threads)
         split = manifest.read_split(seed, self.labels.image_id)
         self.train, self.val = split.rows("train")[:n_images], split.rows("val")
 
@@ -58,27 +56,25 @@ class Study:
         base = self.params.fine_tune.strategies["partial_freeze"].model_dump()
         return Strategy.model_validate({**base, "batch_size": 32, "patience": 1000, "views": 2, **changes})
 
-    def parts(self, boundary: str) -> tuple[nn.Sequential, nn.Sequential]:
-        """Frozen part, from pixels on, and the rest with a new head; copies."""
-        prefix, body = cuts.split(self.backbone, cuts.resolve(self.backbone, boundary))
+    def parts(self, boundary: str) -> tuple[Prefix, nn.Sequential]:
+        """What lies before the boundary, and what lies behind it with a new head."""
+        prefix, suffix = cuts.prefix_and_suffix(self.backbone, cuts.resolve(self.backbone, boundary), cuts.ALL, "none")
         head = nn.Linear(self.backbone.feature_dim, len(self.labels.class_names))
-        frozen = nn.Sequential(backbones.Normalize(self.backbone.preprocessing), prefix, cuts.Pool("none"))
-        return copy.deepcopy(frozen), copy.deepcopy(nn.Sequential(body, head))
+        return prefix, nn.Sequential(suffix, head)
 
     def cached(self, boundary: str, val: np.ndarray, views: int) -> Load:
-        """Compute the activations of views 1 to `views` (and 0 of `val`), and say how they are loaded."""
-        frozen, _ = self.parts(boundary)
+        """Compute the activations of views 1 to `views`, and 0 of `val`; how they are loaded."""
         pairs = [(int(row), view) for row in self.train for view in range(1, views + 1)] + [(int(r), 0) for r in val]
-        load, _ = fine_tune.load_activations(self.files, pairs, frozen, self.backbone, boundary, self.params, CPU)
+        load, _ = fine_tune.load_activations(self.parts(boundary)[0], self.files, pairs, self.params, CPU)
         return load
 
     def fit(self, boundary: str, load: Load, val: np.ndarray, strategy: Strategy, *, is_cached: bool) -> float:
         """Seconds."""
-        frozen, rest = self.parts(boundary)
-        network = nn.Sequential(nn.Identity() if is_cached else frozen, rest[0], rest[1])
+        prefix, rest = self.parts(boundary)
+        network = copy.deepcopy(nn.Sequential(nn.Identity() if is_cached else prefix.module, *rest))
         task = Task(load, self.labels.label, self.labels.weight, self.train, val, 1, "torch")
         start = time.perf_counter()
-        training.fit(network, task, strategy, self.seed, CPU, "benchmark")
+        fit.train(network, task, strategy, self.seed, "benchmark")
         return time.perf_counter() - start
 
     def epoch(self, boundary: str, load: Load, val: np.ndarray, n: int, *, is_cached: bool) -> float:
@@ -130,9 +126,8 @@ def study_time() -> Line:
 def reading() -> Line:
     """Activations/s in random order against the rate at which the rest of the network consumes them."""
     study = Study(RESNET, 512)
-    frozen, rest = study.parts("layer3")
-    how = study.params.augmentation, study.params.features, CPU
-    computation = extraction.computation(frozen, study.backbone, "layer3", "none", *how)
+    prefix, rest = study.parts("layer3")
+    computation = extraction.prepare(prefix, study.params.augmentation, study.params.features, CPU)
     study.cached("layer3", study.val[:8], 2)
     store = Store(computation.key)
     rows = [(study.files.sha256[row], view) for row in study.train for view in (1, 2)]
@@ -161,25 +156,23 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     """Throughput; and, if there is time, a whole study, reading and memory."""
     with tempfile.TemporaryDirectory() as folder:
         before, os.environ["DVC_ROOT"] = os.environ.get("DVC_ROOT", "."), folder  # an empty store
+        if sys.argv[1:2] == ["memory"]:
+            print_peak(int(sys.argv[2]))
+            return
         yield from throughput(is_quick)
         if not is_quick:
             yield from (reading(), memory(), study_time())
         os.environ["DVC_ROOT"] = before
 
 
-def main() -> None:
-    """Print the lines, or the peak memory of one run."""
-    if sys.argv[1:2] != ["memory"]:
-        show(measure(is_quick="--quick" in sys.argv))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DVC_ROOT"] = folder
-        study = Study(RESNET, int(sys.argv[2]))
-        load = study.cached("layer3", study.val[:8], 1)
-        options = study.strategy(epochs=1, views=1, warmup_epochs=0)
-        study.fit("layer3", load, study.val[:8], options, is_cached=True)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+def print_peak(n_images: int) -> None:
+    """Train once from the cache, and print the peak memory (MB) of this process."""
+    study = Study(RESNET, n_images)
+    load = study.cached("layer3", study.val[:8], 1)
+    options = study.strategy(epochs=1, views=1, warmup_epochs=0)
+    study.fit("layer3", load, study.val[:8], options, is_cached=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(measure)

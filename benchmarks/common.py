@@ -17,8 +17,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
 from pipeline.dataset.manifest import Images
-from pipeline.features.views import sha256
+from pipeline.params import BackboneChoice
 
 # A process starts with the peak memory of the one that started it, so a small one has to
 LAUNCH = """
@@ -30,6 +31,7 @@ sys.exit(status)
 """
 REPOSITORY = Path(__file__).parents[1]
 LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
+EMPTY = Images([], [], [], [])
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory with params.yaml and data/images.csv, in which `python -m` runs code of this repository."""
+    """A directory with params.yaml and data/images.csv; `python -m` in it runs code of this repository."""
 
     root: Path
 
@@ -73,21 +75,22 @@ class Workspace:
         """What extract writes."""
         return self.root / "data" / "features.h5"
 
-    def start(self, *module: str) -> subprocess.Popen[bytes]:
-        """Start `python -m MODULE…` in a process group of its own."""
+    def start(self, stage: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a stage, or a module of another package, in a process group of its own."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", *module]
+        module = stage if "." in stage else f"pipeline.stages.{stage}"
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module, *arguments]
         with (self.root / "log").open("ab") as log:
             return subprocess.Popen(
                 command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
 
-    def run(self, *module: str) -> Ran:
-        """Run `python -m MODULE…` to its end."""
-        start, process = time.perf_counter(), self.start(*module)
+    def run(self, stage: str, *arguments: str) -> Ran:
+        """Run it to its end."""
+        start, process = time.perf_counter(), self.start(stage, *arguments)
         printed = cast(IO[bytes], process.stdout).read().decode()
         if process.wait():
-            raise RuntimeError(f"{' '.join(module)} failed:\n{(self.root / 'log').read_text()[-2000:]}")
+            raise RuntimeError(f"{stage} failed:\n{(self.root / 'log').read_text()[-2000:]}")
         return Ran(time.perf_counter() - start, int((self.root / "peak_kb").read_text()) / 1024, printed)
 
     def shards(self) -> list[Path]:
@@ -105,24 +108,26 @@ class Workspace:
         manifest.write_images(Images(**chosen), path)
 
 
+def choose(name: str) -> BackboneChoice:
+    """A network whose weights are at hand: random ones are as fast."""
+    return BackboneChoice(name=name, weights="bundled" if name == LITE else "random", seed=0)
+
+
 @contextmanager
 def workspace(images: Images, directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
     """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
-    params["dataset"]["path"] = str(directory.resolve())
-    params["backbone"].update({"name": name, "weights": "bundled" if name == LITE else "random"})
+    params["dataset"].update({"fetch": [], "path": str(directory)})
+    params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]
+    params["fine_tune"]["run"] = []
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
-        (made.root / "data").mkdir()
         yaml.dump(params, made.root / "params.yaml")
         made.list_images(images, slice(None))
         yield made
-
-
-EXTRACT = "pipeline.stages.extract"
 
 
 def generate(n: int, directory: Path) -> Images:
@@ -140,19 +145,11 @@ def generate(n: int, directory: Path) -> Images:
     return Images(names, digests, [300] * n, [300] * n)
 
 
-def show(lines: Iterable[Line]) -> list[Line]:
-    """Print lines as they come."""
-    seen = []
-    for line in lines:
-        verdict = "holds" if line.holds else "MISSED"
-        print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
-        seen.append(line)
-    return seen
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run `main`; where what it needs is not there, that is one line."""
+def run(measure: Callable[..., Iterable[Line]]) -> None:
+    """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     try:
-        main()
+        for line in measure(is_quick="--quick" in sys.argv):
+            verdict = "holds" if line.holds else "MISSED"
+            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

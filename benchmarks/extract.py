@@ -9,7 +9,6 @@ the forward pass alone, on all cores, in the same process.
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common import EXTRACT, LITE, RESNET50, Line, Workspace, run, show, workspace
+from benchmarks.common import LITE, RESNET50, Line, Workspace, choose, run, workspace
 from pipeline.dataset import manifest
-from pipeline.features import views
-from pipeline.features.views import Sample
+from pipeline.features.views import Sample, load_batches
 from pipeline.network import backbones, engine
-from pipeline.params import BackboneChoice, load_params
+from pipeline.network.device import BATCH
+from pipeline.network.preprocessing import Normalize
+from pipeline.params import load_params
 
 QUICK = {LITE: 4, RESNET50: 16}  # of how many images one is taken
 TARGETS = {(LITE, "fp32"): 7, (LITE, "bf16"): 9, (RESNET50, "fp32"): 3, (RESNET50, "bf16"): 6}
@@ -33,7 +33,7 @@ TARGETS = {(LITE, "fp32"): 7, (LITE, "bf16"): 9, (RESNET50, "fp32"): 3, (RESNET5
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Lines of both networks and precisions."""
-    listed, directory, step = manifest.read_images(), Path(load_params().dataset.path), 5
+    listed, directory, step = manifest.read_images(), Path(load_params().dataset.path).resolve(), 5
     for name in (LITE, RESNET50):
         n = len(listed.sha256) // (QUICK[name] if is_quick else 1)
         with workspace(listed, directory, name) as place:
@@ -45,7 +45,8 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             title = f"{name.split('/')[1]}, {precision}"
             with workspace(listed, directory, name, precision) as place:
                 place.list_images(listed, slice(n))
-                fast, ours = place.run(EXTRACT).seconds, read(place)
+                place.run("plan")
+                fast, ours = place.run("extract").seconds, read(place)
                 size = place.features.stat().st_size / ours.nbytes
             print(f"  {n / fast:.0f} against {n / slow:.0f} images/s", flush=True)
             yield Line(f"extraction / plain loop, {title}", slow / fast, "times", "at least", TARGETS[name, precision])
@@ -66,18 +67,17 @@ def read(place: Workspace) -> np.ndarray:
 def in_loop(name: str, precision: str, is_quick: bool) -> float:
     """Rate of decoding and forward passes together, divided by the limit."""
     params, listed = load_params(), manifest.read_images()
-    choice = BackboneChoice(name=name, weights="bundled" if name == LITE else "random", seed=0)
-    backbone = backbones.load(choice, None)
-    network = nn.Sequential(backbones.Normalize(backbone.preprocessing), backbone.module)
+    backbone = backbones.load(choose(name), None)
+    network = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
     samples = [
         Sample(Path(params.dataset.path, path), sha256, 0)
         for path, sha256 in zip(listed.image_id, listed.sha256, strict=True)
     ]
     n = {LITE: 400 if is_quick else len(samples), RESNET50: 128 if is_quick else 320}[name]
-    batches = [samples[i : i + engine.BATCH["cpu"]] for i in range(0, n - n % engine.BATCH["cpu"], engine.BATCH["cpu"])]
-    how = backbone.preprocessing, params.augmentation
-    pixels = torch.cat(list(images.load_batches(batches[:8], *how, 0)))
-    runner = engine.prepare("auto", network, pixels[: engine.BATCH["cpu"]], precision, torch.device("cpu"))
+    size, options = BATCH["cpu"], (backbone.preprocessing, params.augmentation)
+    batches = [samples[i : i + size] for i in range(0, n - n % size, size)]
+    pixels = torch.cat(list(load_batches(batches[:8], *options, 0)))
+    runner = engine.prepare("auto", network, pixels[:size], precision, torch.device("cpu"))
     cores, skipped = len(os.sched_getaffinity(0)), 8  # the first batches are slower
 
     def core_seconds(results: Iterator) -> float:
@@ -86,18 +86,13 @@ def in_loop(name: str, precision: str, is_quick: bool) -> float:
         start, n_done = time.perf_counter(), sum(map(len, results))
         return cores * (time.perf_counter() - start) / n_done
 
-    decoding = core_seconds(images.load_batches(batches, *how, params.runtime.workers))
-    forward = core_seconds(runner.run(islice(cycle(pixels.split(engine.BATCH["cpu"])), len(batches))))
-    both = core_seconds(runner.run(images.load_batches(batches, *how, params.runtime.workers)))
+    decoding = core_seconds(load_batches(batches, *options, params.runtime.workers))
+    forward = core_seconds(runner.run(islice(cycle(pixels.split(size)), len(batches))))
+    both = core_seconds(runner.run(load_batches(batches, *options, params.runtime.workers)))
     rates = f"{cores / both:.0f} images/s; limit {cores / (decoding + forward):.0f}"
     print(f"  {rates}: {1e3 * decoding:.2f} + {1e3 * forward:.2f} core-ms an image", flush=True)
     return (decoding + forward) / both
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

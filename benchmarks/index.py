@@ -6,7 +6,6 @@ seconds that the stage needs beside reading are those of a run in which it knows
 """
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,12 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import Line, Workspace, generate, run, show, workspace
+from benchmarks.common import EMPTY, Line, Workspace, generate, run, workspace
 from pipeline.dataset import decoding
-from pipeline.dataset.manifest import Images
 
-INDEX = "pipeline.stages.index"
-EMPTY = Images([], [], [], [])
 LONG_AGO = 1_600_000_000
 
 
@@ -47,8 +43,8 @@ def rate(n: int) -> Iterator[Line]:
         with workspace(EMPTY, directory) as place:
             decode_and_hash(files)  # into the page cache
             pure = decode_and_hash(files)
-            whole = place.run(INDEX).seconds
-            again = place.run(INDEX).seconds
+            whole = place.run("index").seconds
+            again = place.run("index").seconds
         print(f"  {n} images of 300 px: {n / pure:.0f} images/s alone; {whole:.1f} s, again {again:.1f} s", flush=True)
         yield Line("indexing / decoding and hashing alone", pure / (whole - again), "times", "at least", 0.9)
 
@@ -68,8 +64,8 @@ def small(n: int) -> Iterator[Line]:
         with workspace(EMPTY, directory) as place:
             seconds, peak_mb = watched(place)
             link_again(directory)
-            place.run(INDEX)
-            again = place.run(INDEX).seconds
+            place.run("index")
+            again = place.run("index").seconds
         print(f"  {n} images of 24 px: {seconds:.1f} s; {2 * n} unchanged files: {again:.1f} s", flush=True)
         yield Line(f"peak memory of indexing {n} small images", peak_mb, "MB", "at most", 1000)
         yield Line(f"indexing {2 * n} unchanged files", 1e6 * again / (2 * n), "us a file", "at most", 100)
@@ -77,7 +73,7 @@ def small(n: int) -> Iterator[Line]:
 
 def watched(place: Workspace) -> tuple[float, float]:
     """Seconds of a run, and the most memory (MB) that its processes had together: what they share is counted once."""
-    start, process, most = time.perf_counter(), place.start(INDEX), 0
+    start, process, most = time.perf_counter(), place.start("index"), 0
     while process.poll() is None:
         used = 0
         for entry in Path("/proc").iterdir():
@@ -122,10 +118,5 @@ def one(path: str) -> tuple[str, tuple[int, int]]:
     return decoding.sha256(content), decoding.decode(content).size
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

@@ -5,27 +5,21 @@ wrong before count as misses. For scikit-learn's digits (features are computed h
 for the data set of the repository, all views (needs `dvc repro extract`).
 """
 
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy import stats
-from sklearn.datasets import load_digits
 
-from benchmarks.common import EXTRACT, Line, run, show, workspace
+from benchmarks.common import EMPTY, Line, run, workspace
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images, Labels
+from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import make_units
 from pipeline.features import hdf5
-from pipeline.features.views import sha256
 from pipeline.params import load_params
-from pipeline.training import suspects
+from pipeline.stages import label_suspects
 
 SHARE = 0.05
 N_FLIPS = 5
@@ -34,11 +28,11 @@ N_FLIPS = 5
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Mean over flips of either data set; what it would be by guessing is 0.05."""
     n_flips = 2 if is_quick else N_FLIPS
-    with tempfile.TemporaryDirectory() as folder:
-        listed, labels = write_digits(Path(folder), 900 if is_quick else None)
-        with workspace(listed, Path(folder)) as place:
-            place.run(EXTRACT)
-            values = np.array(hdf5.read_features(place.features).values)
+    with workspace(EMPTY, Path("data/raw/digits")) as place:
+        for stage in (("fetch", "digits"), ("index",), ("plan",), ("extract",)):
+            place.run(*stage)
+        labels = manifest.read_labels(place.root / manifest.LABELS)
+        values = np.array(hdf5.read_features(place.features).values)
     digits = precision(values, labels, n_flips, "digits")
     yield Line("suspects: flipped labels among the first, digits", digits, "of as many", "at least", 0.5)
     values, labels = hdf5.read_features().values, manifest.read_labels()
@@ -48,11 +42,12 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 
 def precision(values: np.ndarray, labels: Labels, n_flips: int, title: str) -> float:
     """Mean over `n_flips` flips; prints it with its 95 % interval (t) over them."""
-    found, options = [], load_params().label_suspects
-    units = make_units(labels)
+    found, params = [], load_params()
+    torch.set_num_threads(params.threads)
+    options = make_units(labels), params.label_suspects, torch.device("cpu")
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        listed = suspects.find(values, replace(labels, label=label), units, options, torch.device("cpu")).rows
+        listed = label_suspects.find(values, values, replace(labels, label=label), *options).rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error
@@ -73,25 +68,5 @@ def flip(label: np.ndarray, n_classes: int, seed: int) -> tuple[np.ndarray, np.n
     return wrong, rows
 
 
-def write_digits(directory: Path, first: int | None) -> tuple[Images, Labels]:
-    """Grey PNG files of 8 px, the `first` of all 1,797, and their labels."""
-    pixels, label = (part[:first] for part in cast(tuple[np.ndarray, np.ndarray], load_digits(return_X_y=True)))
-    names, digests = [], []
-    for number, image in enumerate(pixels.reshape(-1, 8, 8)):
-        path = directory / f"{number:04}.png"
-        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(path)
-        names.append(path.name)
-        digests.append(sha256(path.read_bytes()))
-    n, empty = len(label), [""] * len(label)
-    classes = [str(index) for index in range(10)]
-    labels = Labels(names, digests, label.astype(np.int64), np.ones(n), empty, empty, empty, empty, empty, classes)
-    return Images(names, digests, [8] * n, [8] * n), labels
-
-
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

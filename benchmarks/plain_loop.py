@@ -1,6 +1,6 @@
 """The plain loop: extraction as one writes it first, `python -m benchmarks.plain_loop`, in a workspace.
 
-A data set in the main process with torchvision's usual transforms, batches of 32, the network in fp32 as it was built;
+Images in the main process with torchvision's usual transforms, batches of 32, the network in fp32 as it was built;
 at the end one HDF5 file. Prints the seconds that its loop took.
 """
 
@@ -20,21 +20,6 @@ from pipeline.network import backbones
 from pipeline.params import load_params
 
 
-class Images(Dataset):
-    """The images of images.csv."""
-
-    def __init__(self, paths: list[Path], transform: transforms.Compose) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Decode and preprocess one."""
-        return cast(torch.Tensor, self.transform(Image.open(self.paths[index]).convert("RGB")))
-
-
 def main() -> None:
     """Write data/features.h5 with one view of every image."""
     params = load_params()
@@ -49,9 +34,13 @@ def main() -> None:
         ]
     )
     paths = [Path(params.dataset.path, name) for name in manifest.read_images().image_id]
+
+    def read(batch: list[Path]) -> torch.Tensor:
+        return torch.stack([cast(torch.Tensor, transform(Image.open(path).convert("RGB"))) for path in batch])
+
     loop = time.perf_counter()
     with torch.no_grad():
-        rows = [backbone.module(batch).numpy() for batch in DataLoader(Images(paths, transform), batch_size=32)]
+        rows = [backbone.module(batch).numpy() for batch in DataLoader(cast(Dataset, paths), 32, collate_fn=read)]
     with h5py.File("data/features.h5", "w") as file:
         file["features"] = np.concatenate(rows)[:, None]
     print(time.perf_counter() - loop)

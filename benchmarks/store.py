@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import EXTRACT, REPOSITORY, Line, generate, run, show, workspace
+from benchmarks.common import REPOSITORY, Line, generate, run, workspace
 from pipeline.dataset import manifest
 from pipeline.features.extraction import SHARD_ROWS
 from pipeline.params import load_params
@@ -25,17 +25,18 @@ START_UP = 8.0  # s
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Increments, resume, growth, and doing nothing."""
-    listed, directory = manifest.read_images(), Path(load_params().dataset.path)
+    listed, directory = manifest.read_images(), Path(load_params().dataset.path).resolve()
     n = len(listed.sha256) // (4 if is_quick else 1)
     with workspace(listed, directory) as place:
         place.list_images(listed, slice(n))
-        whole, content = place.run(EXTRACT).seconds, place.features.read_bytes()
+        place.run("plan")
+        whole, content = place.run("extract").seconds, place.features.read_bytes()
 
         place.forget()
         place.list_images(listed, slice(n - n // 100))
-        place.run(EXTRACT)
+        place.run("extract")
         place.list_images(listed, slice(n))
-        added = place.run(EXTRACT).seconds
+        added = place.run("extract").seconds
         is_same = place.features.read_bytes() == content
         allowed = 0.03 * whole + START_UP
         print(f"  {n} images: {whole:.1f} s from nothing, {added:.1f} s with {n // 100} new; same bytes: {is_same}")
@@ -43,12 +44,12 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 
         place.forget()
         place.features.unlink()
-        process = place.start(EXTRACT)
+        process = place.start("extract")
         while len(place.shards()) < max(1, n // (2 * SHARD_ROWS)) and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        rest = place.run(EXTRACT)
+        rest = place.run("extract")
         kept = kept_rows((place.root / "log").read_text())
         is_same = place.features.read_bytes() == content
         allowed = (1 - kept / n) * whole + START_UP
@@ -69,11 +70,12 @@ def growth(is_quick: bool) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as folder:
         generated = generate(many, Path(folder))
         with workspace(generated, Path(folder)) as place:
+            place.run("plan")
             runs = {}
             for n in (8, few, many):
                 place.forget()
                 place.list_images(generated, slice(n))
-                runs[n] = place.run(EXTRACT)
+                runs[n] = place.run("extract")
     each = {n: 1e3 * (runs[n].seconds - runs[8].seconds) / (n - 8) for n in (few, many)}
     print(
         f"  {each[few]:.2f} and {each[many]:.2f} ms an image, {runs[few].peak_mb:.0f} and {runs[many].peak_mb:.0f} MB"
@@ -94,10 +96,5 @@ def nothing_to_do() -> Iterator[Line]:
     yield Line("dvc repro with nothing to do", time.perf_counter() - start, "s", "at most", 2)
 
 
-def main() -> None:
-    """Print the lines."""
-    show(measure(is_quick="--quick" in sys.argv))
-
-
 if __name__ == "__main__":
-    run(main)
+    run(measure)

@@ -187,7 +187,7 @@ class Strategy(Record):
     batchnorm: Literal["frozen", "train"]
     views: Natural
     epochs: Count
-    patience: Count
+    patience: Count | None
     batch_size: Count
     optimizer: Literal["adamw", "sgd"]
     momentum: BelowOne

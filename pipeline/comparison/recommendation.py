@@ -3,7 +3,7 @@
 The rule: the cheapest strategy (training FLOPs) that is, with the given one-sided confidence, at most the margin below
 the best strategy in validation accuracy. The question is undecided if a cheaper strategy is shown neither worse nor not
 worse, or if a more expensive one may be better than the best by more than the margin; then the number of images that
-would decide it is estimated. Test figures play no part in the choice.
+would decide it is estimated. Test figures do not enter the choice.
 """
 
 from collections.abc import Mapping, Sequence

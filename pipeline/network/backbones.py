@@ -69,6 +69,11 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     return backbone
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, trainable or not; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def state_sha256(module: nn.Module) -> str:
     """SHA-256 (hex) of the names, types, shapes and bytes of a module's parameters and buffers."""
     total = hashlib.sha256()

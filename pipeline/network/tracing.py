@@ -12,11 +12,10 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.fx.node import Argument, map_arg
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.logs import one_line
 from pipeline.network.backbones import Backbone
-from pipeline.network.flops import counter
+from pipeline.network.flops import counting_flops
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +74,7 @@ class Meter(fx.Interpreter):
         super().__init__(backbone.module, graph=graph)
         self.values: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
-        self._counter = counter()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counter:
+        with torch.no_grad(), counting_flops() as self._counter:
             self.run(torch.zeros(n, 3, *[backbone.preprocessing.crop] * 2))
 
     def run_node(self, n: fx.Node) -> object:

@@ -18,12 +18,12 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images
 from pipeline.features import extraction
 from pipeline.features.extraction import Share
-from pipeline.features.views import Sample, load_batches
+from pipeline.features.views import Sample, evaluation_views, load_batches, training_views
 from pipeline.network import backbones, cuts, engine, plans
-from pipeline.network.backbones import Backbone
+from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import Prefix
 from pipeline.network.device import BATCH, choose_device, place
-from pipeline.network.flops import count_parameters, flops_per_image
+from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
 from pipeline.training import fit, heads
@@ -36,7 +36,7 @@ def main() -> None:
     """`python -m pipeline.stages.fine_tune STRATEGY SEED`."""
     name, seed = sys.argv[1], int(sys.argv[2])
     params, base, plan = load_params(), plans.read_backbone(), plans.read_strategy(name)
-    recipe, views = plan.recipe, params.evaluation.views
+    recipe, eval_views = plan.recipe, evaluation_views(params.evaluation.views)
     torch.set_num_threads(params.threads)
     device = choose_device(params.runtime.device)
     engine.check_precision(f"fine_tune.strategies.{name}.precision", recipe.precision, device)
@@ -45,10 +45,11 @@ def main() -> None:
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(base, recipe, seed, labels.class_names)
     prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, base.pool)
-    train_views = range(1, min(recipe.views, recipe.epochs) + 1) or [0]
+    train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
+    cached_views = list(dict.fromkeys(train_views))
     if plan.is_cached:
-        pairs = [(int(row), view) for row in train for view in train_views]
-        pairs += [(int(row), view) for row in (*val, *test) for view in range(views)]
+        pairs = [(int(row), view) for row in train for view in cached_views]
+        pairs += [(int(row), view) for row in (*val, *test) for view in eval_views]
         load, largest_rounding = load_activations(prefix, images, pairs, params, device)
     else:
         pairs, load, largest_rounding = [], load_images(images, backbone, params), 0.0
@@ -56,15 +57,15 @@ def main() -> None:
     example = next(load([[(int(val[0]), 0)] * BATCH[device.type]]))
     evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
     place(network, device)
-    task = Task(load, labels.label, labels.weight, train, val, views, evaluation_engine)
-    best_epoch, curve = fit.train(network, task, recipe, seed, f"{name}-{seed}")
+    task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, evaluation_engine)
+    best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}")
     val_predictions, test_predictions = (
         Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
     )
 
     network.cpu()
     n_epochs = len(curve) - 1
-    passes = len(train) * (len(train_views) if plan.is_cached else n_epochs)
+    passes = len(train) * (len(cached_views) if plan.is_cached else n_epochs)
     cost = measure_cost(base, plan, head, passes, n_epochs * len(train), len(pairs))
     if recipe.init == "cached_head":
         cost = cost.after(card.cost)
@@ -77,7 +78,7 @@ def main() -> None:
         "largest_rounding": largest_rounding,
     }
     chosen = {"epoch": best_epoch}
-    save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions))
+    save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
 
 
 def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str]) -> tuple[Card, Backbone, nn.Module]:

@@ -11,9 +11,9 @@ from torch import nn
 
 from pipeline import logs
 from pipeline.network import backbones, cuts, engine, plans
-from pipeline.network.backbones import Backbone
+from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.device import choose_device
-from pipeline.network.flops import count_parameters, flops_per_image
+from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import STORE_DTYPES, FeatureOptions, Params, Strategy, load_params
 from pipeline.training import heads

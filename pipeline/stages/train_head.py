@@ -13,8 +13,9 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Features
+from pipeline.features.views import training_views
+from pipeline.network.backbones import count_parameters
 from pipeline.network.device import choose_device
-from pipeline.network.flops import count_parameters
 from pipeline.params import HEAD_ONLY, Params, load_params
 from pipeline.training import heads
 from pipeline.training.heads import Examples, Selection
@@ -26,12 +27,12 @@ def main() -> None:
     """Fit one head per split."""
     params = load_params()
     features, labels = hdf5.read_features(), manifest.read_labels()
-    if features.sha256 != labels.sha256 or params.evaluation.views > features.values.shape[1]:
-        raise ValueError(f"{hdf5.FEATURES}: other images, or fewer views, than expected; run: dvc repro")
+    if features.sha256 != labels.sha256 or len(params.evaluation.views) != features.evaluation.shape[1]:
+        raise ValueError(f"{hdf5.FEATURES}: other images, or other views, than expected; run: dvc repro")
     torch.set_num_threads(params.threads)
     dense = dense_layers(features) if params.head.kind == "pretrained" else nn.Identity()
-    for seed in params.split.seeds:
-        fit(features, labels, manifest.read_split(seed, labels.image_id), params, dense)
+    splits = (manifest.read_split(seed, labels.image_id) for seed in params.split.seeds)
+    heads.warn([fit(features, labels, split, params, dense) for split in splits], "head")
 
 
 def dense_layers(features: Features) -> nn.Module:
@@ -46,25 +47,28 @@ def dense_layers(features: Features) -> nn.Module:
     return dense
 
 
-def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> None:
+def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> heads.RegularizationPath:
     """Fit, save the model and its predictions for validation and test, log one line."""
-    views, made = params.evaluation.views, features.provenance
+    made, n_views = features.provenance, features.values.shape[1]
     rows = {name: split.rows(name) for name in ("train", "val", "test")}
-    selected = {name: Selection(features.values, rows[name]) for name in rows}
+    selected = {
+        name: Selection(features.values if name == "train" else features.evaluation, rows[name]) for name in rows
+    }
     train, val = (
         Examples(selected[name], labels.label[rows[name]], labels.weight[rows[name]]) for name in ("train", "val")
     )
     torch.manual_seed(split.seed)
     head = heads.build(features.values.shape[2:], len(labels.class_names), params.head, dense)
-    fitted = heads.fit(head.to(choose_device(params.runtime.device)), train, val, views, params.head)
+    fitted = heads.fit(head.to(choose_device(params.runtime.device)), train, val, params.head)
     n_params = count_parameters(fitted.head)
-    passes = len(rows["train"]) * features.values.shape[1]
+    passes = len(rows["train"]) * len({*training_views(made.augmentation, n_views)})
+    n_evaluated = features.evaluation.shape[1] * (len(rows["val"]) + len(rows["test"]))
     cost = Cost(
         trainable_params=n_params,
         # Forward and backward, a row takes three products with the head's weights, of two operations each
         train_flops=passes * made.backbone.flops_per_image + 6 * n_params * fitted.rows_seen,
         base_passes=passes,
-        cached_bytes=(passes + views * (len(rows["val"]) + len(rows["test"]))) * features.values[0, 0].nbytes,
+        cached_bytes=(passes + n_evaluated) * features.values[0, 0].nbytes,
     )
     card = Card(
         strategy=HEAD_ONLY,
@@ -72,23 +76,26 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         class_names=tuple(labels.class_names),
         backbone=made.backbone,
         augmentation=made.augmentation,
-        evaluation_views=views,
+        evaluation_views=params.evaluation.views,
         freeze_until="all",
         head=params.head,
         cost=cost,
     )
     save_model(card, fitted.head, None)
     val_predictions, test_predictions = (
-        Predictions(rows[name], heads.predict(fitted.head, selected[name], views)) for name in ("val", "test")
+        Predictions(rows[name], heads.predict(fitted.head, selected[name])) for name in ("val", "test")
     )
     network = {
         "params": made.backbone.parameters + n_params,
         "boundary": made.backbone.cut,
         "largest_rounding": made.largest_rounding,
     }
-    chosen = {"strength": fitted.strength, "val_nll": {f"{s}": nll for s, nll in fitted.val_nll.items()}}
-    save_run(Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions))
-    logs.log.info("head %d: strength %g, val loss %.4f", split.seed, fitted.strength, min(fitted.val_nll.values()))
+    path = fitted.path
+    chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
+    run = Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates)
+    save_run(run)
+    logs.log.info("head %d: strength %g, val loss %.4f", split.seed, path.strength, min(path.val_nll.values()))
+    return path
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from torch import nn
 
 from pipeline.dataset import manifest
 from pipeline.network import backbones, cuts, engine
-from pipeline.network.backbones import Backbone
+from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import CutPoint
 from pipeline.network.device import BATCH, choose_device
-from pipeline.network.flops import count_parameters, flops_per_image
+from pipeline.network.flops import flops_per_image
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import PARAMS, STORE_DTYPES, BackboneChoice, load_params
 

@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def worse_by(self) -> float:
-        """By how much it got worse; infinite if it is gone, 0 if it is new."""
+        """The regression: infinite if the figure is gone, 0 if it is new."""
         if self.before is None or self.after is None:
             return float("inf") if self.before is not None else 0.0
         return round((self.before - self.after) * (1 if is_higher_better(self.name) else -1), 9)
@@ -102,12 +102,12 @@ def judge(before: Figures, after: Figures, guard: Mapping[str, float]) -> list[V
 
     ValueError for a name that its strategy has on neither side, and for what is no number or has no better direction.
     """
-    strategies = {name.partition(".")[0] for name in (*before, *after)}
+    known = {**before, **after}
     for name in guard:
         is_higher_better(name)
-        if name not in before and name not in after and name.partition(".")[0] in strategies:
-            known = [other for other in {**before, **after} if other.partition(".")[0] == name.partition(".")[0]]
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        same_strategy = [other for other in known if other.partition(".")[0] == name.partition(".")[0]]
+        if same_strategy and name not in known:
+            near = ", ".join(difflib.get_close_matches(name, same_strategy, n=3)) or "none"
             raise ValueError(f"compare.guard: {name!r} is not in {DETAILS}; close matches: {near}")
         for value in (before.get(name), after.get(name)):
             if isinstance(value, bool | str):
@@ -121,7 +121,7 @@ def is_higher_better(name: str) -> bool:
         if key in HIGHER_IS_BETTER or key in LOWER_IS_BETTER:
             return key in HIGHER_IS_BETTER
     known = ", ".join(sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))
-    raise ValueError(f"compare.guard: {name}: whether higher or lower is better is only known of {known}")
+    raise ValueError(f"compare.guard: {name}: is higher or lower better? Expected a name with one of the keys {known}")
 
 
 def as_markdown(revision: str, recommendation: str, verdicts: list[Verdict]) -> str:
@@ -161,7 +161,7 @@ def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
     """Rows of `dvc params diff` or `dvc metrics diff`, whose own Markdown does not escape `|`."""
     files = sorted(_dvc(kind, "diff", revision).items())
     return [
-        (path, name, *(change.get(key) for key in ("old", "new", "diff")))
+        (path, name, change.get("old"), change.get("new"), change.get("diff", ""))
         for path, changes in files
         for name, change in sorted(changes.items())
     ]
@@ -171,6 +171,7 @@ def _dvc(*arguments: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "dvc", *arguments, "--json"], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
+    print(done.stderr, end="", file=sys.stderr)  # what it could not read at one of the revisions
     return json.loads(done.stdout)
 
 
@@ -192,7 +193,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def _cell(value: Any) -> str:  # noqa: ANN401
     if value is None:
-        return "none"
+        return "-"
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"{value:,}" if type(value) is int else str(value)

@@ -22,10 +22,11 @@ from pipeline.network import engine
 from pipeline.network.device import BATCH, autocast
 from pipeline.params import Strategy
 from pipeline.training.heads import loss_weight, mean_log_probability
+from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
 log = logging.getLogger("pipeline")
 
-Batch = Sequence[tuple[int, int]]  # (row of the image, view)
+Batch = Sequence[tuple[int, int]]  # (row of the image, code of the view: see features/views.py)
 Load = Callable[[Sequence[Batch]], Iterator[torch.Tensor]]  # batches -> the network's inputs, one tensor each
 
 
@@ -33,7 +34,8 @@ Load = Callable[[Sequence[Batch]], Iterator[torch.Tensor]]  # batches -> the net
 class Task:
     """The images: how to load their inputs, label (n,) int64, weight (n,), and the rows of training and validation.
 
-    Predictions are averaged over `evaluation_views` views and run in the engine `evaluation_engine`.
+    Epochs cycle through `train_views`. Predictions are averaged over `evaluation_views` and run in the engine
+    `evaluation_engine`.
     """
 
     load: Load
@@ -41,18 +43,19 @@ class Task:
     weight: np.ndarray
     train: np.ndarray
     val: np.ndarray
-    evaluation_views: int
+    train_views: Sequence[int]
+    evaluation_views: Sequence[int]
     evaluation_engine: str
 
 
 def train(
     network: nn.Sequential, task: Task, strategy: Strategy, seed: int, name: str
-) -> tuple[int, list[dict[str, Any]]]:
+) -> tuple[int, list[dict[str, Any]], Candidates]:
     """Train in place, on the device of `network`, and restore the epoch of the lowest validation NLL.
 
-    Returns that epoch and the learning curve; epoch 0 is the network before training. Epochs cycle through the views 1
-    to strategy.views. With one number of threads the result has the same bytes on one kind of device. Raises
-    ValueError, naming the run `name`, when a loss is not finite.
+    Returns that epoch, the learning curve, and the candidates, which are the epochs; epoch 0 is the network before
+    training. With one number of threads the result has the same bytes on one kind of device. Raises ValueError, naming
+    the run `name`, when a loss is not finite.
     """
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
@@ -65,11 +68,12 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
     curve: list[dict[str, Any]] = []
+    candidates: list[Candidates] = []
     best_epoch, best = 0, {}
     for epoch in range(strategy.epochs + 1):
         train_loss = train_accuracy = None
         if epoch:
-            view = (epoch - 1) % strategy.views + 1 if strategy.views else 0
+            view = task.train_views[(epoch - 1) % len(task.train_views)]
             batches = _batches([(int(row), view) for row in order.permutation(task.train)], strategy.batch_size)
             set_training_mode(network, strategy)
             total = np.zeros(2)
@@ -79,18 +83,20 @@ def train(
                 schedule.step()
                 _check_finite(name, epoch, "training", total[0])
             train_loss, train_accuracy = (total / task.weight[task.train].sum()).tolist()
+        log_probability = predict(network, task, task.val, strategy.precision)
+        candidates.append(make_candidates({f"epoch {epoch}": log_probability}, task.label[task.val]))
         line = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
-        curve.append(line | _validate(network, task, strategy.precision))
+        curve.append(line | _validate(candidates[-1], task))
         _check_finite(name, epoch, "validation", curve[-1]["val_loss"])
         values = ", ".join(f"{key} {value:.4f}" for key, value in curve[-1].items() if isinstance(value, float))
         log.info("%s epoch %d: %s", name, epoch, values)
         if epoch == 0 or curve[-1]["val_loss"] < curve[best_epoch]["val_loss"]:
             best_epoch, best = epoch, copy.deepcopy(network.state_dict())
-        elif epoch - best_epoch >= strategy.patience:
+        elif strategy.patience is not None and epoch - best_epoch >= strategy.patience:
             break
     network.load_state_dict(best)
     network.eval()
-    return best_epoch, curve
+    return best_epoch, curve, join_candidates(candidates)
 
 
 def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
@@ -118,26 +124,22 @@ def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
 def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
     device = _device(network)
-    pairs = [(int(row), view) for row in rows for view in range(task.evaluation_views)]
+    pairs = [(int(row), view) for row in rows for view in task.evaluation_views]
     size = BATCH[device.type]
     batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     outputs = engine.run(network, task.load(batches), task.evaluation_engine, precision, device)
     logits = torch.from_numpy(np.concatenate(list(outputs)))
-    return mean_log_probability(logits.unflatten(0, (len(rows), task.evaluation_views))).numpy()
+    return mean_log_probability(logits.unflatten(0, (len(rows), len(task.evaluation_views)))).numpy()
 
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _validate(network: nn.Module, task: Task, precision: str) -> dict[str, float]:
+def _validate(candidate: Candidates, task: Task) -> dict[str, float]:
     """NLL and accuracy, weighted by image as the metrics are."""
-    log_probability = predict(network, task, task.val, precision).astype(np.float64)
-    label, weight = task.label[task.val], task.weight[task.val]
-    nll = -log_probability[np.arange(len(label)), label]
-    is_right = log_probability.argmax(1) == label
-    averages = {"val_loss": nll, "val_accuracy": is_right}
-    return {name: float(np.average(values, weights=weight)) for name, values in averages.items()}
+    is_right, weight = candidate.predicted[0] == task.label[task.val], task.weight[task.val]
+    return {"val_loss": candidate.nll(weight)[0], "val_accuracy": float(np.average(is_right, weights=weight))}
 
 
 def _optimizer(network: nn.Sequential, strategy: Strategy) -> torch.optim.Optimizer:

@@ -5,18 +5,22 @@ A head minimises, with loss weights w_i that sum to 1 (loss_weight) and W its li
     sum_i w_i NLL_i + strength * (l1_ratio |W|_1 + (1 - l1_ratio) / 2 |W|^2)
 
 with the regularization strength `strength`. Linear heads are fitted on all rows at once (L-BFGS-B), from the strongest
-penalty to the weakest, each started from the one before; the others in minibatches (Adam, and for the l1 part
-soft-thresholding after each step). The validation NLL selects the strength, and the epoch where there are epochs. It is
-weighted by the images' weights alone, as the metrics are: `class_weights` changes the fit, not the selection.
+penalty to the weakest, each started from the ones before, so that within the solver's tolerance a result depends on
+the stronger penalties; the others in minibatches (Adam, and for the l1 part soft-thresholding after each step), where
+the result of a strength does not depend on the others. The validation NLL selects the strength, and the epoch where
+there are epochs. It is weighted by the images' weights alone, as the metrics are: `class_weights` changes the fit, not
+the selection.
 
 Features that would take more than RESIDENT_BYTES are read again in each pass; the results have the same bytes.
 """
 
 import copy
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import chain
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -27,12 +31,15 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from pipeline.files import digest
 from pipeline.params import HeadOptions
+from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
-# Least deviation of a feature that standardisation divides by, as a share of the root mean square deviation of all. A
-# small one magnifies features that hardly vary on these images, and fine-tuning from such a head blows up: on ELPV, one
-# step of AdamW at 1e-4 moved the logits by 10 with 0.01. Chosen on validation, seeds 100 to 102: NLL 0.332 with 0.01,
-# 0.331 with 0.1, 0.330 with 0.3, 0.333 with 1.
+log = logging.getLogger("pipeline")
+
+# Least deviation of a feature that standardisation divides by, as a share of the median deviation. A small one
+# magnifies features that hardly vary on these images, and fine-tuning from such a head blows up: on ELPV, one step of
+# AdamW at 1e-4 moved the logits by 10 with 0.01 (of the root mean square deviation, which was used then).
 DEVIATION_FLOOR = 0.3
 RESIDENT_BYTES = 4 * 2**30  # the most that training rows take on the device, as float32
 CHUNK_BYTES = 256 * 2**20  # of rows that are multiplied at a time, resident or not: sums depend on it
@@ -82,15 +89,30 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A fitted head, the regularization strength that validation selected, and `val_nll` of each strength.
+class RegularizationPath:
+    """What fits with different regularization strengths found.
 
-    `rows_seen`: rows that went forward and backward through the head, over all passes and strengths.
+    `strength`: the one that validation selected; `at_end`: which end of the strengths it is, if one (strength 0 is no
+    end: nothing is weaker); `val_nll`: of each strength, in its best epoch; `not_converged`: the strengths with which
+    the solver stopped at its limit.
+    """
+
+    strength: float
+    at_end: Literal["weakest", "strongest"] | None
+    val_nll: dict[float, float]
+    not_converged: list[float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The fitted head that validation selected, and all candidates: one per strength, and epoch where there are epochs.
+
+    `rows_seen`: rows that went forward and backward through the head, over all passes, epochs and strengths.
     """
 
     head: nn.Sequential
-    strength: float
-    val_nll: dict[float, float]
+    path: RegularizationPath
+    candidates: Candidates
     rows_seen: int
 
 
@@ -140,8 +162,8 @@ def _build_pretrained(shape: tuple[int, ...], n_classes: int, options: HeadOptio
     return nn.Sequential(dense, nn.Linear(width, n_classes))
 
 
-def fit(head: nn.Sequential, train: Examples, val: Examples, evaluation_views: int, options: HeadOptions) -> Fitted:
-    """Fit a new `head` on all views of `train`, on its device, and select on the first views of `val`.
+def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOptions) -> Fitted:
+    """Fit a new `head` on all views of `train`, on its device, and select on all views of `val`.
 
     With one seed (torch.manual_seed) and one number of threads the result has the same bytes on one kind of device.
     Raises ValueError if a validation NLL is not finite.
@@ -150,22 +172,50 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, evaluation_views: i
     if options.standardize:
         _standardize(head, x, x.per_row(train.weight))
 
-    best, val_nll, rows_seen = head, {}, 0
-    if options.kind == "linear":
-        candidates = _fit_linear(head, x, options)
-    else:
-        candidates = _fit_minibatches(head, x, val, evaluation_views, options)
-    for strength, candidate, passes in candidates:
-        nll = _nll(candidate, val, evaluation_views)
-        rows_seen += passes * len(x.label)
-        if nll < min(val_nll.values(), default=math.inf):
-            best = copy.deepcopy(candidate)
-        val_nll[strength] = nll
-    if not all(map(math.isfinite, val_nll.values())):
-        raise ValueError(
-            f"params.yaml: head: the validation NLL is not finite: {val_nll}; raise head.regularization_strengths"
+    steps = _fit_linear(head, x, options) if options.kind == "linear" else _fit_minibatches(head, x, options)
+    best, best_nll, rows_seen = head, math.inf, 0
+    candidates: list[Candidates] = []
+    val_nll: dict[float, float] = {}
+    not_converged: list[float] = []
+    for step in steps:
+        candidates.append(make_candidates({step.name: predict(step.head, val.features)}, val.label))
+        (nll,) = candidates[-1].nll(val.weight)
+        if not math.isfinite(nll):
+            way_out = "raise head.regularization_strengths" if options.kind == "linear" else "lower head.learning_rate"
+            raise ValueError(f"params.yaml: head: the validation NLL is {nll} with strength {step.name}; {way_out}")
+        if nll < best_nll:
+            best, best_nll = copy.deepcopy(step.head), nll
+        val_nll[step.strength] = min(nll, val_nll.get(step.strength, math.inf))
+        not_converged += [] if step.is_converged else [step.strength]
+        rows_seen += step.passes * len(x.label)
+    path = _path(val_nll, not_converged)
+    return Fitted(best.eval(), path, join_candidates(candidates), rows_seen)
+
+
+def _path(val_nll: dict[float, float], not_converged: list[float]) -> RegularizationPath:
+    strength, weakest, strongest = min(val_nll, key=val_nll.__getitem__), min(val_nll), max(val_nll)
+    at_end = None
+    if weakest < strongest:
+        at_end = "strongest" if strength == strongest else "weakest" if strength == weakest > 0 else None
+    return RegularizationPath(strength, at_end, val_nll, not_converged)
+
+
+def warn(paths: Sequence[RegularizationPath], section: str) -> None:
+    """Log what the fits of a stage, configured by this section of params.yaml, should be given: more of what."""
+    for end, other in (("weakest", "weaker"), ("strongest", "stronger")):
+        n = sum(path.at_end == end for path in paths)
+        if n:
+            log.warning(
+                "%s.regularization_strengths: the best is the %s in %d of %d fits; add %s ones",
+                *(section, end, n, len(paths), other),
+            )
+    stopped = [path.not_converged for path in paths if path.not_converged]
+    if stopped:
+        strengths = ", ".join(f"{strength:g}" for strength in sorted({*chain.from_iterable(stopped)}, reverse=True))
+        log.warning(
+            "%s: the solver did not converge in %d of %d fits (strengths: %s); raise %s.max_iterations",
+            *(section, len(stopped), len(paths), strengths, section),
         )
-    return Fitted(best.eval(), min(val_nll, key=val_nll.__getitem__), val_nll, rows_seen)
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:
@@ -180,15 +230,15 @@ def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np
     return weight * weight.sum() / (np.count_nonzero(counts) * counts[label])
 
 
-def predict(head: nn.Module, features: np.ndarray | Selection, views: int) -> np.ndarray:
-    """Log of the mean probability over the first views of features (n, n_views, …): (n, n_classes) float32."""
+def predict(head: nn.Module, features: np.ndarray | Selection) -> np.ndarray:
+    """Log of the mean probability over the views of features (n, n_views, …): (n, n_classes) float32."""
     device = next(head.parameters()).device
     head.eval()
     chunks = []
     with torch.inference_mode():
         for start in range(0, features.shape[0], 1024):
-            chunk = torch.from_numpy(features[start : start + 1024, :views]).float().to(device)
-            logits = head(chunk.flatten(0, 1)).unflatten(0, (len(chunk), views))
+            chunk = torch.from_numpy(features[start : start + 1024]).float().to(device)
+            logits = head(chunk.flatten(0, 1)).unflatten(0, chunk.shape[:2])
             chunks.append(mean_log_probability(logits).cpu().numpy())
     return np.concatenate(chunks)
 
@@ -197,12 +247,6 @@ def mean_log_probability(logits: torch.Tensor) -> torch.Tensor:
     """Logits (n, views, n_classes) -> log of the probabilities averaged over views (n, n_classes) float32."""
     log_sum = F.log_softmax(logits.double(), dim=-1).logsumexp(1)
     return (log_sum - math.log(logits.shape[1])).float()
-
-
-def _nll(head: nn.Module, examples: Examples, views: int) -> float:
-    log_probability = predict(head, examples.features, views).astype(np.float64)
-    nll = -log_probability[np.arange(len(examples.label)), examples.label]
-    return float(np.average(nll, weights=examples.weight))
 
 
 class _Rows:
@@ -256,24 +300,37 @@ class _Rows:
 
 
 def _standardize(head: nn.Sequential, x: _Rows, weight: torch.Tensor) -> None:
-    """Give the head the mean and deviation of the rows, weighted by `weight` (n,)."""
+    """Give the head the mean and deviation of the rows, weighted by `weight` (n,).
+
+    The median that bounds the deviation is of the features that vary by more than float32 rounds their mean.
+    """
     weights = weight.float()
     mean = torch.stack([weights[rows] @ chunk for rows, chunk in x.chunks()]).sum(0)
     variance = torch.stack([weights[rows] @ (chunk - mean) ** 2 for rows, chunk in x.chunks()]).sum(0)
-    floor = DEVIATION_FLOOR * variance.mean().sqrt().item()
+    deviation = variance.sqrt()
+    varying = deviation[deviation > 1e-5 * mean.abs()]
+    floor = DEVIATION_FLOOR * varying.median().item() if len(varying) else 1.0
     standardize = cast(Standardize, head[0])
     standardize.mean.copy_(mean)
-    standardize.deviation.copy_(variance.sqrt().clamp_min(floor or 1.0))
+    standardize.deviation.copy_(deviation.clamp_min(floor))
 
 
 def _l1_ratio(options: HeadOptions) -> float:
     return {"l2": 0.0, "l1": 1.0, "elasticnet": options.l1_ratio}[options.penalty]
 
 
-Candidates = Iterator[tuple[float, nn.Sequential, int]]  # regularization strength, its head, passes over the rows
+@dataclass(frozen=True)
+class _Step:
+    """A candidate with this strength, and the passes over the rows that it took."""
+
+    name: str
+    strength: float
+    head: nn.Sequential
+    passes: int
+    is_converged: bool = True
 
 
-def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Candidates:
+def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator[_Step]:
     """The same module each time, with the optimum of one strength after the other."""
     x.apply(head[0])
     linear, ratio = cast(nn.Linear, head[-1]), _l1_ratio(options)
@@ -298,7 +355,7 @@ def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Candidat
         return loss, np.concatenate([gradient, bias_slope])
 
     point = before = np.zeros_like(least)
-    settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30}
+    settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30, "maxfun": math.inf}
     for strength in sorted(options.regularization_strengths, reverse=True):
         start = np.maximum(2 * point - before, least)  # extrapolated from the last two strengths
         with threadpool_limits(1, "blas"):  # scipy's and torch's threads would wait for each other: 16 times slower
@@ -312,7 +369,7 @@ def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Candidat
         with torch.no_grad():
             for parameter, value in zip((linear.weight, linear.bias), parts(point), strict=True):
                 parameter.copy_(value if basis is None else basis @ value)
-        yield strength, head, found.nfev
+        yield _Step(f"{strength:g}", strength, head, found.nfev, is_converged=found.status != 1)  # 1: at the limit
 
 
 def _weighted_nll(
@@ -338,17 +395,15 @@ def _weighted_nll(
     return float(loss), slope.cpu().numpy(), bias_slope.cpu().numpy()
 
 
-def _fit_minibatches(
-    head: nn.Sequential, x: _Rows, val: Examples, evaluation_views: int, options: HeadOptions
-) -> Candidates:
-    """A copy of `head` for each strength, trained from the same start, in its best epoch."""
-    ratio, w, n_rows = _l1_ratio(options), x.weight.float(), len(x.label)
+def _fit_minibatches(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator[_Step]:
+    """A copy of `head` for each strength, trained from the same start with random numbers of its own."""
+    ratio, w, n_rows, seed = _l1_ratio(options), x.weight.float(), len(x.label), torch.initial_seed()
     for strength in options.regularization_strengths:
+        torch.manual_seed(int(digest([seed, float(strength)])[:15], 16))
         candidate = copy.deepcopy(head)
         matrices = [layer.weight for layer in candidate.modules() if isinstance(layer, (nn.Linear, _ConvNd))]
         optimizer = torch.optim.Adam(candidate.parameters(), options.learning_rate)
-        best, best_nll = copy.deepcopy(candidate), math.inf
-        for _ in range(options.epochs):
+        for epoch in range(1, options.epochs + 1):
             candidate.train()
             for rows in torch.randperm(n_rows).to(w.device).split(options.batch_size):
                 losses = F.cross_entropy(candidate(x.take(rows)), x.label[rows], reduction="none")
@@ -363,12 +418,4 @@ def _fit_minibatches(
                         unbiased = state["exp_avg_sq"] / (1 - optimizer.defaults["betas"][1] ** state["step"].item())
                         threshold = options.learning_rate * strength * ratio / (unbiased.sqrt() + 1e-8)
                         matrix.data = matrix.data.sign() * (matrix.data.abs() - threshold).clamp_min(0)
-            nll = _nll(candidate, val, evaluation_views)
-            if not math.isfinite(nll):
-                raise ValueError(
-                    f"params.yaml: head: the validation NLL is {nll} with strength {strength:g}; lower "
-                    "head.learning_rate"
-                )
-            if nll < best_nll:
-                best, best_nll = copy.deepcopy(candidate), nll
-        yield strength, best, options.epochs
+            yield _Step(f"{strength:g}, epoch {epoch}", strength, candidate, passes=1)

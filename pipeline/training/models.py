@@ -32,7 +32,7 @@ class Card(Record):
     class_names: tuple[str, ...]
     backbone: BackbonePlan
     augmentation: Augmentation
-    evaluation_views: int
+    evaluation_views: tuple[str, ...]
     freeze_until: str
     head: HeadOptions
     cost: Cost

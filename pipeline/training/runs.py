@@ -4,8 +4,9 @@ reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation and te
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,6 +65,10 @@ class Candidates:
     true_log_probability: np.ndarray
     positive_log_probability: np.ndarray
 
+    def nll(self, weight: np.ndarray) -> list[float]:
+        """The NLL of each candidate, by which validation chooses; weight (n,) of the images."""
+        return [float(np.average(-row.astype(np.float64), weights=weight)) for row in self.true_log_probability]
+
 
 def make_candidates(log_probability: Mapping[str, np.ndarray], label: np.ndarray) -> Candidates:
     """From each candidate's log-probabilities (n, n_classes) for the validation images, whose labels are label (n,)."""
@@ -74,6 +79,12 @@ def make_candidates(log_probability: Mapping[str, np.ndarray], label: np.ndarray
         true_log_probability=every[:, np.arange(len(label)), label].astype(np.float32),
         positive_log_probability=every[..., 1] if every.shape[2] == 2 else np.zeros((len(every), 0), np.float32),
     )
+
+
+def join_candidates(parts: Sequence[Candidates]) -> Candidates:
+    """One record of candidates that were made one at a time: no log-probabilities of all classes are kept."""
+    names, *arrays = zip(*(vars(part).values() for part in parts), strict=True)
+    return Candidates([*chain.from_iterable(names)], *map(np.concatenate, arrays))
 
 
 @dataclass(frozen=True)

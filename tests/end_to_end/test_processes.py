@@ -18,8 +18,9 @@ from PIL import Image
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
+from tests.factories import REPOSITORY
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("processes")]
 
 N_IMAGES, VIEWS = 80, 2
 # Forks a child for every line that it reads, which fills the store and writes features.h5 as the stage does
@@ -28,13 +29,13 @@ import json, math, os, resource, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from pipeline.network import backbones
-from pipeline.network import engine
-from pipeline.features import extraction
 from pipeline import logs
+from pipeline.dataset.decoding import sha256
+from pipeline.features import extraction
 from pipeline.network.backbones import Backbone
-from pipeline.features.views import Preprocessing, sha256
-from pipeline.params import Augmentation, FeatureOptions
+from pipeline.network.cuts import Prefix
+from pipeline.network.preprocessing import Normalize
+from tests import factories
 
 class Slow(nn.Module):
     def __init__(self):
@@ -46,29 +47,24 @@ class Slow(nn.Module):
         return self.layers(x)
 
 def main():
-    how = json.loads(line)
-    os.environ.update(how["environment"])
+    options = json.loads(line)
+    os.environ.update(options["environment"])
     extraction.SHARD_ROWS = 4
-    if how["limit"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (how["limit"],) * 2)
+    if options["limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options["limit"],) * 2)
     fsync = os.fsync
     os.fsync = lambda file: time.sleep(0.01) or fsync(file)  # so that some are killed between writing and renaming
     paths = {sha256(path.read_bytes()): path for path in sorted(Path(sys.argv[1]).iterdir())}
-    geometry = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-    plain = dict.fromkeys(("rotation_degrees", "shift_fraction", "brightness", "contrast", "saturation", "hue"), 0.0)
-    same = dict.fromkeys(("scale", "crop_area", "crop_aspect"), (1.0, 1.0))
-    augmentation = Augmentation(seed=0, flips="both", right_angles=False, noise_std=3.0, **plain, **same)
-    options = dict(image_size=None, cut="all", pool="none", engine="torch", precision="fp32", store_dtype="fp32")
-    network = Slow()
-    backbone = Backbone("timm/slow", network, geometry, backbones.state_sha256(network), 50)
-    module = nn.Sequential(backbones.Normalize(geometry), network)
-    features, device = FeatureOptions(views=2, threads=1, **options), engine.choose_device("cpu")
-    made = extraction.computation(module, backbone, "all", "none", augmentation, features, device)
+    augmentation = factories.FLIPS.model_copy(update={"noise_std": 3.0})
+    network, geometry = Slow(), factories.PREPROCESSING
+    backbone = Backbone("timm/slow", network, geometry, "0" * 64, 50, None)
+    prefix = Prefix(nn.Sequential(Normalize(geometry), network), backbone, "all", "none")
+    computation = extraction.prepare(prefix, augmentation, factories.feature_options(), torch.device("cpu"))
     share = extraction.share_of_environment()
     rows = [(name, view) for name in paths for view in range(2)]
-    store = extraction.fill(made, paths, rows, how["workers"], math.inf, share)
+    store = extraction.fill(computation, paths, rows, options["workers"], math.inf, share)
     if share.world_size == 1:
-        extraction.assemble(store, list(paths), 2, {"made": "by a test"}, Path(how["out"]))
+        extraction.assemble(store, list(paths), 2, factories.provenance(), Path(options["out"]))
 
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -93,11 +89,11 @@ class Process:
 
     def wait_for(self, text: str) -> None:
         """Until its log holds `text`."""
-        while text not in self.said:
+        while text not in self.output:
             time.sleep(0.005)
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def status(self) -> int:
@@ -121,15 +117,15 @@ class Driver:
         log, out = self.folder / f"{store}.log", self.folder / store / "features.h5"
         log.unlink(missing_ok=True)
         environment["DVC_ROOT"] = str(self.folder / store)
-        how = {"environment": environment, "log": str(log), "out": str(out), "limit": limit, "workers": workers}
-        self.process.stdin.write(f"{json.dumps(how)}\n")
+        options = {"environment": environment, "log": str(log), "out": str(out), "limit": limit, "workers": workers}
+        self.process.stdin.write(f"{json.dumps(options)}\n")
         self.process.stdin.flush()
         return Process(self, int(self.read()), log)
 
     def run(self, store: str, limit: int = 0) -> tuple[int, str]:
-        """Exit code and what was said, of a run to its end."""
+        """Exit code and output of a run to its end."""
         process = self.start(store, limit)
-        return process.status(), process.said
+        return process.status(), process.output
 
     def kept(self, store: str) -> dict[str, list[Row]]:
         """The rows of every finished shard, each of which must be whole."""
@@ -156,7 +152,7 @@ def command(images: Path, *launcher: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def driver(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": str(REPOSITORY)}
     started = command(images, "-c", DRIVER)
     with subprocess.Popen(
         started, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -169,9 +165,9 @@ def driver(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[D
 @pytest.fixture(scope="module")
 def expected(driver: Driver) -> bytes:
     """The bytes of an uninterrupted run."""
-    status, said = driver.run("whole")
-    assert status == 0, said
-    assert f"0 rows reused, {N_IMAGES * VIEWS} computed, 0 dropped" in said
+    status, output = driver.run("whole")
+    assert status == 0, output
+    assert f"0 rows reused, {N_IMAGES * VIEWS} computed, 0 dropped" in output
     return driver.features("whole")
 
 
@@ -180,27 +176,27 @@ def test_run_that_is_killed_at_any_moment_keeps_its_shards_and_ends_with_the_sam
 ) -> None:
     moments, n_kept = random.Random(0), []
     for trial in range(20):
-        store, how = f"killed-{trial}", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[trial % 3]
+        store, ending = f"killed-{trial}", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[trial % 3]
         process = driver.start(store, workers=trial % 2)
         process.wait_for("rows to compute")
         n_shards = moments.randrange(40)  # of 80; what is done, and not our clock, says when on a busy machine, too
         while len(driver.shards(store)) < n_shards:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.03))
-        os.kill(process.pid, how)
+        os.kill(process.pid, ending)
         status = process.status()
-        assert status == (-signal.SIGKILL if how == signal.SIGKILL else 1), process.said
-        if how != signal.SIGKILL:
-            assert "interrupted" in process.said.splitlines()[-1]
-            assert "rows are kept; the next run computes the rest" in process.said
-            assert "Traceback" not in process.said
+        assert status == (-signal.SIGKILL if ending == signal.SIGKILL else 1), process.output
+        if ending != signal.SIGKILL:
+            assert "interrupted" in process.output.splitlines()[-1]
+            assert "rows are kept; the next run computes the rest" in process.output
+            assert "Traceback" not in process.output
             assert not [*(driver.folder / store).rglob("*.tmp")]
         rows = {row for shard in driver.kept(store).values() for row in shard}
         n_kept.append(len(rows))
         before = driver.shards(store)
-        status, said = driver.run(store)
-        assert status == 0, said
-        assert f"{len(rows)} rows reused, {N_IMAGES * VIEWS - len(rows)} computed" in said
+        status, output = driver.run(store)
+        assert status == 0, output
+        assert f"{len(rows)} rows reused, {N_IMAGES * VIEWS - len(rows)} computed" in output
         assert set(before) <= set(driver.shards(store))
         assert driver.features(store) == expected
     assert len(set(n_kept)) > 5, "the moments differ"
@@ -208,16 +204,16 @@ def test_run_that_is_killed_at_any_moment_keeps_its_shards_and_ends_with_the_sam
 
 def test_full_disk_is_one_line_and_what_was_written_is_kept(driver: Driver, expected: bytes) -> None:
     largest = max(path.stat().st_size for path in driver.shards("whole"))
-    status, said = driver.run("full", limit=largest - 1)
+    status, output = driver.run("full", limit=largest - 1)
     assert status == 1
-    assert [line for line in said.splitlines() if line.startswith("error: ")] == [said.splitlines()[-1]]
-    assert "File too large" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [output.splitlines()[-1]]
+    assert "File too large" in output.splitlines()[-1]
+    assert "Traceback" not in output
     assert not [*(driver.folder / "full").rglob("*.tmp")]
     n_kept = sum(map(len, driver.kept("full").values()))
-    status, said = driver.run("full")
-    assert status == 0, said
-    assert f"{n_kept} rows reused" in said
+    status, output = driver.run("full")
+    assert status == 0, output
+    assert f"{n_kept} rows reused" in output
     assert driver.features("full") == expected
 
 
@@ -227,9 +223,9 @@ def test_features_that_cannot_be_written_leave_the_old_ones(driver: Driver, expe
     out = driver.folder / "no-room" / "features.h5"
     out.parent.mkdir()
     out.write_bytes(b"old")
-    status, said = driver.run("no-room", limit=len(expected) - 1)
+    status, output = driver.run("no-room", limit=len(expected) - 1)
     assert status == 1
-    assert said.splitlines()[-1].startswith("error: ")
+    assert output.splitlines()[-1].startswith("error: ")
     assert out.read_bytes() == b"old"
     assert not [*out.parent.rglob("*.tmp")]
     assert sum(map(len, driver.kept("no-room").values())) == N_IMAGES * VIEWS
@@ -246,21 +242,27 @@ def test_decoder_that_is_killed_is_one_line_and_what_was_computed_is_kept(driver
     time.sleep(0.1)
     os.kill(int(decoders[0]), signal.SIGKILL)
     assert process.status() == 1
-    assert process.said.splitlines()[-1].startswith("error: a process that decodes images was killed")
-    assert "Traceback" not in process.said
+    assert process.output.splitlines()[-1].startswith("error: a process that decodes images was killed")
+    assert "Traceback" not in process.output
     n_kept = sum(map(len, driver.kept("decoder").values()))
-    assert f"{n_kept} of {N_IMAGES * VIEWS} rows are kept" in process.said
+    assert f"{n_kept} of {N_IMAGES * VIEWS} rows are kept" in process.output
     assert driver.run("decoder")[0] == 0
     assert driver.features("decoder") == expected
 
 
 def once(images: Path, store: Path, log: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
     """A process of its own that fills `store` once."""
-    how = {"environment": {}, "out": str(store / "features.h5"), "limit": 0, "workers": 0}
-    code = f"{DRIVER.partition('torch.set_num_threads(1)')[0]}line = {json.dumps(how)!r}\nlogs.run(main)\n"
+    options = {"environment": {}, "out": str(store / "features.h5"), "limit": 0, "workers": 0}
+    code = f"{DRIVER.partition('torch.set_num_threads(1)')[0]}line = {json.dumps(options)!r}\nlogs.run(main)\n"
     script = log.with_suffix(".py")
     script.write_text(code)
-    inherited = {**os.environ, "TQDM_DISABLE": "1", "DVC_ROOT": str(store), **environment}
+    inherited = {
+        **os.environ,
+        "TQDM_DISABLE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "DVC_ROOT": str(store),
+        **environment,
+    }
     return subprocess.Popen(command(images, *launcher, str(script)), env=inherited, stderr=subprocess.PIPE, text=True)
 
 
@@ -269,8 +271,8 @@ def test_two_writers_on_one_store_both_end_with_the_right_bytes(
 ) -> None:
     processes = [once(images, tmp_path, tmp_path / f"{name}.log") for name in ("one", "other")]
     for process in processes:
-        said = process.communicate()[1]
-        assert process.returncode == 0, said
+        output = process.communicate()[1]
+        assert process.returncode == 0, output
         assert (tmp_path / "features.h5").read_bytes() == expected
     found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
     assert len(set(found)) == N_IMAGES * VIEWS
@@ -282,15 +284,15 @@ def test_ranks_fill_the_store_side_by_side_and_one_process_assembles_it(
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = once(images, tmp_path, tmp_path / "ranks.log", *launcher)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
+    output = process.communicate()[1]
+    assert process.returncode == 0, output
     assert not (tmp_path / "features.h5").exists()
     found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
     assert len(found) == len(set(found)) == N_IMAGES * VIEWS, "no row is computed twice"
     alone = once(images, tmp_path, tmp_path / "alone.log")
-    said = alone.communicate()[1]
-    assert alone.returncode == 0, said
-    assert f"{N_IMAGES * VIEWS} rows reused, 0 computed" in said
+    output = alone.communicate()[1]
+    assert alone.returncode == 0, output
+    assert f"{N_IMAGES * VIEWS} rows reused, 0 computed" in output
     assert (tmp_path / "features.h5").read_bytes() == expected
 
 

@@ -30,11 +30,10 @@ from ruamel.yaml import YAML
 
 from pipeline.dataset.decoding import decode
 from pipeline.features import hdf5
-from tests.common import carry
+from tests.factories import REPOSITORY, carry
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("torture")]
 
-SOURCE = Path(__file__).parents[2]
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (12, 16, 3), dtype=np.uint8)
 GREY = RANDOM.integers(0, 256, (12, 16), dtype=np.uint8)
@@ -396,7 +395,7 @@ def snapshot(root: Path) -> Snapshot:
 
 def configure(workspace: Path, directory: Path, **dataset: Any) -> None:
     yaml = YAML()
-    params = yaml.load(SOURCE / "params.yaml")
+    params = yaml.load(REPOSITORY / "params.yaml")
     params["dataset"].update({"fetch": [], "path": str(directory), "max_rejected_fraction": 1.0} | dataset)
     workspace.mkdir(parents=True, exist_ok=True)
     yaml.dump(params, workspace / "params.yaml")
@@ -412,7 +411,11 @@ def index(
         (tools / name).write_text(f"#!/bin/sh\ntouch '{workspace}/started'\nexit 1\n")
         (tools / name).chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC")}
-    environment |= {"PYTHONPATH": str(SOURCE), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "TQDM_DISABLE": "1"}
+    environment |= {
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "TQDM_DISABLE": "1",
+    }
     command = [sys.executable, *(["-c", program] if program else ["-m", "pipeline.stages.index"]), *arguments]
     return subprocess.run(
         command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=n_seconds, check=False

@@ -44,7 +44,7 @@ def fitted_head(
     )
     rows = Examples(FEATURES[:, None], label, weight)
     head = heads.build((10,), len({*label}), options, nn.Identity())
-    return cast(nn.Linear, heads.fit(head, rows, rows, 1, options).head[-1])
+    return cast(nn.Linear, heads.fit(head, rows, rows, options).head[-1])
 
 
 def scikit_learns(penalty: str, strength: float, weight: np.ndarray) -> LogisticRegression:

@@ -1,35 +1,49 @@
 """Benchmarks run when they are called, and where what they need is not there, that is one line."""
 
-import os
+import importlib
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from benchmarks import __main__ as everything
+from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
-BENCHMARKS = ["boundary", "compare", "elpv", "extract", "head", "index", "label_suspects", "plain_loop", "store"]
+MEASURING = ["boundary", "compare", "extract", "head", "index", "label_suspects", "startup", "store"]
+BENCHMARKS = [*MEASURING, "elpv", "plain_loop"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "__main__"])
 def test_a_benchmark_runs_when_it_is_called(name: str):
     text = Path(REPOSITORY, "benchmarks", f"{name}.py").read_text(encoding="utf-8")
-    assert text.endswith((RUN.format("main()"), RUN.format("run(main)")))
+    assert text.endswith(RUN.format("run(measure)" if name in (*MEASURING, "__main__") else "main()"))
 
 
 def test_every_benchmark_is_listed_here():
     assert {path.stem for path in REPOSITORY.glob("benchmarks/*.py")} == {*BENCHMARKS, "__init__", "__main__", "common"}
 
 
+def test_all_that_measure_stand_in_one_table():
+    assert sorted(part.__name__.rpartition(".")[2] for part in everything.PARTS) == MEASURING
+
+
+def test_start_up_is_measured_of_every_stage():
+    stages = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert list(startup.NEEDED) == list(stages)
+
+
 @pytest.mark.parametrize("name", ["boundary", "extract", "head", "store"])
-def test_without_data_a_benchmark_ends_in_one_line(name: str, tmp_path: Path):
+def test_without_data_a_benchmark_ends_in_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 1
-    assert ran.stderr.startswith("error: data/")
-    assert ran.stderr.count("\n") == 1
-    assert "run: dvc repro" in ran.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--quick"])
+    with pytest.raises(SystemExit) as caught:
+        common.run(importlib.import_module(f"benchmarks.{name}").measure)
+    line = str(caught.value.code)
+    assert line.startswith("error: data/")
+    assert "\n" not in line
+    assert "run: dvc repro" in line

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from pipeline.network.flops import count_parameters, flops_per_image
+from pipeline.network.backbones import count_parameters
+from pipeline.network.flops import flops_per_image
 
 
 def network() -> nn.Sequential:

@@ -177,7 +177,6 @@ def head_only() -> None:
     document["fine_tune"]["run"] = []
     yaml.dump(document, Path("params.yaml"))
     compare.main()
-    Path("reports/confusion/partial_freeze.json").unlink()
     Path("reports/runs/partial_freeze/seed_0").mkdir(parents=True)  # the lock of the study lists it
     factories.study_lock()
 

@@ -17,7 +17,8 @@ NAMES = ["a", "b", "c", "d"]
 
 def run_of(test: list[list[float]], seed: int = 0) -> Run:
     val = Predictions(np.array([3]), np.log(np.array([[0.9, 0.1]], np.float32)))
-    return factories.run("feature_extraction", seed, val, Predictions(np.arange(3), np.array(test, np.float32)))
+    predicted = Predictions(np.arange(3), np.array(test, np.float32))
+    return factories.run("feature_extraction", seed, val, predicted, np.zeros(4, np.int64))
 
 
 def test_runs_and_models_that_are_not_listed_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -83,7 +83,7 @@ STRATEGY = {
     "batchnorm": "frozen",
     "views": 2,
     "epochs": 3,
-    "patience": 3,
+    "patience": None,
     "batch_size": 6,
     "optimizer": "sgd",
     "momentum": 0.9,
@@ -107,7 +107,7 @@ def configure(name: str, **changes: Any) -> None:
         "split": {"seeds": [0], "test_fraction": 0.2, "val_fraction": 0.2},
         "backbone": {"name": name, "weights": "own.safetensors"},
         "features": {"views": 2, "image_size": SIZE, "engine": "torch"},
-        "evaluation": {"views": 2},
+        "evaluation": {"views": ["identity", "flip_horizontal"]},
         "head": {"regularization_strengths": [0.1], "epochs": 2},
         "fine_tune": {"run": ["tuned"], "seeds": [0], "strategies": {"tuned": STRATEGY}},
         "compare": {"guard": {}},
@@ -266,7 +266,7 @@ def test_saved_runs_load_and_predict_what_they_predicted(
 def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
     features: dict[str, Any], strategy: dict[str, Any], tune: Tune
 ) -> None:
-    run = tune(TINY, {"freeze_until": "none", "epochs": 2, "patience": 2} | strategy, features=features)
+    run = tune(TINY, {"freeze_until": "none", "epochs": 2} | strategy, features=features)
     backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
     end = cuts.resolve(backbone, features["cut"])
     boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))

@@ -1,7 +1,6 @@
 """The Markdown of a pull request, in a repository of two commits, and its guard."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.stages import compare
-from pipeline.tools.pull_request import State, Verdict, judge
+from pipeline.tools import pull_request
+from pipeline.tools.pull_request import Verdict, judge, parse
+from tests.factories import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
-GUARD = {"full_retrain.test.accuracy": 0.01, "feature_extraction.test.nll": 0.02}
+ACCURACY, NLL = "full_retrain.test.metrics.accuracy.value", "feature_extraction.test.metrics.nll.value"
+GUARD = {ACCURACY: 0.01, NLL: 0.02}
 
 
 def git(*arguments: str) -> None:
@@ -21,23 +21,35 @@ def git(*arguments: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def comparison(accuracy: float, nll: float = 0.34, passes: int = 20076) -> dict[str, Any]:
+def details(accuracy: float, nll: float = 0.34, recommended: str = "feature_extraction") -> dict[str, Any]:
+    head = {"accuracy": {"value": 0.85}, "nll": {"value": nll}, "auroc": {"value": None}}
+    full = {"metrics": {"accuracy": {"value": accuracy}}, "classes": [{"class": "a", "recall": 0.8}]}
+    test = {"difference": 0.02, "low": 0.01, "p_value": 0.03, "method": "exact McNemar"}
     return {
-        "feature_extraction": {"test": {"accuracy": 0.85, "nll": nll, "auroc": None}, "seeds": 1},
-        "full_retrain": {"test": {"accuracy": accuracy}, "cost": {"base_passes": passes}, "seeds": 1},
+        "recommendation": {"text": f"**Recommendation: {recommended}** (a rule)."},
+        "strategies": {
+            "feature_extraction": {"test": {"metrics": head}},
+            "full_retrain": {"test": full, "vs_baseline": {"test": test}, "distinct_runs": 1},
+        },
     }
 
 
-def write(path: str, content: dict[str, Any]) -> None:
-    Path(path).parent.mkdir(exist_ok=True)
+def write(content: Any, path: str = "reports/details.json") -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content))
 
 
-def set_params(**changes: Any) -> None:
+def write_reports(accuracy: float, train_flops: int = 20076, **others: Any) -> None:
+    write(details(accuracy, **others))
+    write({"test_accuracy": accuracy, "train_flops": train_flops}, "reports/metrics/full_retrain.json")
+
+
+def set_params(guard: dict[str, float] | None = None, path: str = "data/raw/elpv", **changes: Any) -> None:
     yaml = YAML(typ="safe", pure=True)
     document = yaml.load(Path("params.yaml"))
-    document["compare"] |= changes.pop("compare", {})
-    document["fine_tune"]["strategies"]["full_retrain"] |= changes
+    document["compare"]["guard"] = GUARD if guard is None else guard
+    document["dataset"]["path"] = path
+    document["fine_tune"]["defaults"] |= changes
     yaml.dump(document, Path("params.yaml"))
 
 
@@ -46,80 +58,87 @@ def branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` with one commit, and a branch with another on top of it, which trains longer and is better."""
     monkeypatch.chdir(tmp_path)
     git("init", "-b", "main")
-    shutil.copyfile(REPOSITORY / "params.yaml", "params.yaml")
-    set_params(compare={"guard": GUARD}, epochs=8, batch_size=16)
-    write("reports/comparison.json", comparison(0.87))
-    write("reports/details.json", {"recommendation": {"text": "**Recommendation: feature_extraction** (a rule)."}})
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text("[core]\n    analytics = false\n")
+    Path(".dvc/.gitignore").write_text("/tmp\n/cache\n")
+    Path("dvc.yaml").write_text("metrics: [reports/metrics]\n")
+    Path("params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
+    set_params(epochs=8, batch_size=16)
+    write_reports(0.87)
     git("add", ".")
     git("commit", "-m", "main")
     git("checkout", "-b", "longer")
-    set_params(epochs=12)
-    write("reports/comparison.json", comparison(0.8812, passes=26768))
-    write("reports/details.json", {"recommendation": {"text": "**Recommendation: full_retrain** (a rule)."}})
+    set_params(epochs=12, batch_size=16)
+    write_reports(0.8812, train_flops=26768, recommended="full_retrain")
     git("commit", "-am", "longer")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", ["compare", *arguments])
-    compare.main()
+@pytest.fixture
+def without_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing differs as far as DVC is concerned; saves the seconds that it takes to start."""
+    monkeypatch.setattr(pull_request, "_dvc", lambda *_: {})
 
 
 @pytest.mark.usefixtures("branch")
-def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    run(monkeypatch, "--against", "main")
-    parts = capsys.readouterr().out.split("\n### ")
-    assert parts[0].strip() == "## Compared with `main`"
-    titles = [part.splitlines()[0] for part in parts[1:]]
+def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(capsys: pytest.CaptureFixture):
+    pull_request.show("main", None)
+    sections = capsys.readouterr().out.split("\n### ")
+    assert sections[0].strip() == "## Compared with `main`"
+    titles = [section.splitlines()[0] for section in sections[1:]]
     assert titles == ["Parameters", "Metrics", "Recommendation", "Guard"]
-    params, metrics, recommendation, guard = (part.splitlines()[2:] for part in parts[1:])
+    params, metrics, recommendation, guard = (section.splitlines()[2:] for section in sections[1:])
     assert params == [
-        "| parameter | main | here |",
-        "| --- | --- | --- |",
-        "| fine_tune.strategies.full_retrain.epochs | `8` | `12` |",
+        "| file | name | main | here | change |",
+        "| --- | --- | --- | --- | --- |",
+        "| params.yaml | fine_tune.defaults.epochs | 8 | 12 | 4 |",
     ]
     assert metrics == [
-        "| metric | main | here | change |",
-        "| --- | --- | --- | --- |",
-        "| full_retrain.test.accuracy | 0.8700 | 0.8812 | +0.0112 |",
-        "| full_retrain.cost.base_passes | 20,076 | 26,768 | +6,692 |",
+        "| file | name | main | here | change |",
+        "| --- | --- | --- | --- | --- |",
+        "| reports/metrics/full_retrain.json | test_accuracy | 0.87 | 0.8812 | 0.0112 |",
+        "| reports/metrics/full_retrain.json | train_flops | 20,076 | 26,768 | 6,692 |",
     ]
     assert recommendation == ["**Recommendation: full_retrain** (a rule)."]
-    assert guard[2:4] == [
-        "| feature_extraction.test.nll | 0.3400 | 0.3400 | 0.02 | holds |",
-        "| full_retrain.test.accuracy | 0.8700 | 0.8812 | 0.01 | holds |",
+    assert sorted(guard[2:4]) == [
+        f"| {NLL} | 0.34 | 0.34 | 0.02 | holds |",
+        f"| {ACCURACY} | 0.87 | 0.8812 | 0.01 | holds |",
     ]
 
 
 @pytest.mark.usefixtures("branch")
-def test_a_guarded_metric_that_is_worse_is_shown_and_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    write("reports/comparison.json", comparison(0.8599, nll=0.37))
+def test_a_new_strategy_and_one_that_is_gone_stand_in_the_metrics(capsys: pytest.CaptureFixture):
+    Path("reports/metrics/full_retrain.json").unlink()
+    write({"test_accuracy": 0.9}, "reports/metrics/last.json")
+    pull_request.show("main", None)
+    shown = capsys.readouterr().out
+    assert "| reports/metrics/full_retrain.json | test_accuracy | 0.87 | - |  |" in shown
+    assert "| reports/metrics/last.json | test_accuracy | - | 0.9 |  |" in shown
+
+
+@pytest.mark.usefixtures("branch", "without_dvc")
+def test_a_guarded_figure_that_is_worse_is_shown_and_fails(capsys: pytest.CaptureFixture):
+    write(details(0.8599, nll=0.37))
     with pytest.raises(ValueError, match=r"^worse than in main: ") as error:
-        run(monkeypatch, "--against", "main")
-    assert "full_retrain.test.accuracy by 0.0101 (tolerance 0.01)" in str(error.value)
-    assert "feature_extraction.test.nll by 0.03 (tolerance 0.02)" in str(error.value)
+        pull_request.show("main", None)
+    assert f"{ACCURACY} by 0.0101 (tolerance 0.01)" in str(error.value)
+    assert f"{NLL} by 0.03 (tolerance 0.02)" in str(error.value)
     assert "\n" not in str(error.value)
     shown = capsys.readouterr().out
-    assert "| full_retrain.test.accuracy | 0.8700 | 0.8599 | 0.01 | **worse** |" in shown
-    assert "| feature_extraction.test.nll | 0.3400 | 0.3700 | 0.02 | **worse** |" in shown
+    assert f"| {ACCURACY} | 0.87 | 0.8599 | 0.01 | **worse** |" in shown
+    assert f"| {NLL} | 0.34 | 0.37 | 0.02 | **worse** |" in shown
+
+
+@pytest.mark.usefixtures("branch", "without_dvc")
+def test_what_is_within_its_tolerance_passes():
+    write(details(0.86, nll=0.36))  # exactly the tolerances
+    pull_request.show("main", None)
 
 
 @pytest.mark.usefixtures("branch")
-def test_what_is_within_its_tolerance_passes(monkeypatch: pytest.MonkeyPatch):
-    write("reports/comparison.json", comparison(0.86, nll=0.36))  # just the tolerances
-    run(monkeypatch, "--against", "main")
-
-
-@pytest.mark.usefixtures("branch")
-def test_nothing_that_differs_and_nothing_that_is_guarded_is_said_in_words(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    set_params(compare={"guard": {}})
+def test_where_nothing_differs_and_nothing_is_guarded_the_markdown_says_so(capsys: pytest.CaptureFixture):
+    set_params(guard={})
     git("commit", "-am", "no guard")
-    run(monkeypatch, "--against", "HEAD")
+    pull_request.show("HEAD", None)
     shown = capsys.readouterr().out
     assert "No parameter differs." in shown
     assert "No metric differs." in shown
@@ -127,29 +146,27 @@ def test_nothing_that_differs_and_nothing_that_is_guarded_is_said_in_words(
 
 
 @pytest.mark.usefixtures("branch")
-def test_a_revision_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_revision_that_does_not_exist_is_one_line():
     for revision in ("origin/main", "--upload-pack=x", "HEAD~7"):
         with pytest.raises(ValueError, match="no such commit here; expected a branch, tag or hash") as error:
-            run(monkeypatch, f"--against={revision}")
+            pull_request.show(revision, None)
         assert "\n" not in str(error.value)
         assert revision in str(error.value)
 
 
 @pytest.mark.usefixtures("branch")
-def test_a_revision_without_reports_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_revision_without_reports_is_one_line():
     git("rm", "-r", "--cached", "reports")
     git("commit", "-m", "no reports")
-    with pytest.raises(
-        ValueError, match=r"--against HEAD: that commit has no reports/comparison\.json; run `dvc repro`"
-    ):
-        run(monkeypatch, "--against", "HEAD")
+    with pytest.raises(ValueError, match=r"--against HEAD: that commit has no reports/details\.json; run `dvc repro`"):
+        pull_request.show("HEAD", None)
 
 
 @pytest.mark.usefixtures("branch")
-def test_reports_of_here_that_are_missing_are_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_reports_of_here_that_are_missing_are_one_line():
     Path("reports/details.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"reports/details\.json: not found; run: dvc repro"):
-        run(monkeypatch, "--against", "main")
+        pull_request.show("main", None)
 
 
 @pytest.mark.usefixtures("branch")
@@ -158,51 +175,112 @@ def test_a_project_in_a_sub_directory_of_its_repository_is_found(
 ):
     inner = tmp_path / "inner"
     inner.mkdir()
-    for name in ("params.yaml", "reports"):
+    for name in ("params.yaml", "dvc.yaml", "reports", ".dvc"):
         Path(name).rename(inner / name)
     git("add", "--all")
     git("commit", "-m", "moved")
     monkeypatch.chdir(inner)
-    run(monkeypatch, "--against", "HEAD")
-    assert "No metric differs." in capsys.readouterr().out
+    write_reports(0.8912, train_flops=26768)
+    pull_request.show("HEAD", None)
+    shown = capsys.readouterr().out
+    assert "No parameter differs." in shown
+    assert "| reports/metrics/full_retrain.json | test_accuracy | 0.8812 | 0.8912 | 0.01 |" in shown
+
+
+DAMAGED = [[], {}, "text", {"strategies": {}}, {"strategies": 1, "recommendation": {"text": ""}}, {"strategies": [1]}]
 
 
 @pytest.mark.usefixtures("branch")
-@pytest.mark.parametrize("content", [[], {}, "text", {"a": {"b": "c"}}, {"a": {"test": {}}}, {"a": [1]}])
-def test_a_comparison_of_another_shape_is_one_line(monkeypatch: pytest.MonkeyPatch, content: Any):
-    write("reports/comparison.json", content)
-    with pytest.raises(ValueError, match=r"reports/comparison\.json: .+ is no number; expected what dvc repro writes"):
-        run(monkeypatch, "--against", "main")
-
-
-def state(**metrics: float | None) -> State:
-    return State({}, {name.replace("__", "."): value for name, value in metrics.items()})
+@pytest.mark.parametrize("content", DAMAGED)
+def test_details_of_another_shape_are_one_line_that_says_where(content: Any):
+    write(content)
+    with pytest.raises(ValueError, match=r"^reports/details\.json: damaged, or of another version; run: dvc repro$"):
+        pull_request.show("main", None)
+    git("commit", "-am", "damaged")
+    write(details(0.9))
+    with pytest.raises(ValueError, match=r"^--against HEAD: reports/details\.json: damaged, or of another version"):
+        pull_request.show("HEAD", None)
 
 
 @pytest.mark.parametrize(
-    ("metric", "is_higher_better"),
-    [("test.accuracy", True), ("test.auroc", True), ("test.ece", False), ("cost.train_flops", False)],
+    ("figure", "is_higher_better"),
+    [
+        ("test.metrics.accuracy.value", True),
+        ("test.metrics.auroc.low", True),
+        ("test.metrics.ece.value", False),
+        ("test.metrics.accuracy.sd", False),
+        ("test.subsets.cost.macro_f1.value", True),
+        ("test.classes.0.recall", True),
+        ("vs_baseline.test.difference", True),
+        ("vs_baseline.test.low", True),
+        ("vs_baseline.test.p_value", False),
+        ("cost.train_flops", False),
+    ],
 )
-def test_worse_is_lower_or_higher_by_metric(metric: str, is_higher_better: bool):
-    verdict = Verdict(f"full.{metric}", 0.1, 0.5, 0.7)
+def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, is_higher_better: bool):
+    verdict = Verdict(f"full.{figure}", 0.1, 0.5, 0.7)
     assert verdict.worse_by == pytest.approx(-0.2 if is_higher_better else 0.2)
     assert verdict.holds == is_higher_better
 
 
-def test_a_guarded_metric_that_is_gone_is_worse_and_a_new_one_is_not():
-    guard = {"full.test.accuracy": 0.01, "head.test.accuracy": 0.01, "neither.test.nll": 0.0}
-    gone, new, neither = judge(state(full__test__accuracy=0.9), state(head__test__accuracy=0.8), guard)
+def figures(accuracy: float = 0.87, **others: Any) -> dict[str, Any]:
+    return parse(json.dumps(details(accuracy, **others)), "here")[0]
+
+
+def test_any_number_of_details_can_be_guarded():
+    guard = {"full_retrain.test.classes.0.recall": 0.0, "full_retrain.vs_baseline.test.low": 0.0, NLL: 0.0}
+    assert [(verdict.before, verdict.holds) for verdict in judge(figures(), figures(), guard)] == [
+        (0.8, True),
+        (0.01, True),
+        (0.34, True),
+    ]
+
+
+def test_a_guarded_figure_that_is_gone_is_worse_and_a_new_one_is_not():
+    auroc = "feature_extraction.test.metrics.auroc.value"
+    guard = {ACCURACY: 0.01, NLL: 0.01, auroc: 0.01, "not_run.test.metrics.nll.value": 0.0}
+    before, after = figures(), figures()
+    del after[ACCURACY], before[NLL]
+    gone, new, undefined, not_run = judge(before, after, guard)
     assert not gone.holds
-    assert str(gone) == "full.test.accuracy is gone"
+    assert str(gone) == f"{ACCURACY} is gone"
     assert new.holds
-    assert neither.holds
+    assert undefined.holds
+    assert not_run.holds
+    assert not judge(before | {auroc: 0.9}, after, {auroc: 0.01})[0].holds
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("full_retrain.test.metrics.acuracy.value", "is higher or lower better? Expected a name with one of the keys "),
+        ("full_retrain.distinct_runs", "is higher or lower better? Expected a name with one of the keys "),
+        ("full_retrain.test.metric.accuracy.value", f"is not in reports/details.json; close matches: {ACCURACY}"),
+        ("full_retrain.test.metrics.accuracy", f"close matches: {ACCURACY}"),
+        ("full_retrain.vs_baseline.test.method", "is 'exact McNemar' in reports/details.json; expected a number"),
+    ],
+)
+def test_a_guard_that_names_no_figure_is_one_line(name: str, message: str):
+    with pytest.raises(ValueError, match=r"^compare\.guard: ") as error:
+        judge(figures(), figures(), {name: 0.01})
+    assert message in str(error.value)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("branch")
-def test_text_that_would_break_a_table_does_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    yaml = YAML(typ="safe", pure=True)
-    document = yaml.load(Path("params.yaml"))
-    document["dataset"]["path"] = "data/`a|b`"
-    yaml.dump(document, Path("params.yaml"))
-    run(monkeypatch, "--against", "main")
-    assert r'| dataset.path | `"data/raw/elpv"` | `"data/ a\|b "` |' in capsys.readouterr().out
+def test_text_that_would_break_a_table_does_not(capsys: pytest.CaptureFixture):
+    set_params(path="data/`a|b`\nc", epochs=12, batch_size=16)
+    pull_request.show("main", None)
+    assert r"| params.yaml | dataset.path | data/raw/elpv | data/`a\|b` c |  |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("branch")
+def test_a_failure_of_dvc_is_one_line_and_its_warnings_are_shown(capsys: pytest.CaptureFixture):
+    Path("reports/metrics/full_retrain.json").write_text("{")
+    pull_request.show("main", None)
+    assert "DVC failed to load some metrics for following revisions: 'workspace'." in capsys.readouterr().err
+    Path(".dvc/config").write_text("[")
+    with pytest.raises(ValueError, match=r"^dvc plots diff main: .*config file error") as error:
+        pull_request.draw("main", Path("pictures"))
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""sweep: what the experiments of git say, the choice by validation."""
+"""sweep: the experiments that git has, and the selection by validation."""
 
 import json
 import subprocess
@@ -58,17 +58,16 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_experiments_of_head_are_read_from_the_least_trained_to_the_most(experiments: str) -> None:
-    depths = sweep.read("partial_freeze")
-    assert [depth.boundary for depth in depths] == ["all", "blocks.5.3.add", "blocks.4.2.add", "blocks.3.2.add"]
-    assert [depth.experiment for depth in depths] == ["feature_extraction", "HEAD", "two-exp", "one-exp"]
-    assert [depth.trained for depth in depths] == [0.01, 0.3, 0.7, 0.9]
+    found = sweep.read("partial_freeze")
+    assert found["boundary"].tolist() == ["all", "blocks.5.3.add", "blocks.4.2.add", "blocks.3.2.add"]
+    assert found["experiment"].tolist() == ["feature_extraction", "HEAD", "two-exp", "one-exp"]
+    assert found["trained"].tolist() == [0.01, 0.3, 0.7, 0.9]
 
 
-def test_choice_is_by_validation_and_the_table_says_nothing_of_the_test_images(
-    experiments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_selection_is_by_validation_and_the_table_has_no_test_figures(
+    experiments: str, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["sweep", "partial_freeze"])
-    sweep.main()
+    sweep.show("partial_freeze")
     table, _, choice = capsys.readouterr().out.partition("lowest validation NLL")
     assert "blocks.4.2.add (two-exp)" in choice
     assert "87.0% (84.0% to 90.0%)" in choice
@@ -81,7 +80,6 @@ def test_choice_is_by_validation_and_the_table_says_nothing_of_the_test_images(
     )
 
 
-def test_strategy_that_no_experiment_has_is_one_line(experiments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["sweep", "full_retrain"])
+def test_strategy_that_no_experiment_has_is_one_line(experiments: str) -> None:
     with pytest.raises(ValueError, match=r"no reports/details\.json of HEAD.* has the strategy full_retrain"):
-        sweep.main()
+        sweep.show("full_retrain")

@@ -44,7 +44,7 @@ STRATEGY = Strategy(
     batchnorm="frozen",
     views=0,
     epochs=2,
-    patience=2,
+    patience=None,
     batch_size=8,
     optimizer="adamw",
     momentum=0.9,
@@ -81,8 +81,8 @@ def from_memory(inputs: torch.Tensor) -> Load:
     return load
 
 
-def task(inputs: torch.Tensor = IMAGES, load: Load | None = None) -> Task:
-    return Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, 1, "torch")
+def task(inputs: torch.Tensor = IMAGES, load: Load | None = None, **changes: Any) -> Task:
+    return replace(Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, [0], [0], "torch"), **changes)
 
 
 class Vgg(nn.Module):
@@ -142,7 +142,7 @@ def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions =
     features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU)))[:, None]
     train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
     torch.manual_seed(0)
-    fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, 1, head)
+    fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, head)
     return Prepared(backbone, end, pool, features, fitted, images)
 
 
@@ -209,7 +209,7 @@ def test_network_predicts_what_the_cached_head_predicts_before_the_first_step(
 ) -> None:
     prepared = prepare(name, cut, pool, head)  # pyright: ignore[reportArgumentType] (it is hashable)
     network = build(prepared, MIDDLES[name] if freeze_until == "middle" else freeze_until)
-    expected = heads.predict(prepared.fitted.head, prepared.features, 1)
+    expected = heads.predict(prepared.fitted.head, prepared.features)
     found = fit.predict(network, task(prepared.images), np.arange(N_IMAGES), "fp32")
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected) > 0.01
@@ -217,8 +217,8 @@ def test_network_predicts_what_the_cached_head_predicts_before_the_first_step(
 
 def test_first_validation_loss_is_that_of_the_cached_head() -> None:
     fitted, network = prepare(RESNET).fitted, build(prepare(RESNET), "layer2")
-    _, curve = fit.train(network, task(), strategy(epochs=1), 0, "run")
-    assert curve[0]["val_loss"] == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-4)
+    _, curve, _ = fit.train(network, task(), strategy(epochs=1), 0, "run")
+    assert curve[0]["val_loss"] == pytest.approx(fitted.path.val_nll[fitted.path.strength], abs=1e-4)
 
 
 @pytest.mark.parametrize(("cut", "behind"), [("layer2", "layer3"), ("layer2", 12), ("conv1", "layer1.0")])
@@ -252,8 +252,8 @@ def test_first_training_loss_is_that_of_the_cached_head_with_frozen_batchnorm() 
     features, fitted = prepare(RESNET).features, prepare(RESNET).fitted
     network = build(prepare(RESNET), "none")
     rates = {"learning_rate_base": 1e-12, "learning_rate_head": 1e-12}
-    _, curve = fit.train(network, task(), strategy(epochs=1, **rates), 0, "run")
-    log_probability = heads.predict(fitted.head, features[TRAIN], 1)
+    _, curve, _ = fit.train(network, task(), strategy(epochs=1, **rates), 0, "run")
+    log_probability = heads.predict(fitted.head, features[TRAIN])
     nll = -log_probability[np.arange(len(TRAIN)), LABEL[TRAIN]]
     assert curve[1]["train_loss"] == pytest.approx(np.average(nll, weights=WEIGHT[TRAIN]), abs=1e-4)
 
@@ -311,13 +311,13 @@ def test_standardisation_of_the_head_is_no_parameter() -> None:
 
 @pytest.mark.parametrize("batchnorm", ["frozen", "train"])
 def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str) -> None:
-    options = strategy(batchnorm=batchnorm, epochs=3, patience=3)
+    options = strategy(batchnorm=batchnorm, epochs=3)
     whole = build(prepare(RESNET), "layer2")
     cached = copy.deepcopy(whole)
     activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU)))
     cached[0] = nn.Identity()
-    _, expected = fit.train(whole, task(), options, 0, "whole")
-    _, found = fit.train(cached, task(torch.from_numpy(activations)), options, 0, "cached")
+    _, expected, _ = fit.train(whole, task(), options, 0, "whole")
+    _, found, _ = fit.train(cached, task(torch.from_numpy(activations)), options, 0, "cached")
     for key in ("train_loss", "val_loss"):
         values = [[line[key] for line in curve[1:]] for curve in (found, expected)]
         np.testing.assert_allclose(*values, rtol=1e-3)
@@ -354,7 +354,7 @@ HARMFUL = {"learning_rate_base": 1e-6, "learning_rate_head": 3.0, "epochs": 9}
 def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(patience: int) -> None:
     network = build(prepare(RESNET), "layer3")
     before = state(network)
-    best_epoch, curve = fit.train(network, task(), strategy(**HARMFUL, patience=patience), 0, "run")
+    best_epoch, curve, _ = fit.train(network, task(), strategy(**HARMFUL, patience=patience), 0, "run")
     assert best_epoch == 0
     assert [line["epoch"] for line in curve] == list(range(patience + 1))
     assert min(line["val_loss"] for line in curve[1:]) > curve[0]["val_loss"]
@@ -362,9 +362,27 @@ def test_training_that_only_hurts_stops_by_patience_and_leaves_the_cached_head(p
     assert not any(module.training for module in network.modules())
 
 
+def test_without_patience_every_epoch_is_trained_whatever_validation_says() -> None:
+    best_epoch, curve, _ = fit.train(build(prepare(RESNET), "layer3"), task(), strategy(**HARMFUL), 0, "run")
+    assert best_epoch == 0
+    assert len(curve) == 1 + HARMFUL["epochs"]
+
+
+def test_every_epoch_is_a_candidate_with_what_it_predicts() -> None:
+    network = build(prepare(RESNET), "layer3")
+    best_epoch, curve, candidates = fit.train(network, task(), strategy(epochs=3), 0, "run")
+    assert candidates.names == ["epoch 0", "epoch 1", "epoch 2", "epoch 3"]
+    assert candidates.nll(WEIGHT[VAL]) == [line["val_loss"] for line in curve]
+    is_right = candidates.predicted == LABEL[VAL]
+    assert np.average(is_right, axis=1, weights=WEIGHT[VAL]).tolist() == [line["val_accuracy"] for line in curve]
+    log_probability = fit.predict(network, task(), VAL, "fp32")
+    assert np.array_equal(candidates.predicted[best_epoch], log_probability.argmax(1))
+    assert np.array_equal(candidates.true_log_probability[best_epoch], log_probability[np.arange(len(VAL)), LABEL[VAL]])
+
+
 def test_best_epoch_is_the_one_of_the_lowest_validation_loss_and_is_restored() -> None:
     network = build(prepare(RESNET), "layer3")
-    best_epoch, curve = fit.train(network, task(), strategy(epochs=4, patience=4), 0, "run")
+    best_epoch, curve, _ = fit.train(network, task(), strategy(epochs=4), 0, "run")
     losses = [line["val_loss"] for line in curve]
     assert best_epoch == int(np.argmin(losses))
     log_probability = fit.predict(network, task(), VAL, "fp32")
@@ -381,8 +399,10 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
     assert not is_same(states[0], states[2])
 
 
-@pytest.mark.parametrize(("views", "expected"), [(0, [0, 0, 0]), (2, [1, 2, 1]), (8, [1, 2, 3])])
-def test_epochs_cycle_through_the_views_and_see_every_training_image_once(views: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(("views", "expected"), [([0], [0, 0, 0]), ([1, 9], [1, 9, 1]), ([1, 2, 3, 0], [1, 2, 3])])
+def test_epochs_cycle_through_the_views_and_see_every_training_image_once(
+    views: list[int], expected: list[int]
+) -> None:
     seen: list[list[tuple[int, int]]] = []
     inputs = from_memory(IMAGES)
 
@@ -390,21 +410,21 @@ def test_epochs_cycle_through_the_views_and_see_every_training_image_once(views:
         seen.append([pair for batch in batches for pair in batch])
         return inputs(batches)
 
-    options = strategy(views=views, epochs=3, patience=3)
-    fit.train(build(prepare(RESNET), "all"), task(load=load), options, 0, "run")
+    each = task(load=load, train_views=views, evaluation_views=[0, 5])
+    fit.train(build(prepare(RESNET), "all"), each, strategy(epochs=3), 0, "run")
     epochs = [pairs for pairs in seen if pairs[0][0] in TRAIN]
     assert [sorted(row for row, _ in pairs) for pairs in epochs] == [list(TRAIN)] * 3
     assert [{view for _, view in pairs} for pairs in epochs] == [{view} for view in expected]
     assert epochs[0] != epochs[1]
-    assert {view for pairs in seen if pairs[0][0] in VAL for _, view in pairs} == {0}
+    assert {view for pairs in seen if pairs[0][0] in VAL for _, view in pairs} == {0, 5}
 
 
 def test_images_count_by_their_weight_in_the_losses() -> None:
-    light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, 1, "torch")
+    light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, [0], [0], "torch")
     curves, states = [], []
     for each in (task(), light):
         network = build(prepare(RESNET), "all")
-        _, curve = fit.train(network, each, STRATEGY, 0, "run")
+        _, curve, _ = fit.train(network, each, STRATEGY, 0, "run")
         curves.append([line["val_loss"] for line in curve] + [line["train_loss"] for line in curve[1:]])
         states.append(network[2].state_dict())
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)  # only ratios of weights matter
@@ -417,17 +437,17 @@ def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None
     counted = rare.copy()
     counted[TRAIN] *= rare[TRAIN].sum() / (3 * np.bincount(LABEL[TRAIN], rare[TRAIN])[LABEL[TRAIN]])
     as_weights, balanced = (
-        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, 1, "torch") for weight in (counted, rare)
+        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, [0], [0], "torch") for weight in (counted, rare)
     )
     found = []
     for each, options in ((as_weights, STRATEGY), (balanced, strategy(class_weights="balanced"))):
         network = build(prepare(RESNET), "all")
-        _, curve = fit.train(network, each, options, 0, "run")
+        _, curve, _ = fit.train(network, each, options, 0, "run")
         found.append(([line["train_loss"] for line in curve[1:]], curve, network[2].state_dict()))
     (losses, _, state), (balanced_losses, curve, balanced_state) = found
     np.testing.assert_allclose(losses, balanced_losses, rtol=1e-5)
     for name in state:
         torch.testing.assert_close(state[name], balanced_state[name], rtol=1e-4, atol=1e-6)
-    _, plain = fit.train(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, "run")
+    _, plain, _ = fit.train(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, "run")
     assert curve[0] == plain[0], "validation goes by the images' weights"
     assert abs(curve[1]["train_loss"] - plain[1]["train_loss"]) > 1e-4

@@ -1,9 +1,10 @@
 """Dense heads: standardisation, views, choosing on validation, the MLP, and the network's own dense layers."""
 
 import copy
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ def fit(
 ) -> Fitted:
     torch.manual_seed(seed)
     head = heads.build(train.features.shape[2:], 3, how, dense)
-    return heads.fit(head, train, val or examples(seed=1), 1, how)
+    return heads.fit(head, train, val or examples(seed=1), how)
 
 
 def weight_of(fitted: Fitted) -> np.ndarray:
@@ -65,7 +66,7 @@ def weight_of(fitted: Fitted) -> np.ndarray:
 
 
 def accuracy(fitted: Fitted, on: Examples) -> float:
-    return float(np.mean(heads.predict(fitted.head, on.features, 1).argmax(axis=1) == on.label))
+    return float(np.mean(heads.predict(fitted.head, on.features).argmax(axis=1) == on.label))
 
 
 # views
@@ -88,21 +89,21 @@ def test_the_mean_over_views_stays_finite_for_logits_of_any_size():
     assert torch.isfinite(found).all()
 
 
-def test_predictions_are_over_the_first_views_and_of_any_number_of_rows():
+def test_predictions_are_over_all_views_and_of_any_number_of_rows():
     head = heads.build((8,), 3, LINEAR, NOTHING)
     features = examples(n=2500, n_views=3).features
-    found = heads.predict(head, features, 2)
+    found = heads.predict(head, features)
     with torch.no_grad():
-        logits = torch.stack([head(torch.from_numpy(features[:, view])) for view in (0, 1)], dim=1)
+        logits = torch.stack([head(torch.from_numpy(features[:, view])) for view in range(3)], dim=1)
     assert found.dtype == np.float32
     assert np.allclose(found, heads.mean_log_probability(logits).numpy(), atol=1e-6)
-    assert len(heads.predict(head, features[:7], 2)) == 7
+    assert len(heads.predict(head, features[:7])) == 7
 
 
 def test_predictions_leave_dropout_out():
     head = heads.build((8,), 3, options(MLP, dropout=0.9), NOTHING).train()
     features = examples().features
-    assert np.array_equal(heads.predict(head, features, 1), heads.predict(head, features, 1))
+    assert np.array_equal(heads.predict(head, features), heads.predict(head, features))
 
 
 def test_every_view_of_a_training_image_is_a_row_of_its_weight():
@@ -130,7 +131,7 @@ def test_a_new_head_with_the_saved_tensors_predicts_the_same():
     fitted = fit(train)
     head = heads.build((8,), 3, LINEAR, NOTHING)
     head.load_state_dict(fitted.head.state_dict())
-    assert np.array_equal(heads.predict(head, train.features, 1), heads.predict(fitted.head, train.features, 1))
+    assert np.array_equal(heads.predict(head, train.features), heads.predict(fitted.head, train.features))
 
 
 def test_without_standardisation_features_go_in_as_they_are():
@@ -142,8 +143,8 @@ def test_without_standardisation_features_go_in_as_they_are():
 def test_shifting_and_scaling_all_features_changes_no_prediction():
     train, val = examples(), examples(seed=1)
     moved = [Examples(100 * part.features - 7, part.label, part.weight) for part in (train, val)]
-    expected = heads.predict(fit(train).head, val.features, 1)
-    assert np.allclose(heads.predict(fit(moved[0], val=moved[1]).head, moved[1].features, 1), expected, atol=1e-3)
+    expected = heads.predict(fit(train).head, val.features)
+    assert np.allclose(heads.predict(fit(moved[0], val=moved[1]).head, moved[1].features), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("how", [LINEAR, MLP], ids=["linear", "mlp"])
@@ -157,15 +158,38 @@ def test_a_feature_that_is_constant_in_training_does_not_blow_up_elsewhere(value
     assert standardize.deviation.min() >= 0.99e-2 * standardize.deviation.square().mean().sqrt()
     jumped = train.features.copy()
     jumped[..., 5:7] += 0.01
-    before, after = (heads.predict(fitted.head, features, 1) for features in (train.features, jumped))
+    before, after = (heads.predict(fitted.head, features) for features in (train.features, jumped))
     assert np.isfinite(before).all()
     assert np.abs(after - before).max() < 1
+
+
+@pytest.mark.parametrize("how", [LINEAR, options(MLP, epochs=5)], ids=["linear", "mlp"])
+def test_a_feature_of_a_thousand_times_the_size_leaves_the_others_their_deviation(how: HeadOptions):
+    train, val = examples(gap=2), examples(seed=1, gap=2)
+    expected = cast(Standardize, fit(train, how, val=val).head[0]).deviation[:7]
+    scores = accuracy(fit(train, how, val=val), val)
+    for part in (train, val):
+        part.features[..., 7] *= 1000
+    fitted = fit(train, how, val=val)
+    assert torch.allclose(cast(Standardize, fitted.head[0]).deviation[:7], expected, rtol=1e-5)
+    assert accuracy(fitted, val) == pytest.approx(scores, abs=0.02)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e4])
+def test_the_floor_of_the_deviation_goes_by_the_features_that_vary(value: float):
+    train = examples(gap=2)
+    train.features[..., 3:] = value
+    standardize = cast(Standardize, fit(train).head[0])
+    rows, weight = train.features[:, 0, :3], train.weight
+    deviation = np.sqrt(np.average((rows - np.average(rows, axis=0, weights=weight)) ** 2, axis=0, weights=weight))
+    assert np.allclose(standardize.deviation[:3], deviation, atol=1e-5)
+    assert np.allclose(standardize.deviation[3:], heads.DEVIATION_FLOOR * np.median(deviation), atol=1e-5)
 
 
 def test_features_that_are_all_constant_give_the_frequencies_of_the_classes():
     train = examples()
     constant = Examples(np.full_like(train.features, 2.5), train.label, train.weight)
-    found = np.exp(heads.predict(fit(constant, options(max_iterations=2000)).head, constant.features[:1], 1)[0])
+    found = np.exp(heads.predict(fit(constant, options(max_iterations=2000)).head, constant.features[:1])[0])
     assert np.allclose(found, np.bincount(train.label, train.weight) / train.weight.sum(), atol=1e-3)
 
 
@@ -194,11 +218,11 @@ def test_balanced_classes_count_alike_in_the_loss_and_change_neither_standardisa
     plain, balanced = fit(train, how), fit(train, options(how, class_weights="balanced"))
     for name in ("0.mean", "0.deviation"):
         assert torch.equal(plain.head.state_dict()[name], balanced.head.state_dict()[name])
-    share = [np.exp(heads.predict(fitted.head, train.features, 1))[:, 0].mean() for fitted in (plain, balanced)]
+    share = [np.exp(heads.predict(fitted.head, train.features))[:, 0].mean() for fitted in (plain, balanced)]
     assert share[0] < 0.8 * share[1]
     val = examples(seed=1)
-    nll = -heads.predict(balanced.head, val.features, 1)[np.arange(90), val.label]
-    assert np.isclose(min(balanced.val_nll.values()), np.average(nll, weights=val.weight), atol=1e-6)
+    nll = -heads.predict(balanced.head, val.features)[np.arange(90), val.label]
+    assert np.isclose(min(balanced.path.val_nll.values()), np.average(nll, weights=val.weight), atol=1e-6)
 
 
 def test_balanced_classes_that_are_balanced_change_nothing():
@@ -217,23 +241,25 @@ def test_a_stronger_penalty_gives_smaller_weights():
 def test_the_strength_chosen_has_the_lowest_weighted_validation_nll(how: HeadOptions):
     how, val = options(how, strengths=(0.001, 0.03, 0.3)), examples(seed=1, gap=0.5)
     fitted = fit(examples(n=40, gap=0.5), how, val=val)
-    assert set(fitted.val_nll) == {0.001, 0.03, 0.3}
-    assert fitted.strength == min(fitted.val_nll, key=lambda strength: fitted.val_nll[strength])
-    log_probability = heads.predict(fitted.head, val.features, 1)
+    assert set(fitted.path.val_nll) == {0.001, 0.03, 0.3}
+    assert fitted.path.strength == min(fitted.path.val_nll, key=lambda strength: fitted.path.val_nll[strength])
+    log_probability = heads.predict(fitted.head, val.features)
     nll = np.average(-log_probability[np.arange(90), val.label], weights=val.weight)
-    assert nll == pytest.approx(fitted.val_nll[fitted.strength], abs=1e-6)
+    assert nll == pytest.approx(fitted.path.val_nll[fitted.path.strength], abs=1e-6)
 
 
 def test_the_order_of_strengths_changes_nothing():
     one, other = (fit(examples(), options(strengths=order)) for order in ((0.01, 1.0, 0.1), (1.0, 0.1, 0.01)))
-    assert one.val_nll == other.val_nll
+    assert one.path.val_nll == other.path.val_nll
     assert np.array_equal(weight_of(one), weight_of(other))
 
 
 def test_a_validation_loss_that_is_not_finite_is_one_line():
     val = examples(seed=1)
     val.features[0] = np.inf
-    with pytest.raises(ValueError, match=r"params\.yaml: head: the validation NLL is not finite"):
+    with pytest.raises(
+        ValueError, match=r"params\.yaml: head: the validation NLL is .*; raise head\.regularization_strengths"
+    ):
         fit(examples(), val=val)
 
 
@@ -244,6 +270,77 @@ def test_an_exploding_mlp_is_one_line_and_no_untrained_head():
 
 def test_a_linear_head_does_not_depend_on_the_seed():
     assert np.array_equal(weight_of(fit(examples(), seed=0)), weight_of(fit(examples(), seed=5)))
+
+
+@pytest.mark.parametrize("penalty", ["l2", "l1", "elasticnet"])
+def test_a_linear_heads_optimum_depends_on_the_other_strengths_within_the_solvers_tolerance(penalty: str):
+    how, val = options(penalty=penalty, max_iterations=2000), examples(seed=1)
+    alone = fit(examples(), options(how, strengths=(0.01,)), val=val).path.val_nll[0.01]
+    on_a_path = fit(examples(), options(how, strengths=(1.0, 0.1, 0.01, 0.001)), val=val).path.val_nll[0.01]
+    assert on_a_path == pytest.approx(alone, abs=1e-4)
+
+
+# what validation chooses from
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        (options(strengths=(0.3, 0.01)), ["0.3", "0.01"]),
+        (
+            options(MLP, strengths=(0.01, 0.3), epochs=2),
+            ["0.01, epoch 1", "0.01, epoch 2", "0.3, epoch 1", "0.3, epoch 2"],
+        ),
+    ],
+    ids=["linear", "mlp"],
+)
+def test_every_strength_and_epoch_is_a_candidate_and_the_lowest_nll_is_kept(how: HeadOptions, names: list[str]):
+    val = examples(n=60, n_views=2, seed=1)
+    fitted = fit(examples(), how, val=val)
+    candidates = fitted.candidates
+    assert candidates.names == names
+    nll = candidates.nll(val.weight)
+    best = int(np.argmin(nll))
+    assert float(names[best].split(",")[0]) == fitted.path.strength
+    assert fitted.path.val_nll[fitted.path.strength] == nll[best]
+    log_probability = heads.predict(fitted.head, val.features)
+    assert np.array_equal(candidates.predicted[best], log_probability.argmax(1))
+    assert np.array_equal(candidates.true_log_probability[best], log_probability[np.arange(60), val.label])
+    assert candidates.positive_log_probability.shape == (len(names), 0)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "end"),
+    [
+        ((10.0, 1.0), "weakest"),
+        ((1e-4, 1e-5), "strongest"),
+        ((100.0, 0.05, 1e-5), None),
+        ((0.1,), None),
+        ((10.0, 0.0), None),
+    ],
+)
+def test_the_end_of_the_path_is_named_where_the_best_lies_there(
+    strengths: tuple[float, ...], end: str | None, caplog: pytest.LogCaptureFixture
+):
+    path = fit(examples(n=400), options(strengths=strengths)).path
+    assert path.at_end == end
+    heads.warn([path, path], "head")
+    expected = {
+        "weakest": ["head.regularization_strengths: the best is the weakest in 2 of 2 fits; add weaker ones"],
+        "strongest": ["head.regularization_strengths: the best is the strongest in 2 of 2 fits; add stronger ones"],
+        None: [],
+    }
+    assert caplog.messages == expected[end]
+
+
+def test_a_solver_that_stops_at_its_limit_is_reported_once(caplog: pytest.LogCaptureFixture):
+    paths = [fit(examples(), options(strengths=(0.1, 0.01), max_iterations=limit)).path for limit in (2, 500)]
+    assert [path.not_converged for path in paths] == [[0.1, 0.01], []]
+    heads.warn([replace(path, at_end=None) for path in paths], "head")
+    assert caplog.messages == [
+        "head: the solver did not converge in 1 of 2 fits (strengths: 0.1, 0.01); raise head.max_iterations"
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
 
 
 def test_l1_gives_exact_zeros_and_more_of_them_where_it_is_stronger():
@@ -273,6 +370,24 @@ def test_an_mlp_is_the_same_for_one_seed_and_another_for_another():
     assert not torch.equal(first["2.weight"], other["2.weight"])
 
 
+@pytest.mark.parametrize("how", [MLP, options(MLP, penalty="l1")], ids=["l2", "l1"])
+def test_an_mlps_result_for_a_strength_does_not_depend_on_the_others(how: HeadOptions):
+    lists = [(0.01,), (0.3, 0.01), (0.01, 0.3, 0.1)]
+    fits = [fit(examples(), options(how, strengths=strengths, epochs=3)) for strengths in lists]
+    assert len({fitted.path.val_nll[0.01] for fitted in fits}) == 1
+    rows = [fitted.candidates.true_log_probability[fitted.candidates.names.index("0.01, epoch 3")] for fitted in fits]
+    assert np.array_equal(rows[0], rows[1])
+    assert np.array_equal(rows[0], rows[2])
+
+
+def test_a_pretrained_heads_result_for_a_strength_does_not_depend_on_the_others():
+    nll = [
+        fit_pretrained(dense_layers(), options(PRETRAINED, strengths=strengths)).path.val_nll[0.01]
+        for strengths in ((0.01,), (0.3, 0.01))
+    ]
+    assert nll[0] == nll[1]
+
+
 def test_an_mlp_has_the_widths_that_were_asked_for():
     head = heads.build((8,), 3, options(MLP, hidden=(5, 4)), NOTHING)
     assert [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)] == [(8, 5), (5, 4), (4, 3)]
@@ -288,7 +403,7 @@ def test_l1_gives_exact_zeros_in_an_mlp():
 def test_an_mlp_keeps_its_best_epoch():
     train, val = examples(n=30, gap=0.3), examples(seed=1, gap=0.3)
     short, long = (fit(train, options(MLP, learning_rate=0.05, epochs=epochs), val=val) for epochs in (2, 60))
-    assert long.val_nll[1e-4] <= short.val_nll[1e-4]
+    assert long.path.val_nll[1e-4] <= short.path.val_nll[1e-4]
 
 
 def test_the_rows_an_mlp_has_seen_are_counted():
@@ -359,7 +474,7 @@ def test_training_moves_every_layer_of_a_pretrained_head_and_not_the_network(mak
     assert not [name for name in before if torch.equal(after[name], before[name])]
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert not fitted.head.training
-    found = heads.predict(fitted.head, maps(seed=1).features, 1)
+    found = heads.predict(fitted.head, maps(seed=1).features)
     assert found.shape == (90, 3)
 
 
@@ -409,7 +524,7 @@ def test_features_of_half_precision_give_the_head_of_their_values():
     half = [Held(part.features.astype(np.float16), part.label, part.weight) for part in (train, val)]
     full = [Examples(part.features.astype(np.float32), part.label, part.weight) for part in half]
     found, expected = (fit(parts[0], val=parts[1]) for parts in (half, full))
-    assert found.val_nll == expected.val_nll
+    assert found.path.val_nll == expected.path.val_nll
     assert np.array_equal(weight_of(found), weight_of(expected))
 
 
@@ -436,7 +551,7 @@ def test_streamed_features_give_the_bytes_of_resident_ones(
     monkeypatch.setattr(heads, "RESIDENT_BYTES", 0)
     streamed = fit(train, how)
     assert len(reads) > 3, "they are read in each pass"
-    assert streamed.val_nll == resident.val_nll
+    assert streamed.path.val_nll == resident.path.val_nll
     state = streamed.head.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in resident.head.state_dict().items())
 
@@ -446,7 +561,7 @@ def test_a_pretrained_head_streams_too(tmp_path: Path, monkeypatch: pytest.Monke
     resident = fit(train, PRETRAINED, val=maps(seed=1), dense=dense_layers())
     monkeypatch.setattr(heads, "RESIDENT_BYTES", 0)
     streamed = fit(train, PRETRAINED, val=maps(seed=1), dense=dense_layers())
-    assert streamed.val_nll == resident.val_nll
+    assert streamed.path.val_nll == resident.path.val_nll
 
 
 def test_small_chunks_change_a_linear_head_by_rounding_only(monkeypatch: pytest.MonkeyPatch):
@@ -473,5 +588,5 @@ def test_a_selection_is_indexed_as_the_array_of_its_images():
     assert np.array_equal(selection[which], array[which])
     head = nn.Linear(4, 2)
     features = values.astype(np.float32)
-    found = heads.predict(head, Selection(features, images), 2)
-    assert np.array_equal(found, heads.predict(head, features[images], 2))
+    found = heads.predict(head, Selection(features, images))
+    assert np.array_equal(found, heads.predict(head, features[images]))
