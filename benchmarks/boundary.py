@@ -34,6 +34,7 @@ from pipeline.training.fit import Load, Task
 RESNET = "torchvision/resnet18"
 LEAST = {RESNET: {"layer1": 1, "layer2": 1, "layer3": 2}, LITE: {"blocks.3": 1, "blocks.4": 1, "blocks.5": 4}}
 CPU = torch.device("cpu")
+VIEWS = [1, 2]  # codes of the two flips
 N_TIMED, N_QUICK = 128, 96  # images a timing trains on
 
 
@@ -54,7 +55,7 @@ class Study:
     def strategy(self, **changes: object) -> Strategy:
         """The partial freeze of params.yaml, in batches of 32."""
         base = self.params.fine_tune.strategies["partial_freeze"].model_dump()
-        return Strategy.model_validate({**base, "batch_size": 32, "patience": 1000, "views": 2, **changes})
+        return Strategy.model_validate({**base, "batch_size": 32, "patience": None, "views": len(VIEWS), **changes})
 
     def parts(self, boundary: str) -> tuple[Prefix, nn.Sequential]:
         """What lies before the boundary, and what lies behind it with a new head."""
@@ -63,8 +64,8 @@ class Study:
         return prefix, nn.Sequential(suffix, head)
 
     def cached(self, boundary: str, val: np.ndarray, views: int) -> Load:
-        """Compute the activations of views 1 to `views`, and 0 of `val`; how they are loaded."""
-        pairs = [(int(row), view) for row in self.train for view in range(1, views + 1)] + [(int(r), 0) for r in val]
+        """Compute the activations of so many training views, and of view 0 of `val`; how they are loaded."""
+        pairs = [(int(row), view) for row in self.train for view in VIEWS[:views]] + [(int(row), 0) for row in val]
         load, _ = fine_tune.load_activations(self.parts(boundary)[0], self.files, pairs, self.params, CPU)
         return load
 
@@ -72,7 +73,7 @@ class Study:
         """Seconds."""
         prefix, rest = self.parts(boundary)
         network = copy.deepcopy(nn.Sequential(nn.Identity() if is_cached else prefix.module, *rest))
-        task = Task(load, self.labels.label, self.labels.weight, self.train, val, 1, "torch")
+        task = Task(load, self.labels.label, self.labels.weight, self.train, val, VIEWS, [0], "torch")
         start = time.perf_counter()
         fit.train(network, task, strategy, self.seed, "benchmark")
         return time.perf_counter() - start
@@ -130,7 +131,7 @@ def reading() -> Line:
     computation = extraction.prepare(prefix, study.params.augmentation, study.params.features, CPU)
     study.cached("layer3", study.val[:8], 2)
     store = Store(computation.key)
-    rows = [(study.files.sha256[row], view) for row in study.train for view in (1, 2)]
+    rows = [(study.files.sha256[row], view) for row in study.train for view in VIEWS]
     shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     batches = [shuffled[i : i + 32] for i in range(0, len(rows), 32)]
     start = time.perf_counter()

@@ -18,7 +18,7 @@ from benchmarks.common import REPOSITORY, Line, Workspace, run
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.params import HEAD_ONLY, load_params
-from pipeline.training.runs import RUNS, Cost, Predictions, Run, save_run
+from pipeline.training.runs import RUNS, Cost, Predictions, Run, make_candidates, save_run
 
 N_CLASSES, N_VAL = 100, 10_000
 
@@ -70,7 +70,8 @@ def synthetic(root: Path, n_test: int) -> Workspace:
             log_probability = log_softmax(log_probability, axis=1)
             cost = Cost(trainable_params=1, train_flops=10 ** (12 + place), base_passes=1, cached_bytes=1)
             val, test = (Predictions(rows, log_probability[rows]) for rows in map(split.rows, ("val", "test")))
-            save_run(Run(strategy, 0, cost, {}, {}, [], val, test))
+            candidates = make_candidates({"epoch 0": val.log_probability}, label[val.rows])
+            save_run(Run(strategy, 0, cost, {}, {}, [], val, test, candidates))
     return Workspace(root)
 
 

@@ -27,8 +27,10 @@ from benchmarks.common import REPOSITORY
 from pipeline import logs
 from pipeline.comparison import intervals, metrics
 from pipeline.comparison.intervals import Interval
+from pipeline.comparison.outcomes import Outcomes, of_predictions
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
+from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.params import HEAD_ONLY, Params, load_params
 from pipeline.training.runs import Predictions, Run, read_run
@@ -148,19 +150,20 @@ def score(runs: Sequence[Run], labels: Labels, part: str) -> dict[str, Any]:
 
 def measure(runs: Sequence[Predictions], labels: Labels) -> dict[str, Any]:
     """The published measures: means over runs; of the weighted accuracy its 95 % interval and standard deviation."""
-    each = [one_run(one.log_probability, labels.label[one.rows], labels.weight[one.rows]) for one in runs]
+    outcomes = [of_predictions(one, labels.label) for one in runs]
+    each = [one_run(one, labels.label[one.rows], labels.weight[one.rows]) for one in outcomes]
     mean = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-    interval = intervals.metric_intervals(runs, labels.label, labels.weight)["accuracy"]
+    interval = intervals.metric_intervals(outcomes, labels.label, labels.weight, unit_of(labels), 2)["accuracy"]
     accuracies = [one["weighted_accuracy"] for one in each]
     spread = {"sd": float(np.std(accuracies, ddof=1))} if len(runs) > 1 else {}
     values = {**mean, "low": cast(Interval, interval).low, "high": cast(Interval, interval).high, **spread}
     return {name: round(value, 6) for name, value in values.items()} | {"n": len(runs)}
 
 
-def one_run(log_probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
+def one_run(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
     """Measures of one run. `weighted_f1`: the classes' F1, averaged by their (weighted) number of images."""
-    predicted = log_probability.argmax(1)
-    scored = metrics.score(log_probability, label, weight)
+    predicted = outcomes.predicted
+    scored = metrics.score(outcomes, label, weight, 2)
     return {
         "weighted_accuracy": scored["accuracy"],
         "unweighted_accuracy": float(np.mean(predicted == label)),

@@ -30,7 +30,8 @@ Linear = tuple[np.ndarray, np.ndarray]  # weights (n_classes, d) and biases (n_c
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Time, ratio, losses and validation accuracy; the time is the median of three, of one if `is_quick`."""
-    values, labels = hdf5.read_features().values, manifest.read_labels()
+    features, labels = hdf5.read_features(), manifest.read_labels()
+    values = features.values
     split, n_classes = manifest.read_split(0, labels.image_id), len(labels.class_names)
     train, val = (
         Examples(np.array(values[rows, :1]), labels.label[rows], labels.weight[rows])
@@ -43,7 +44,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     def fit(strengths: tuple[float, ...]) -> heads.Fitted:
         chosen = options.model_copy(update={"regularization_strengths": strengths})
         torch.manual_seed(0)
-        return heads.fit(heads.build(values.shape[2:], n_classes, chosen, nn.Identity()), train, val, 1, chosen)
+        return heads.fit(heads.build(values.shape[2:], n_classes, chosen, nn.Identity()), train, val, chosen)
 
     ours, times = fit(STRENGTHS), []
     for _ in range(1 if is_quick else 3):
@@ -94,7 +95,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     )
     yield Line("scikit-learn as it comes / head", theirs / seconds, "times", "at least", 10)
     yield Line("loss of the head / scikit-learn's", mean_loss(singles) / mean_loss(found), "times", "at most", 1.0001)
-    best = STRENGTHS.index(ours.strength)
+    best = STRENGTHS.index(ours.path.strength)
     apart = 100 * abs(accuracy(singles[best]) - accuracy(found[best]))
     yield Line("validation accuracy apart from scikit-learn's", apart, "points", "at most", 0.3)
 

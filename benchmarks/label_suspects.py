@@ -18,6 +18,7 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import make_units
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.params import load_params
 from pipeline.stages import label_suspects
 
@@ -32,22 +33,26 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         for stage in (("fetch", "digits"), ("index",), ("plan",), ("extract",)):
             place.run(*stage)
         labels = manifest.read_labels(place.root / manifest.LABELS)
-        values = np.array(hdf5.read_features(place.features).values)
-    digits = precision(values, labels, n_flips, "digits")
+        features = hdf5.read_features(place.features)
+        features = replace(features, values=np.array(features.values), evaluation=np.array(features.evaluation))
+    digits = precision(features, labels, n_flips, "digits")
     yield Line("suspects: flipped labels among the first, digits", digits, "of as many", "at least", 0.5)
-    values, labels = hdf5.read_features().values, manifest.read_labels()
-    own = precision(values[:, :1] if is_quick else values, labels, n_flips, "this data set")
+    features, labels = hdf5.read_features(), manifest.read_labels()
+    if is_quick:
+        features = replace(features, values=features.values[:, :1], evaluation=features.evaluation[:, :1])
+    own = precision(features, labels, n_flips, "this data set")
     yield Line("suspects: flipped labels among the first, this data set", own, "of as many", "at least", 2 * SHARE)
 
 
-def precision(values: np.ndarray, labels: Labels, n_flips: int, title: str) -> float:
+def precision(features: Features, labels: Labels, n_flips: int, title: str) -> float:
     """Mean over `n_flips` flips; prints it with its 95 % interval (t) over them."""
     found, params = [], load_params()
     torch.set_num_threads(params.threads)
     options = make_units(labels), params.label_suspects, torch.device("cpu")
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        listed = label_suspects.find(values, values, replace(labels, label=label), *options).rows
+        suspects, _ = label_suspects.find(features, replace(labels, label=label), *options)
+        listed = suspects.rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error

@@ -17,6 +17,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.comparison import details
+from pipeline.comparison.outcomes import Outcomes, of_predictions
+from pipeline.comparison.paired import Study
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import hdf5
@@ -249,20 +251,37 @@ def predictions_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> 
     return Predictions(rows, np.stack([is_correct, ~is_correct], axis=1).astype(float))
 
 
+def outcomes_of(log_probability: np.ndarray, label: np.ndarray) -> Outcomes:
+    """Outcomes of log-probabilities (n, n_classes), or logits, for images 0 to n - 1 with these labels."""
+    return of_predictions(Predictions(np.arange(len(label)), np.asarray(log_probability)), label)
+
+
+def outcomes_with(is_correct: np.ndarray, rows: np.ndarray | None = None) -> Outcomes:
+    """Outcomes of predictions_with."""
+    made = predictions_with(is_correct, rows)
+    return of_predictions(made, np.zeros(made.rows.max() + 1, np.int64))
+
+
+def ones_study(n: int, **changes: Any) -> Study:
+    """A study of n images of class 0 and weight 1, each its own unit."""
+    return Study(**{"label": np.zeros(n, np.int64), "weight": np.ones(n), "unit": np.arange(n)} | changes)
+
+
 def two_strategies(
     n_classes: int, seeds: int, n_images: int = 400, n_test: int = 150
-) -> tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]:
-    """A better and a worse strategy on overlapping test images, the labels and the weights of all images."""
+) -> tuple[list[Outcomes], list[Outcomes], Study]:
+    """A better and a worse strategy on overlapping test images, every image its own unit."""
     random = np.random.default_rng(0)
     label, weight = random.integers(0, n_classes, n_images), random.choice([1 / 3, 2 / 3, 1.0], n_images)
     rows = [np.sort(random.permutation(n_images)[:n_test]) for _ in range(seeds)]
 
-    def predict(row: np.ndarray, strength: float) -> Predictions:
+    def predict(row: np.ndarray, strength: float) -> Outcomes:
         logits = random.normal(size=(len(row), n_classes))
         logits[np.arange(len(row)), label[row]] += strength
-        return Predictions(row, logits.astype(np.float32))
+        return of_predictions(Predictions(row, logits.astype(np.float32)), label)
 
-    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], label, weight
+    study = Study(label, weight, np.arange(n_images))
+    return [predict(row, 2.0) for row in rows], [predict(row, 1.0) for row in rows], study
 
 
 def candidates(val: Predictions, label: np.ndarray) -> Candidates:
@@ -308,10 +327,12 @@ COMPARE = Compare(
 )
 
 
-def forty_details(head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, **options: Any) -> dict[str, Any]:
+def forty_details(
+    head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, labels: Labels = FORTY, **options: Any
+) -> dict[str, Any]:
     """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
     runs = {"feature_extraction": head, "full": full}
-    return details.assemble(runs, head, FORTY, 8, COMPARE.model_copy(update=options))
+    return details.assemble(runs, head, labels, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
 
 
 def card(**changes: Any) -> Card:
@@ -322,7 +343,7 @@ def card(**changes: Any) -> Card:
         "class_names": ("a", "b"),
         "backbone": backbone_plan(),
         "augmentation": FLIPS,
-        "evaluation_views": ("identity",),
+        "evaluation_views": 1,
         "freeze_until": "all",
         "head": LINEAR,
         "cost": cost(),
@@ -371,7 +392,7 @@ def study_params(path: Path) -> None:
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
     document["features"].update({"views": 1, "image_size": 64})
-    document["evaluation"]["views"] = ["identity"]
+    document["evaluation"]["views"] = 1
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
     yaml.dump(document, path)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from pipeline.comparison import influence, intervals, metrics, outcomes, paired, recommendation
 from pipeline.comparison.intervals import Interval
@@ -50,7 +50,7 @@ def assemble(
     `n_train`: images, mean over the common seeds, that were used before judging on `val` (train), and on `test` (train
     and validation).
     """
-    unit = unit_of(labels)
+    unit, positive = unit_of(labels), positive_class(labels, options)
     by_key = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
     judged = {key: judge(run, labels, unit) for key, run in by_key.items()}
     groups = {
@@ -74,6 +74,8 @@ def assemble(
         "common_seeds": [run.seed for run in runs[HEAD_ONLY]],
         "class_names": labels.class_names,
         "has_groups": len(np.unique(unit)) < len(unit),
+        "positive_class": None if positive is None else labels.class_names[positive],
+        "stated_specificity": options.specificity,
         "notes": notes(described),
         "recommendation": recommendation.as_json(chosen, described),
         "strategies": described,
@@ -124,7 +126,10 @@ def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options
         }
     splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
     splits["test"] |= break_down(kept, labels, unit)
-    splits["test"]["operating_points"] = operating_points(kept, labels, unit, options)
+    images = [(outcomes.of_predictions(one.run.val, labels.label), one.test) for one in kept]
+    positive = positive_class(labels, options)
+    splits["test"]["operating_points"] = operating_points(images, *data, positive, options.specificity)
+    splits["test"]["per_unit"] = per_unit(images, labels, unit, options)
     return {
         "seeds": [one.run.seed for one in judged],
         "distinct_runs": len(kept),
@@ -137,10 +142,10 @@ def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options
 
 
 def break_down(judged: Sequence[Judged], labels: Labels, unit: np.ndarray) -> Json:
-    """Test figures by class, confidence, subset, group and unit, and the confusion matrix, over all runs."""
+    """Test figures by class, confidence, subset and group, and the confusion matrix, over all runs."""
     rows = np.concatenate([one.test.rows for one in judged])
     predicted = np.concatenate([one.test.predicted for one in judged])
-    probability = np.concatenate([softmax(one.run.test.log_probability.astype(np.float64), axis=1) for one in judged])
+    probability = np.concatenate([one.test.known_probability for one in judged])
     label, weight = labels.label[rows], labels.weight[rows]
     sizes = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
     largest = {group for group, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MAX_GROUPS]}
@@ -152,39 +157,52 @@ def break_down(judged: Sequence[Judged], labels: Labels, unit: np.ndarray) -> Js
         "subsets": _by_value(labels.subset, tests, labels, unit),
         "groups": _by_value([group if group in largest else "" for group in labels.group], tests, labels, unit),
         "n_groups": len(sizes),
-        "per_unit": _per_unit(tests, labels, unit),
     }
 
 
-def operating_points(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options: Compare) -> Json | None:
+def operating_points(
+    runs: Sequence[tuple[Outcomes, Outcomes]],
+    label: np.ndarray,
+    weight: np.ndarray,
+    unit: np.ndarray,
+    positive: int | None,
+    specificity: float,
+) -> Json | None:
     """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
 
-    That threshold is the lowest probability of the positive class at which validation has at least
-    `compare.specificity`. None where there are not two classes, or a run tests on one only.
+    `runs` are validation and test. The threshold is the lowest probability of the class `positive` at which validation
+    has at least this specificity. None where there are not two classes, or a split has one only.
     """
-    if len(labels.class_names) != 2 or any(len(set(labels.label[one.test.rows])) < 2 for one in judged):
+    if positive is None or any(len(np.unique(label[one.rows])) < 2 for run in runs for one in run):
         return None
-    positive = positive_class(labels, options)
-    found: Json = {"positive_class": labels.class_names[positive], "stated_specificity": options.specificity}
-    thresholds = [_threshold(one.run.val, positive, labels, options.specificity) for one in judged]
-    for name, cuts in (("default", [0.5] * len(judged)), ("chosen", thresholds)):
-        figures = {}
+    tests, found = [test for _, test in runs], {}
+    thresholds = [_threshold(val, positive, label, weight, specificity) for val, _ in runs]
+    by_threshold = {
+        "default": (0.5, [test.predicted == positive for test in tests]),
+        "chosen": (
+            float(np.mean(thresholds)),
+            [test.known_probability[:, positive] >= cut for test, cut in zip(tests, thresholds, strict=True)],
+        ),
+    }
+    for name, (threshold, is_positive) in by_threshold.items():
+        found[name] = {"threshold": threshold}
         for figure, own in (("sensitivity", positive), ("specificity", 1 - positive)):
-            hits, rows = [], []
-            for one, cut in zip(judged, cuts, strict=True):
-                chosen = one.test.rows[labels.label[one.test.rows] == own]
-                probability = _positive_probability(one.run.test, positive)[labels.label[one.test.rows] == own]
-                is_positive = probability > cut if name == "default" else probability >= cut
-                hits.append(influence.mean(is_positive == (own == positive), labels.weight[chosen]))
-                rows.append(chosen)
-            estimate = intervals.interval(hits, rows, unit)
-            figures[figure] = estimate and asdict(estimate)
-        found[name] = {"threshold": float(np.mean(cuts)), **figures}
+            chosen = [label[test.rows] == own for test in tests]
+            rows = [test.rows[mask] for test, mask in zip(tests, chosen, strict=True)]
+            hits = [one[mask] == (own == positive) for one, mask in zip(is_positive, chosen, strict=True)]
+            shares = [influence.mean(hit, weight[row]) for hit, row in zip(hits, rows, strict=True)]
+            estimate = intervals.interval(shares, rows, unit)
+            found[name][figure] = estimate and asdict(estimate)
     return found
 
 
-def positive_class(labels: Labels, options: Compare) -> int:
-    """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class."""
+def positive_class(labels: Labels, options: Compare) -> int | None:
+    """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class.
+
+    None where there are not two classes.
+    """
+    if len(labels.class_names) != 2:
+        return None
     if options.positive_class is None:
         return int(np.bincount(labels.label, minlength=2).argmin())
     if options.positive_class not in labels.class_names:
@@ -193,6 +211,33 @@ def positive_class(labels: Labels, options: Compare) -> int:
             f"{', '.join(labels.class_names)}"
         )
     return labels.class_names.index(options.positive_class)
+
+
+def per_unit(
+    runs: Sequence[tuple[Outcomes, Outcomes]], labels: Labels, unit: np.ndarray, options: Compare
+) -> Json | None:
+    """Test figures with one vote per unit: probabilities are averaged over its images, and units count alike.
+
+    `runs` are validation and test. Units whose images have several labels are left out. None where every unit is one
+    image, or none is left.
+    """
+    rows = np.unique(np.concatenate([test.rows for _, test in runs]))
+    votes = [
+        (outcomes.by_unit(val, labels.label, unit), outcomes.by_unit(test, labels.label, unit)) for val, test in runs
+    ]
+    n_units, n_classes = len(np.unique(unit[rows])), len(labels.class_names)
+    if n_units == len(rows) or not all(len(test.rows) for _, test in votes):
+        return None
+    label = outcomes.unit_labels(labels.label, unit)
+    data = label, np.ones(len(label)), np.arange(len(label))
+    voting = np.unique(np.concatenate([test.rows for _, test in votes]))
+    estimates = intervals.metric_intervals([test for _, test in votes], *data, n_classes)
+    return {
+        "n_units": len(voting),
+        "n_left_out": n_units - len(voting),
+        "metrics": _estimates(estimates, (*SUBSET_METRICS, "brier"), label[voting], n_classes),
+        "operating_points": operating_points(votes, *data, positive_class(labels, options), options.specificity),
+    }
 
 
 def notes(strategies: Mapping[str, Json]) -> list[str]:
@@ -259,17 +304,13 @@ def _scaled(predictions: Predictions, temperature: float) -> np.ndarray:
     return softmax(predictions.log_probability.astype(np.float64) / temperature, axis=1)
 
 
-def _positive_probability(predictions: Predictions, positive: int) -> np.ndarray:
-    return np.exp(log_softmax(predictions.log_probability.astype(np.float64), axis=1)[:, positive])
-
-
-def _threshold(val: Predictions, positive: int, labels: Labels, specificity: float) -> float:
+def _threshold(val: Outcomes, positive: int, label: np.ndarray, weight: np.ndarray, specificity: float) -> float:
     """The lowest probability of the positive class at which validation has this specificity, weighted."""
-    is_negative = labels.label[val.rows] != positive
-    probability, weight = _positive_probability(val, positive), labels.weight[val.rows]
-    order = np.argsort(probability[is_negative], kind="stable")
-    below = np.cumsum(weight[is_negative][order]) / weight[is_negative].sum()
-    reached = probability[is_negative][order][np.searchsorted(below, specificity - 1e-12)]
+    negatives = val[label[val.rows] != positive]
+    probability = negatives.known_probability[:, positive]
+    order = np.argsort(probability, kind="stable")
+    below = np.cumsum(weight[negatives.rows][order]) / weight[negatives.rows].sum()
+    reached = probability[order][np.searchsorted(below, specificity - 1e-12)]
     return float(np.nextafter(reached, 2))
 
 
@@ -310,30 +351,14 @@ def _by_value(column: Sequence[str], runs: Sequence[Outcomes], labels: Labels, u
         n_classes = len(labels.class_names)
         estimates = intervals.metric_intervals(chosen, labels.label, labels.weight, unit, n_classes)
         rows = np.unique(np.concatenate([run.rows for run in chosen]))
-        if len(np.unique(labels.label[rows])) < n_classes:
-            estimates["macro_f1"] = None  # an absent class would count as 0
-        figures = {name: asdict(one) for name in SUBSET_METRICS if (one := estimates[name]) is not None}
+        figures = _estimates(estimates, SUBSET_METRICS, labels.label[rows], n_classes)
         found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
     return found
 
 
-def _per_unit(runs: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> Json | None:
-    """Test figures with one vote per unit: probabilities are averaged over its images, and units count alike.
-
-    Units whose images have several labels are left out. None where every unit is one image.
-    """
-    rows = np.unique(np.concatenate([run.rows for run in runs]))
-    if len(np.unique(unit[rows])) == len(rows):
-        return None
-    voted = [outcomes.by_unit(run, labels.label, unit) for run in runs]
-    n_classes, ones, each = len(labels.class_names), np.ones(unit.max() + 1), np.arange(unit.max() + 1)
-    label = np.zeros(unit.max() + 1, np.int64)
-    label[unit] = labels.label
-    estimates = intervals.metric_intervals(voted, label, ones, each, n_classes)
-    names = (*SUBSET_METRICS, "brier")
-    n_voting = len(np.unique(np.concatenate([run.rows for run in voted])))
-    return {
-        "n_units": n_voting,
-        "n_left_out": len(np.unique(unit[rows])) - n_voting,
-        **{name: asdict(one) for name in names if (one := estimates[name]) is not None},
-    }
+def _estimates(
+    found: Mapping[str, Interval | None], names: Sequence[str], label: np.ndarray, n_classes: int
+) -> dict[str, Json]:
+    """Those of these metrics that exist; no macro F1 where a class is absent, which would count as 0."""
+    lacks = {"macro_f1"} if len(np.unique(label)) < n_classes else set()
+    return {name: asdict(one) for name in names if name not in lacks and (one := found[name]) is not None}

@@ -1,9 +1,9 @@
 """Every metric that is a smooth function of the images' weights, and the influence of each image on it.
 
-label (n,) int and weight (n,) above 0 are those of the outcomes' images. The influence of an image is its weight times
-the derivative of the metric with respect to that weight (infinitesimal jackknife: Jaeckel 1972, Bell Laboratories
-memorandum 72-1215-11; Efron 1982, "The jackknife, the bootstrap and other resampling plans"). Summed over units and
-squared, influences add up to the variance of the metric.
+label (n,) int, weight (n,) above 0 and unit (n,) are those of the outcomes' images. The influence of an image is its
+weight times the derivative of the metric with respect to that weight (infinitesimal jackknife: Jaeckel 1972, Bell
+Laboratories memorandum 72-1215-11; Efron 1982, "The jackknife, the bootstrap and other resampling plans"). Summed over
+units and squared, influences add up to the variance of the metric.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Influence:
     """A metric between 0 and `top`: its value, and the influence and the share of each image (n,).
 
     `share` is the fraction of the metric that an image contributes: shares sum to 1 (to less where a class is absent).
-    `extra_variance` is that of pseudo-images, which keep a class with few images, or with none that is wrong, from
-    looking certain. `degrees` of freedom of the variance, where classes with few images carry it.
+    `extra_variance` is that of pseudo-units, which keep a class with few units, or with none that is wrong, from
+    looking certain.
     """
 
     value: float
@@ -29,16 +29,17 @@ class Influence:
     share: np.ndarray
     top: float = 1.0
     extra_variance: float = 0.0
-    degrees: float = np.inf
 
 
-def linearise(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: int) -> dict[str, Influence | None]:
+def linearise(
+    outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int
+) -> dict[str, Influence | None]:
     """All metrics of metrics.score but `ece`, as far as the outcomes allow; None where a metric is undefined."""
-    predicted = outcomes.predicted
+    predicted, pseudo = outcomes.predicted, _unit_weight(label, weight, unit, n_classes)
     found = {
         "accuracy": mean(predicted == label, weight),
-        "balanced_accuracy": _balanced_accuracy(predicted, label, weight, n_classes),
-        "macro_f1": _macro_f1(predicted, label, weight, n_classes),
+        "balanced_accuracy": _balanced_accuracy(predicted, label, weight, pseudo),
+        "macro_f1": _macro_f1(predicted, label, weight, pseudo),
         "auroc": _auroc(outcomes.scores, label, weight, outcomes.fold, n_classes),
         "nll": mean(-outcomes.true_log_probability, weight, np.inf),
     }
@@ -86,61 +87,70 @@ def _auroc(
     """One class against the rest, macro average, within folds; None where a fold lacks a class."""
     if not scores.shape[1]:
         return None
+    inside = [np.flatnonzero(fold == k) for k in np.unique(fold)]
+    if any(len(np.unique(label[own])) < n_classes for own in inside):
+        return None
     value, influence, shares = 0.0, np.zeros(len(label)), np.zeros(len(label))
-    columns = range(n_classes - scores.shape[1], n_classes)
-    for k in np.unique(fold):
-        inside = np.flatnonzero(fold == k)
-        own_label, own_weight = label[inside], weight[inside]
-        if (np.bincount(own_label, minlength=n_classes) == 0).any():
-            return None
-        part = own_weight.sum() / weight.sum() / len(columns)
-        for column in columns:
-            is_positive = own_label == column
-            area, placement = placements(scores[inside, column - columns[0]], is_positive, own_weight)
-            n_own = np.where(is_positive, is_positive.sum(), (~is_positive).sum())
-            positive = own_weight @ is_positive
-            share = own_weight / np.where(is_positive, positive, own_weight.sum() - positive)
-            value += part * area
-            influence[inside] += part * np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * (placement - area)
-            shares[inside] += part * share / 2  # a pair belongs to both of its images
+    for column, score in enumerate(scores.T, n_classes - scores.shape[1]):
+        is_positive, area, placement, share = label == column, 0.0, np.zeros(len(label)), np.zeros(len(label))
+        for own in inside:
+            part = float(weight[own].sum() / weight.sum()) / scores.shape[1]
+            of_fold, placement[own] = placements(score[own], is_positive[own], weight[own])
+            area += part * of_fold
+            totals = np.bincount(is_positive[own], weight[own])  # of the negatives and of the positives
+            share[own] = part * weight[own] / totals[is_positive[own].astype(int)]
+        n_own = np.where(is_positive, is_positive.sum(), (~is_positive).sum())
+        # Not around the area of the fold, in which a class may have one image
+        around = placement - area * scores.shape[1]
+        influence += np.sqrt(n_own / np.maximum(n_own - 1, 1)) * share * around
+        shares += share / 2  # a pair belongs to both of its images
+        value += area
     return Influence(min(max(value, 0.0), 1.0), influence, shares)
 
 
-def _balanced_accuracy(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
-    """The mean recall of the classes that occur; its variance with two pseudo-images per class, one of them correct."""
-    is_correct, occurs = predicted == label, np.bincount(label, minlength=n_classes) > 0
+def _balanced_accuracy(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, pseudo: np.ndarray) -> Influence:
+    """The mean recall of the classes that occur; its variance with two pseudo-units per class, one of them correct."""
+    is_correct, n_classes = predicted == label, len(pseudo)
     actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
-    k, pseudo = np.count_nonzero(occurs), weight.mean()
+    k, actual_with = np.count_nonzero(actual), actual + 2 * pseudo
     value = min(float(_ratio(correct, actual).sum() / k), 1.0)
-    actual_with, recall_with = actual + 2 * pseudo, (correct + pseudo) / (actual + 2 * pseudo)
+    recall_with = _ratio(correct + pseudo, actual_with)
     moved = (is_correct - recall_with[label]) * weight / actual_with[label] / k
-    extra = (pseudo / actual_with / k) ** 2 * ((1 - recall_with) ** 2 + recall_with**2)
-    extra[~occurs] = 0
-    return Influence(value, moved, weight / actual[label] / k, 1.0, *_of_classes(moved, label, extra))
+    extra = (_ratio(pseudo, actual_with) / k) ** 2 * ((1 - recall_with) ** 2 + recall_with**2)
+    return _with_pseudo(value, moved, extra, _ratio(actual_with, actual), weight / actual[label] / k, label)
 
 
-def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, n_classes: int) -> Influence:
-    """The mean F1 of all classes; its variance with two pseudo-images per class, one of them predicted as another."""
-    is_correct, occurs = predicted == label, np.bincount(label, minlength=n_classes) > 0
+def _macro_f1(predicted: np.ndarray, label: np.ndarray, weight: np.ndarray, pseudo: np.ndarray) -> Influence:
+    """The mean F1 of all classes; its variance with two pseudo-units per class, one of them predicted as another."""
+    is_correct, n_classes = predicted == label, len(pseudo)
     actual, correct = np.bincount(label, weight, n_classes), np.bincount(label, weight * is_correct, n_classes)
     either = actual + np.bincount(predicted, weight, n_classes)
-    value, pseudo = min(float(_ratio(2 * correct, either).mean()), 1.0), weight.mean()
-    either_with = either + 4 * pseudo  # each class gets two actual ones, and on average two predicted ones
-    f1_with = 2 * (correct + pseudo) / either_with
-    loss = f1_with / either_with
-    moved = (2 * is_correct / either_with[label] - loss[label] - loss[predicted]) * weight / n_classes
-    right, wrong = 2 / either_with - 2 * loss, loss[:, None] + loss
-    others = occurs[:, None] & ~np.eye(n_classes, dtype=bool)
-    extra = np.where(occurs, right**2, 0) + np.where(others, wrong**2, 0).sum(axis=1) / max(n_classes - 1, 1)
-    extra *= (pseudo / n_classes) ** 2
-    return Influence(value, moved, weight / actual[label] / n_classes, 1.0, *_of_classes(moved, label, extra))
+    value = min(float(_ratio(2 * correct, either).mean()), 1.0)
+    either_with = either + 3 * pseudo + (pseudo.sum() - pseudo) / max(n_classes - 1, 1)  # errors of the other classes
+    f1_with = _ratio(2 * (correct + pseudo), either_with)
+    gain, loss = _ratio(np.full(n_classes, 2.0), either_with), _ratio(f1_with, either_with)
+    moved = (gain[label] * is_correct - loss[label] - loss[predicted]) * weight / n_classes
+    wrong = np.where(np.eye(n_classes, dtype=bool), 0, loss[:, None] + loss)
+    extra = (pseudo / n_classes) ** 2 * ((gain - 2 * loss) ** 2 + (wrong**2).sum(axis=1) / max(n_classes - 1, 1))
+    times = _ratio(actual + 2 * pseudo, actual)
+    return _with_pseudo(value, moved, extra, times, weight / actual[label] / n_classes, label)
 
 
-def _of_classes(influence: np.ndarray, label: np.ndarray, extra: np.ndarray) -> tuple[float, float]:
-    """The variance of the pseudo-images, and the degrees of freedom of all (Satterthwaite 1946, over classes)."""
-    variance = np.bincount(label, influence**2, len(extra)) + extra
-    size = np.bincount(label, minlength=len(extra))
-    return float(extra.sum()), float(variance.sum() ** 2 / (variance**2 / np.maximum(size - 1, 1)).sum())
+def _with_pseudo(
+    value: float, influence: np.ndarray, extra: np.ndarray, times: np.ndarray, share: np.ndarray, label: np.ndarray
+) -> Influence:
+    """From influences among images and pseudo-units, which have the variance `extra` by class.
+
+    The variance of a class is made `times` larger: to that of its images alone, which would else look like more.
+    """
+    return Influence(value, influence * np.sqrt(times[label]), share, 1.0, float(extra @ times))
+
+
+def _unit_weight(label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int) -> np.ndarray:
+    """The mean weight (n_classes,) of a unit's images of each class, over the units that have any."""
+    span = unit.max() + 1
+    n_units = np.bincount(np.unique(label * span + unit) // span, minlength=n_classes)
+    return _ratio(np.bincount(label, weight, n_classes), n_units)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

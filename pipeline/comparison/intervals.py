@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from pipeline.comparison import influence, metrics, resampling
 from pipeline.comparison.influence import Influence
@@ -35,20 +35,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """How much a metric varies: the variance of one unit, its degrees of freedom, and the numbers of units and images.
+    """How much a metric varies: the variance of one unit, and the numbers of units and images.
 
     `n_effective`: the number of units of equal share that would have this variance (Kish 1965, "Survey sampling").
     """
 
     variance: float
-    degrees: float
     n_effective: float
     n_units: int
     n_images: int
 
-    def t(self, probability: float) -> float:
-        """Quantile of Student's t."""
-        return float(stats.t.ppf(probability, self.degrees))
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of the variance."""
+        return max(self.n_units - 1, 1)
 
 
 def distinct(items: Iterable[T], digest: Callable[[T], bytes]) -> list[T]:
@@ -80,7 +80,7 @@ def metric_intervals(
     """
     kept = [with_weight(run, weight) for run in distinct(runs, digest_of)]
     rows = [run.rows for run in kept]
-    by_run = [influence.linearise(run, label[run.rows], weight[run.rows], n_classes) for run in kept]
+    by_run = [influence.linearise(run, label[run.rows], weight[run.rows], unit[run.rows], n_classes) for run in kept]
     found = {name: interval([metric[name] for metric in by_run], rows, unit) for name in by_run[0]}
     probabilities = [run.probability for run in kept if run.probability is not None]
     return found | ({"ece": ece_interval(rows, probabilities, label, weight, unit)} if probabilities else {})
@@ -110,27 +110,32 @@ def interval(by_run: Sequence[Influence | None], rows: Sequence[np.ndarray], uni
 
     Between 0 and `top` it is the exact interval of Clopper and Pearson for as many independent images as would have
     this variance, shortened for the few units that it is estimated from (Korn & Graubard 1998, "Confidence intervals
-    for proportions with small expected number of positive counts estimated from survey data"). The variance includes
-    0.2 pseudo-units, half of them at either end. Where only 0 is a bound it is the interval of the logarithm, with two
-    pseudo-units that vary as much as the value.
+    for proportions with small expected number of positive counts estimated from survey data"). Where only 0 is a bound
+    it is the interval of the logarithm, with two pseudo-units that vary as much as the value.
     """
     known = [metric for metric in by_run if metric is not None]
     if len(known) < len(by_run):
         return None
     top, value, spread = known[0].top, float(np.mean([metric.value for metric in known])), spread_of(known, rows, unit)
-    n, t = spread.n_effective, spread.t((1 + CONFIDENCE) / 2)
+    n, t = spread.n_effective, float(special.stdtrit(spread.degrees, (1 + CONFIDENCE) / 2))
     if math.isinf(top):
         reach = t * math.sqrt((spread.variance + 2 * value**2 / n) / (n + 2)) / value if value > 0 else 0.0
         return Interval(value, value * math.exp(-reach), value * math.exp(reach))
-    p = value / top
-    with_pseudo = (n * p + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
-    second_moment = (n * (spread.variance / top**2 + p**2) + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
-    effective = n * with_pseudo * (1 - with_pseudo) / (second_moment - with_pseudo**2)
-    effective = min(effective, spread.n_images) * (float(stats.norm.ppf((1 + CONFIDENCE) / 2)) / t) ** 2
+    p, as_images = value / top, spread_of(known, rows, np.arange(len(unit)))
+    effective = min(_binomial_size(p, spread, top), _binomial_size(p, as_images, top))  # units are never worth more
+    effective *= (float(special.ndtri((1 + CONFIDENCE) / 2)) / t) ** 2
     hits, tail = p * effective, (1 - CONFIDENCE) / 2
-    low = float(stats.beta.ppf(tail, hits, effective - hits + 1)) if hits > 0 else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, effective - hits)) if hits < effective else 1.0
+    low = float(special.betaincinv(hits, effective - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(special.betaincinv(hits + 1, effective - hits, 1 - tail)) if hits < effective else 1.0
     return Interval(value, top * min(low, p), top * max(high, p))
+
+
+def _binomial_size(p: float, spread: Spread, top: float) -> float:
+    """The number of independent images whose proportion p would vary as much; with 0.2 pseudo-units, half at an end."""
+    n = spread.n_effective
+    centre = (n * p + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
+    second_moment = (n * (spread.variance / top**2 + p**2) + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
+    return n * centre * (1 - centre) / (second_moment - centre**2)
 
 
 def spread_of(by_run: Sequence[Influence], rows: Sequence[np.ndarray], unit: np.ndarray) -> Spread:
@@ -141,8 +146,7 @@ def spread_of(by_run: Sequence[Influence], rows: Sequence[np.ndarray], unit: np.
     effective, n_units = float(share.sum() ** 2 / (share**2).sum()), int(np.count_nonzero(share))
     extra = float(np.mean([metric.extra_variance for metric in by_run]))
     variance = float((moved**2).sum()) * n_units / max(n_units - 1, 1) + extra
-    degrees = max(min(n_units - 1, float(np.mean([metric.degrees for metric in by_run]))), 1)
-    return Spread(effective * variance, degrees, effective, n_units, len(np.unique(np.concatenate(rows))))
+    return Spread(effective * variance, effective, n_units, len(np.unique(np.concatenate(rows))))
 
 
 def sum_by(by_run: Sequence[np.ndarray], index: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,7 +24,7 @@ def score(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: 
     error of the second, of more classes the sum over classes. `nll` is in nats. `top5_accuracy` exists above 10
     classes. Of cross-fitted outcomes there are no `brier`, `ece` and `top5_accuracy`.
     """
-    smooth = influence.linearise(outcomes, label, weight, n_classes)
+    smooth = influence.linearise(outcomes, label, weight, np.arange(len(label)), n_classes)
     found = {name: metric and metric.value for name, metric in smooth.items()}
     if outcomes.probability is not None:
         found["ece"] = expected_calibration_error(outcomes.probability, label, weight)

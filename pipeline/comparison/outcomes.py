@@ -33,6 +33,13 @@ class Outcomes:
     fold: np.ndarray
     probability: np.ndarray | None
 
+    @property
+    def known_probability(self) -> np.ndarray:
+        """The probabilities; TypeError for cross-fitted outcomes, which have none."""
+        if self.probability is None:
+            raise TypeError("cross-fitted outcomes have no probabilities")
+        return self.probability
+
     def __getitem__(self, chosen: np.ndarray) -> "Outcomes":
         """Those of some images: positions, or bool (n,)."""
         return Outcomes(*(None if value is None else value[chosen] for value in vars(self).values()))  # pyright: ignore[reportArgumentType]
@@ -61,13 +68,11 @@ def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, u
     """
     fold = folds(unit[rows])
     loss = -candidates.true_log_probability.astype(np.float64) * weight[rows]
-    n = np.arange(len(rows))
-    by_fold = np.stack([loss[:, fold == k].sum(axis=1) for k in range(fold.max() + 1)])
-    best = (by_fold.sum(axis=0) - by_fold).argmin(axis=1)[fold]
-    if fold.max() == 0:  # a single unit: nothing is left to choose on
-        best = np.full(len(rows), loss.sum(axis=1).argmin())
-    has_scores = candidates.positive_log_probability.shape[1] > 0
-    scores = np.exp(candidates.positive_log_probability[best, n])[:, None] if has_scores else np.zeros((len(rows), 0))
+    others = [fold != k if fold.any() else fold == k for k in range(fold.max() + 1)]  # a single unit chooses for itself
+    by_fold = np.stack([loss[:, other].sum(axis=1) for other in others])
+    best = np.nan_to_num(by_fold, nan=np.inf, posinf=np.inf).argmin(axis=1)[fold]  # never a candidate that diverged
+    n, has_scores = np.arange(len(rows)), candidates.positive_log_probability.shape[1] > 0
+    scores = candidates.positive_log_probability[best, n][:, None] if has_scores else np.zeros((len(rows), 0))
     return Outcomes(
         rows=rows,
         predicted=candidates.predicted[best, n],
@@ -81,27 +86,23 @@ def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, u
 def by_unit(outcomes: Outcomes, label: np.ndarray, unit: np.ndarray) -> Outcomes:
     """Outcomes with a vote per unit, whose probabilities are averaged over its images; `rows` are numbers of units.
 
-    Units whose images have several labels are left out. label and unit (n_images,) are of all images.
+    Units that unit_labels gives no label are left out. label and unit (n_images,) are of all images.
     """
-    probability = outcomes.probability
-    if probability is None:
-        raise ValueError("cross-fitted outcomes have no probabilities to average")
     rows, index, count = np.unique(unit[outcomes.rows], return_inverse=True, return_counts=True)
-    averaged = np.zeros((len(rows), probability.shape[1]))
-    np.add.at(averaged, index, probability)
-    averaged /= count[:, None]
-    lowest, highest = np.full(len(rows), label.max()), np.zeros(len(rows), np.int64)
-    np.minimum.at(lowest, index, label[outcomes.rows])
-    np.maximum.at(highest, index, label[outcomes.rows])
-    voted = Outcomes(
-        rows=rows,
-        predicted=averaged.argmax(axis=1),
-        true_log_probability=np.log(averaged[np.arange(len(rows)), highest]),
-        scores=averaged[:, 1:] if averaged.shape[1] == 2 else averaged,
-        fold=np.zeros(len(rows), np.int64),
-        probability=averaged,
-    )
-    return voted[lowest == highest]
+    averaged = np.zeros((len(rows), outcomes.known_probability.shape[1]))
+    np.add.at(averaged, index, outcomes.known_probability)
+    log_probability = np.log(np.maximum(averaged / count[:, None], np.finfo(float).tiny))
+    own = unit_labels(label, unit)
+    votes = own[rows] >= 0
+    return of_predictions(Predictions(rows[votes], log_probability[votes]), own)
+
+
+def unit_labels(label: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """The label (n_units,) int64 that all images of a unit have; -1 where they have several."""
+    found = np.zeros(unit.max() + 1, np.int64)
+    found[unit] = label
+    found[unit[found[unit] != label]] = -1
+    return found
 
 
 def folds(unit: np.ndarray) -> np.ndarray:

@@ -10,21 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
 from pipeline.comparison import influence, resampling
 from pipeline.comparison.influence import Influence
-from pipeline.comparison.intervals import (
-    CONFIDENCE,
-    PSEUDO_UNITS,
-    Spread,
-    digest_of,
-    distinct,
-    spread_of,
-    sum_by,
-    with_weight,
-)
+from pipeline.comparison.intervals import CONFIDENCE, PSEUDO_UNITS, digest_of, distinct, spread_of, sum_by, with_weight
 from pipeline.comparison.outcomes import Outcomes
 
 MIN_SEEDS_FOR_T = 5
@@ -72,8 +63,8 @@ def compare(runs: Sequence[Outcomes], baseline: Sequence[Outcomes], study: Study
     """
     pairs = _pairs(runs, baseline, study)
     if (standard_error := pairs.standard_error_over_seeds()) is not None:
-        t = abs(pairs.difference) / standard_error
-        method, p_value = CORRECTED_T, float(2 * stats.t.sf(t, len(pairs.rows) - 1))
+        t = -abs(pairs.difference) / standard_error
+        method, p_value = CORRECTED_T, float(2 * special.stdtr(len(pairs.rows) - 1, t))
     elif len(pairs.rows) == 1 and np.ptp(pairs.differences[0].share) == 0 and pairs.has_single_images():
         method, p_value = MCNEMAR, exact_mcnemar(pairs.ours[0], pairs.theirs[0])
     else:
@@ -114,8 +105,8 @@ def images_needed(
     if pairs.difference + margin <= 0:
         return None
     n_images = float(np.mean([len(rows) for rows in pairs.rows]))
-    reach = float(stats.norm.ppf(confidence) + stats.norm.ppf(power)) / (pairs.difference + margin)
-    return max(1, math.ceil(n_images * pairs.adjusted()[1] * reach**2))
+    reach = float(special.ndtri(confidence) + special.ndtri(power)) / (pairs.difference + margin)
+    return max(1, math.ceil(n_images * pairs.estimate()[1] ** 2 * reach**2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -153,22 +144,24 @@ class _Pairs:
         """The contribution of each unit to the difference, over all seeds."""
         columns = zip(self.differences, self.ours, self.theirs, strict=True)
         values = [one.share * (ours.astype(float) - theirs) for one, ours, theirs in columns]
-        return sum_by(values, [self.study.unit[rows] for rows in self.rows])
+        summed = sum_by(values, [self.study.unit[rows] for rows in self.rows])
+        return np.where(np.abs(summed) > 1e-14, summed, 0.0)  # shares that cancel leave a rounding error
 
-    def spread(self) -> Spread:
-        return spread_of(self.differences, self.rows, self.study.unit)
+    def estimate(self) -> tuple[float, float, float]:
+        """Centre of the interval, standard error, and degrees of freedom: over seeds, or else over units.
 
-    def adjusted(self) -> tuple[float, float]:
-        """Difference and its variance with two more units, one in favour of either strategy.
-
-        A pseudo-unit differs by one of its images (Agresti & Min 2005, "Simple improved confidence intervals for
-        comparing matched proportions"), but by at least the 0.2 units of intervals.PSEUDO_UNITS, chosen by simulation.
+        Over units, with two more units, one in favour of either strategy. A pseudo-unit differs by one of its images
+        (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions"), but by at least
+        the 0.2 units of intervals.PSEUDO_UNITS, chosen by simulation.
         """
-        spread = self.spread()
+        if (standard_error := self.standard_error_over_seeds()) is not None:
+            return self.difference, standard_error, len(self.rows) - 1
+        spread = spread_of(self.differences, self.rows, self.study.unit)
         n = spread.n_effective
         centre = n * self.difference / (n + 2)
         pseudo = max((spread.n_units / spread.n_images) ** 2, PSEUDO_UNITS)
-        return centre, ((n * (spread.variance + self.difference**2) + pseudo) / (n + 2) - centre**2) / (n + 2)
+        variance = ((n * (spread.variance + self.difference**2) + pseudo) / (n + 2) - centre**2) / (n + 2)
+        return centre, math.sqrt(variance), spread.degrees
 
     def standard_error_over_seeds(self) -> float | None:
         """That of Nadeau & Bengio 2003, "Inference for the generalization error", section 5: splits overlap.
@@ -186,13 +179,8 @@ class _Pairs:
 
     def bound(self, probability: float) -> float:
         """The value below which the true difference lies with this probability."""
-        standard_error = self.standard_error_over_seeds()
-        if standard_error is not None:
-            bound = self.difference + float(stats.t.ppf(probability, len(self.rows) - 1)) * standard_error
-        else:
-            centre, variance = self.adjusted()
-            bound = centre + self.spread().t(probability) * math.sqrt(variance)
-        return min(max(bound, -1.0), 1.0)
+        centre, standard_error, degrees = self.estimate()
+        return min(max(centre + float(special.stdtrit(degrees, probability)) * standard_error, -1.0), 1.0)
 
 
 def _pairs(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study) -> _Pairs:

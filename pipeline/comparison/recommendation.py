@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.comparison import paired
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
-from pipeline.comparison.tables import p_value, percent, points, teraflops
+from pipeline.comparison.tables import of_runs, p_value, percent, points, sampled, teraflops
 from pipeline.params import HEAD_ALL_SEEDS
 
 Json = dict[str, Any]
@@ -96,12 +96,13 @@ def as_json(recommendation: Recommendation, strategies: Mapping[str, Json]) -> J
 def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     """Two paragraphs: the choice by validation, and the result of the chosen strategy on the test images."""
     rule = (
-        f"the cheapest strategy whose validation accuracy is, with {100 * found.confidence:g} % confidence, at most "
-        f"{_points(found.margin)} below the best"
+        f"the cheapest strategy whose cross-fitted validation accuracy is, with {100 * found.confidence:g} % "
+        f"confidence, at most {_points(found.margin)} below the best"
     )
     reason = _reason(found, strategies)
     if not found.is_decided:
         reason += f" {_undecided(found, strategies)}"
+    reason += of_runs(len(strategies[found.strategy]["seeds"]))
     return f"**Recommendation: {found.strategy}** ({rule}). {reason}\n\n{_tested(found.strategy, strategies)}"
 
 
@@ -133,11 +134,12 @@ def _undecided(found: Recommendation, strategies: Mapping[str, Json]) -> str:
         for verdict in found.verdicts
         if verdict.finding == "undecided" and strategies[verdict.strategy]["cost"]["train_flops"] < chosen_flops
     ]
-    images = (
-        f"about {found.images_needed:,} would (80 % power)"
-        if found.images_needed is not None
-        else "no number of images would, if the difference is what it seems"
-    )
+    val = strategies[found.best]["val"]
+    per_image = sum(val["n_units"]) / sum(val["n"])
+    images = "no number of images would, if the difference is what it seems"
+    if found.images_needed is not None:
+        units = f" images ({round(per_image * found.images_needed):,} units)" if per_image < 1 else ""
+        images = f"about {found.images_needed:,}{units} would (80 % power)"
     may_be_better = [
         f"{rival.strategy} (up to {100 * rival.high:+.1f} points from {found.best})" for rival in found.rivals
     ]
@@ -149,7 +151,8 @@ def _undecided(found: Recommendation, strategies: Mapping[str, Json]) -> str:
         )
         if these
     ]
-    return f"**The {found.n_val:,} validation images cannot decide** {'; or '.join(questions)}; {images}."
+    n_val = sampled({found.best: strategies[found.best]}, "val")
+    return f"**The {n_val} cannot decide** {'; or '.join(questions)}; {images}."
 
 
 def _points(share: float) -> str:

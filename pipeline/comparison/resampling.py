@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from scipy import special
 
 from pipeline.comparison import metrics
 
@@ -39,9 +40,9 @@ def ece_interval(
 
     All arrays but unit (n_images,) are (n_images, n_runs); the weight is 0 where a run has no prediction for an image.
     The interval is the basic bootstrap over units (Davison & Hinkley 1997, "Bootstrap methods and their application",
-    section 5.2), since an ECE is biased upwards and resampling adds the bias once more; it is widened to contain the
-    value. It starts at 0 where calibrated predictions could have such an ECE (Bröcker & Smith 2007, "Increasing the
-    reliability of reliability diagrams").
+    section 5.2), since an ECE is biased upwards and resampling adds the bias once more. It is widened to contain the
+    value, and for few units as a t interval is. It starts at 0 where calibrated predictions could have such an ECE
+    (Bröcker & Smith 2007, "Increasing the reliability of reliability diagrams").
     """
     in_bin = weight[..., None] * (metrics.bin_of(confidence)[..., None] == np.arange(metrics.N_BINS))
     gap, total = in_bin * (is_correct - confidence)[..., None], weight.sum(axis=0)
@@ -60,7 +61,10 @@ def ece_interval(
         would_be_correct = random.random((count, len(unit), 1)) < confidence
         by_chance = np.einsum("bnr,nrk->brk", would_be_correct - confidence, in_bin, optimize=True)
         if_calibrated.append(_mean_ece(by_chance, total))
-    low, high = 2 * value - np.quantile(np.concatenate(resampled), [0.975, 0.025])
+    if n == 1:
+        return value, 0.0, 1.0
+    wider = special.stdtrit(n - 1, 0.975) / special.ndtri(0.975) * np.sqrt(n / (n - 1))
+    low, high = value + wider * (value - np.quantile(np.concatenate(resampled), [0.975, 0.025]))
     if value <= np.quantile(np.concatenate(if_calibrated), 0.975) + 1e-9:  # ties are ties whatever the rounding
         low = 0.0
     return value, float(min(max(low, 0.0), value)), float(max(min(high, 1.0), value))

@@ -3,45 +3,99 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.comparison.paired import MIN_SEEDS_FOR_T
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 
 Json = dict[str, Any]
+PER_UNIT = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced accuracy, %", "auroc": "AUROC, %"}
 
 
 def as_markdown(details: Json) -> str:
-    """comparison.md: the table, and the recommendation in words."""
+    """comparison.md: notes, the table, figures per unit, operating points, and the recommendation in words."""
     strategies, baseline = details["strategies"], details["baseline"]
-    n_test = sorted({n for strategy in strategies.values() for n in strategy["test"]["n"]})
+    compared = {name: strategy for name, strategy in strategies.items() if name != HEAD_ALL_SEEDS}
     methods = tested(details)
     differences = f" Difference from {baseline}; {methods}" if methods else ""
     lines = [
-        f"Test accuracy in %, weighted by the images' weights, on {_range(n_test)} test images a seed, with its 95 % "
-        f"interval over images; ± is the standard deviation over n seeds. Compared on "
-        f"seed{'s' * (len(details['common_seeds']) > 1)} {', '.join(map(str, details['common_seeds']))}.{differences}",
+        *(f"**Note:** {note}.\n" for note in details["notes"]),
+        f"Test accuracy in %, weighted by the images' weights, on {sampled(strategies, 'test')} a seed, with its 95 % "
+        f"interval over {unit_name(details)}s; ± is the standard deviation over n seeds. {compared_on(details)} "
+        "Validation accuracy is cross-fitted: each fifth of the validation units is predicted by the candidate (epoch, "
+        f"regularization strength) that the other fifths choose.{differences}",
         "",
-        f"| strategy | n | accuracy | difference from {baseline} | p | balanced accuracy | NLL (nats) "
-        "| trained parameters | training TFLOPs |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(_cells(name, strategies[name]))} |" for name in strategies if name != HEAD_ALL_SEEDS),
+        f"| strategy | n | candidates | validation accuracy, cross-fitted | accuracy | difference from {baseline} | p "
+        "| balanced accuracy | NLL (nats) | trained parameters | training TFLOPs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(_cells(name, strategy))} |" for name, strategy in compared.items()),
         "",
         _all_seeds(strategies[HEAD_ALL_SEEDS]),
         "",
-        details["recommendation"]["text"],
     ]
-    return "\n".join(lines) + "\n"
+    for title, rows in further(details):
+        columns = list(rows[0][1])
+        lines += [f"{title}:", "", f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+        lines += [*(f"| {name} | {' | '.join(cells.values())} |" for name, cells in rows), ""]
+    return "\n".join([*lines, details["recommendation"]["text"]]) + "\n"
+
+
+def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """Tables of figures per unit and of operating points, where they exist: a title, and the cells by strategy."""
+    compared = {name: one["test"] for name, one in details["strategies"].items() if name != HEAD_ALL_SEEDS}
+    voted = {name: test["per_unit"] for name, test in compared.items() if test.get("per_unit")}
+    tables = []
+    if voted:
+        first = next(iter(voted.values()))
+        left_out = f"; {first['n_left_out']} with several labels are left out" if first["n_left_out"] else ""
+        title = (
+            f"One vote per unit, from the mean probability of its images ({first['n_units']:,} test units{left_out})"
+        )
+        names = [name for name in PER_UNIT if all(name in one["metrics"] for one in voted.values())]
+        rows = {name: {PER_UNIT[key]: _share(one["metrics"][key]) for key in names} for name, one in voted.items()}
+        tables.append((title, [*rows.items()]))
+    for of, found in (("image", compared), ("unit", voted)):
+        points = {name: one["operating_points"] for name, one in found.items() if one.get("operating_points")}
+        if points:
+            title = (
+                f"Sensitivity (for {details['positive_class']}) and specificity on test per {of}, in %, at the default "
+                f"threshold and at the one that gives a specificity of {100 * details['stated_specificity']:g} % on "
+                "validation"
+            )
+            rows = {name: _operating_cells(one) for name, one in points.items()}
+            tables.append((title, [*rows.items()]))
+    return tables
+
+
+def sampled(strategies: Json, split: str) -> str:
+    """`656 test images`, or `66 test units (660 images)` where a unit is more than an image."""
+    found = [strategy[split] for strategy in strategies.values()]
+    n, n_units = (sorted({n for one in found for n in one[key]}) for key in ("n", "n_units"))
+    title = {"val": "validation", "test": "test"}[split]
+    return f"{_range(n)} {title} images" if n == n_units else f"{_range(n_units)} {title} units ({_range(n)} images)"
+
+
+def unit_name(details: Json) -> str:
+    """What was sampled: images, or units of several."""
+    return "unit" if details["has_groups"] else "image"
+
+
+def compared_on(details: Json) -> str:
+    """The seeds, and with fewer than five of them that the result is about these runs."""
+    seeds = details["common_seeds"]
+    return f"Compared on seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.{of_runs(len(seeds))}"
+
+
+def of_runs(n: int) -> str:
+    """What a result from fewer than five runs of each strategy is about; with more an empty text."""
+    if n >= MIN_SEEDS_FOR_T:
+        return ""
+    these = f"these {n} runs" if n > 1 else "this one run"
+    return f" This is a result of {these} of each strategy: runs with other training seeds may differ."
 
 
 def tested(details: Json) -> str:
-    """The tests that gave the p-values, and the p-values of the corrected t-test where it applies; or an empty text."""
-    found = {name: one["vs_baseline"]["test"] for name, one in details["strategies"].items() if one.get("vs_baseline")}
-    methods = sorted({test["method"] for test in found.values()})
-    by_t = [
-        f"{name} {p_value(test['corrected_t_p_value'])}"
-        for name, test in found.items()
-        if test["corrected_t_p_value"] is not None
-    ]
-    over_seeds = f" By the corrected t over seeds (Nadeau and Bengio): {', '.join(by_t)}." if by_t else ""
-    return f"p: {' or '.join(methods)}, Holm-corrected.{over_seeds}" if methods else ""
+    """The tests that gave the p-values; or an empty text."""
+    methods = {one["vs_baseline"]["test"]["method"] for one in details["strategies"].values() if one.get("vs_baseline")}
+    return f"p: {' or '.join(sorted(methods))}, Holm-corrected." if methods else ""
 
 
 def percent(figure: Json) -> str:
@@ -72,6 +126,8 @@ def _cells(name: str, strategy: Json) -> list[str]:
     return [
         name,
         f"{strategy['distinct_runs']}",
+        f"{strategy['n_candidates']}",
+        f"{100 * strategy['val']['metrics']['accuracy']['value']:.1f}",
         percent(figures["accuracy"]),
         points(difference) if difference else "",
         p_value(difference["p_value"]) if difference else "",
@@ -80,6 +136,21 @@ def _cells(name: str, strategy: Json) -> list[str]:
         f"{cost['trainable_params']:,}",
         teraflops(cost["train_flops"]),
     ]
+
+
+def _share(figure: Json) -> str:
+    return percent({"sd": None, **figure})
+
+
+def _operating_cells(found: Json) -> dict[str, str]:
+    chosen = found["chosen"]
+    return {
+        "sensitivity": _share(found["default"]["sensitivity"]),
+        "specificity": _share(found["default"]["specificity"]),
+        "chosen threshold": f"{chosen['threshold']:.3f}",
+        "sensitivity there": _share(chosen["sensitivity"]),
+        "specificity there": _share(chosen["specificity"]),
+    }
 
 
 def _all_seeds(strategy: Json) -> str:

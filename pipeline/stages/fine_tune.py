@@ -3,7 +3,7 @@
 Reads   data/images.csv and the images it names, data/labels.csv, data/splits/seed_<s>.csv,
         data/plan/backbone.json, data/plan/<strategy>.json, models/feature_extraction/seed_<s>.*
 Writes  models/<strategy>/seed_<s>.safetensors, .json
-        reports/runs/<strategy>/seed_<s>/     predictions for validation and test, learning curve
+        reports/runs/<strategy>/seed_<s>/     predictions for validation and test, candidates, learning curve
 """
 
 import sys

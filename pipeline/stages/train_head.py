@@ -2,7 +2,7 @@
 
 Reads   data/features.h5, data/labels.csv, data/splits/; data/weights/ for `head.kind: pretrained`
 Writes  models/feature_extraction/seed_<s>.safetensors, .json
-        reports/runs/feature_extraction/seed_<s>/     predictions for validation and test
+        reports/runs/feature_extraction/seed_<s>/     predictions for validation and test, candidates
 """
 
 import torch

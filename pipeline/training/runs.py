@@ -1,6 +1,6 @@
 """Runs: what one strategy with one seed predicted, what it cost, and how it was selected.
 
-reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation and test), run.json
+reports/runs/<strategy>/seed_<s>/     predictions.safetensors (validation, test, candidates), run.json
 """
 
 import json
@@ -84,7 +84,7 @@ def make_candidates(log_probability: Mapping[str, np.ndarray], label: np.ndarray
 def join_candidates(parts: Sequence[Candidates]) -> Candidates:
     """One record of candidates that were made one at a time: no log-probabilities of all classes are kept."""
     names, *arrays = zip(*(vars(part).values() for part in parts), strict=True)
-    return Candidates([*chain.from_iterable(names)], *map(np.concatenate, arrays))
+    return Candidates([*chain(*names)], *map(np.concatenate, arrays))
 
 
 @dataclass(frozen=True)

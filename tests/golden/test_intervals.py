@@ -6,11 +6,12 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.comparison.influence import Influence, linearise
+from pipeline.comparison import influence
+from pipeline.comparison.influence import Influence
 from pipeline.comparison.intervals import ece_interval, metric_intervals
 from pipeline.comparison.metrics import expected_calibration_error
-from pipeline.training.runs import Predictions
-from tests.factories import predictions_with
+from pipeline.comparison.outcomes import Outcomes
+from tests.factories import outcomes_of, outcomes_with
 
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -24,8 +25,13 @@ def answers(n_classes: int, n: int, key: int = 0) -> Answers:
     return logits, label, weight
 
 
-def accuracy_interval(runs: list[Predictions], weight: np.ndarray) -> tuple[float, float]:
-    found = metric_intervals(runs, np.zeros(len(weight), int), weight)["accuracy"]
+def linearise(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, Influence | None]:
+    return influence.linearise(outcomes_of(logits, label), label, weight, np.arange(len(label)), logits.shape[1])
+
+
+def accuracy_interval(runs: list[Outcomes], weight: np.ndarray, unit: np.ndarray | None = None) -> tuple[float, float]:
+    unit = np.arange(len(weight)) if unit is None else unit
+    found = metric_intervals(runs, np.zeros(len(weight), int), weight, unit, 2)["accuracy"]
     assert found is not None
     return found.low, found.high
 
@@ -41,17 +47,24 @@ def standard_error(found: Influence | None) -> float:
 
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 7), (1, 7), (85, 100), (170, 200), (655, 656), (1, 1)])
-def test_accuracy_with_equal_weights_has_wilsons_interval(n_right: int, n: int):
-    expected = np.asarray(proportion_confint(n_right, n, method="wilson")).tolist()
-    assert accuracy_interval([predictions_with(np.arange(n) < n_right)], np.full(n, 0.3)) == pytest.approx(
-        expected, abs=1e-9
-    )
+def test_accuracy_with_equal_weights_has_the_interval_of_clopper_and_pearson_for_fewer_images(n_right: int, n: int):
+    p, size = n_right / n, (stats.norm.ppf(0.975) / stats.t.ppf(0.975, max(n - 1, 1))) ** 2
+    with_pseudo = (n * p + 0.1) / (n + 0.2)  # 0.1 images more at either end
+    variance = (n * (p * (1 - p) * n / max(n - 1, 1) + p**2) + 0.1) / (n + 0.2) - with_pseudo**2
+    size *= n * with_pseudo * (1 - with_pseudo) / variance
+    low = stats.beta.ppf(0.025, p * size, size - p * size + 1) if p > 0 else 0.0
+    high = stats.beta.ppf(0.975, p * size + 1, size - p * size) if p < 1 else 1.0
+    found = accuracy_interval([outcomes_with(np.arange(n) < n_right)], np.full(n, 0.3))
+    assert found == pytest.approx((low, high), abs=1e-9)
+    exact = np.asarray(proportion_confint(n_right, n, method="beta")).tolist()
+    assert found == pytest.approx(exact, abs=0.005 if n > 50 else 1)
+    assert found[1] - found[0] >= exact[1] - exact[0]
 
 
 def test_accuracy_over_disjoint_seeds_is_one_accuracy_over_all_images():
     hits = np.random.default_rng(0).random(900) < 0.9
-    runs = [predictions_with(hits[part], part) for part in np.arange(900).reshape(3, 300)]
-    once = accuracy_interval([predictions_with(hits)], np.ones(900))
+    runs = [outcomes_with(hits[part], part) for part in np.arange(900).reshape(3, 300)]
+    once = accuracy_interval([outcomes_with(hits)], np.ones(900))
     assert accuracy_interval(runs, np.ones(900)) == pytest.approx(once, abs=2e-4)  # each with a mean of its own
 
 
@@ -59,15 +72,25 @@ def test_accuracy_over_disjoint_seeds_is_one_accuracy_over_all_images():
 def test_influence_is_the_derivative_by_the_weight(n_classes: int):
     n, step = 60, 1e-6
     logits, label, weight = answers(n_classes, n)
-    moved = [
-        [values(logits, label, weight + sign * step * (np.arange(n) == i)) for i in range(n)] for sign in (1.0, -1.0)
-    ]
-    size, of_class = np.bincount(label)[label], {"balanced_accuracy", "macro_f1", "auroc"}
+    # Balanced accuracy and macro F1 are moved where every class has two images more, one right, one wrong in all ways
+    mean_weight, (actual, predicted) = np.bincount(label, weight) / np.bincount(label), np.indices((n_classes,) * 2)
+    more = np.concatenate([logits, np.eye(n_classes)[predicted.ravel()]]), np.append(label, actual.ravel())
+    pseudo = (mean_weight[actual] * np.where(actual == predicted, 1, 1 / (n_classes - 1))).ravel()
+
+    def moved(i: int, by: float) -> dict[str, float]:
+        changed = weight + by * (np.arange(n) == i)
+        with_pseudo = values(*more, np.append(changed, pseudo))
+        return values(logits, label, changed) | {name: with_pseudo[name] for name in ("balanced_accuracy", "macro_f1")}
+
+    ups, downs = ([moved(i, by) for i in range(n)] for by in (step, -step))
+    size = np.bincount(label)[label]
     for name, linear in linearise(logits, label, weight).items():
         if name == "auroc" and n_classes > 2:
             continue  # corrected in parts, by class
-        derivative = weight * [(up[name] - down[name]) / (2 * step) for up, down in zip(*moved, strict=True)]
-        correction = np.sqrt(size / (size - 1)) if name in of_class else np.sqrt(n / (n - 1))
+        derivative = weight * [(up[name] - down[name]) / (2 * step) for up, down in zip(ups, downs, strict=True)]
+        correction = np.sqrt(size / (size - 1)) if name == "auroc" else 1.0
+        if name in ("balanced_accuracy", "macro_f1"):
+            correction = np.sqrt((size + 2) / size)
         assert linear is not None
         np.testing.assert_allclose(linear.influence, correction * derivative, atol=1e-7)
         assert np.all(np.abs(derivative) <= (2 if name == "auroc" else 1) * linear.top * linear.share + 1e-7)
@@ -78,7 +101,7 @@ def test_standard_errors_and_widths_are_those_of_a_bootstrap(n_classes: int):
     logits, label, weight = answers(n_classes, 600)
     random = np.random.default_rng(1)
     resampled = [values(logits[i], label[i], weight[i]) for i in random.integers(0, 600, (400, 600))]
-    found = metric_intervals([Predictions(np.arange(600), logits)], label, weight)
+    found = metric_intervals([outcomes_of(logits, label)], label, weight, np.arange(600), n_classes)
     for name, linear in linearise(logits, label, weight).items():
         expected, interval = np.std([value[name] for value in resampled], ddof=1), found[name]
         assert standard_error(linear) == pytest.approx(expected, rel=0.15), name
@@ -115,37 +138,39 @@ def test_auroc_of_weighted_images_by_pairs():
 def test_nll_has_the_normal_interval_of_its_logarithm():
     logits, label, _ = answers(3, 400)
     loss = -log_softmax(logits, axis=1)[np.arange(400), label]
-    found = metric_intervals([Predictions(np.arange(400), logits)], label, np.ones(400))["nll"]
+    found = metric_intervals([outcomes_of(logits, label)], label, np.ones(400), np.arange(400), 3)["nll"]
     assert found is not None
-    with_two = np.append(loss, [0.0, 2 * loss.mean()])
-    reach = stats.norm.ppf(0.975) * np.sqrt(with_two.var() / 400) / loss.mean()
+    variance = (
+        loss.var(ddof=1) + 2 * loss.mean() ** 2 / 400
+    ) / 402  # with two images, of no loss and of twice the mean
+    reach = stats.t.ppf(0.975, 399) * np.sqrt(variance) / loss.mean()
     assert (found.value, np.log(found.high / found.value)) == pytest.approx((loss.mean(), reach))
     assert found.low * found.high == pytest.approx(found.value**2)
 
 
 def test_ece_has_the_basic_bootstrap_interval_of_scipy():
     logits, label, weight = answers(3, 300)
-    logits *= 4  # too sure
+    probability = softmax(4 * logits, axis=1)  # too sure
 
     def ece(drawn: np.ndarray) -> float:
-        return expected_calibration_error(logits[drawn], label[drawn], weight[drawn])
+        return expected_calibration_error(probability[drawn], label[drawn], weight[drawn])
 
     rows = np.arange(300)
     expected = stats.bootstrap(
         (rows,), ece, method="basic", n_resamples=1000, vectorized=False, rng=np.random.default_rng(1)
     ).confidence_interval
-    found = ece_interval([Predictions(rows, logits)], label, weight)
+    found = ece_interval([rows], [probability], label, weight, rows)
     assert found is not None
     assert found.value == pytest.approx(ece(rows))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.005)
 
 
 def test_the_ece_of_answers_as_often_right_as_confident_may_be_0():
-    random, n_covered = np.random.default_rng(5), 0
+    random, rows, n_covered = np.random.default_rng(5), np.arange(150), 0
     for _ in range(200):
         logits = 2 * random.normal(size=(150, 3))
         label = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from the softmax
-        found = ece_interval([Predictions(np.arange(150), logits)], label, np.ones(150))
+        found = ece_interval([rows], [softmax(logits, axis=1)], label, np.ones(150), rows)
         assert found is not None
         n_covered += found.low == 0
     assert n_covered / 200 == pytest.approx(0.975, abs=0.025)

@@ -8,6 +8,7 @@ from scipy.special import softmax
 from sklearn import metrics as sklearn
 
 from pipeline.comparison.metrics import confusion, per_class, score, temperature
+from tests.factories import outcomes_of
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
@@ -20,7 +21,7 @@ def test_every_metric_that_scikit_learn_has_is_scikit_learns(n_classes: int, is_
     probability, predicted = softmax(logits, axis=1), logits.argmax(axis=1)
     positive = probability[:, 1] if n_classes == 2 else probability
     weights: dict[str, Any] = {"sample_weight": weight if is_weighted else None}
-    found = score(logits, label, weight)
+    found = score(outcomes_of(logits, label), label, weight, n_classes)
     found.pop("ece")
     top5 = (
         {} if n_classes <= 10 else {"top5_accuracy": sklearn.top_k_accuracy_score(label, probability, k=5, **weights)}
@@ -47,14 +48,14 @@ def test_classes_and_confusion_are_scikit_learns(is_weighted: bool):
     predicted, names = logits.argmax(axis=1), ["a", "b", "c", "d", "e"]
     options: dict[str, Any] = {"labels": range(5), "target_names": names, "output_dict": True, "zero_division": 0.0}
     report: Any = sklearn.classification_report(label, predicted, sample_weight=weight, **options)
-    found = per_class(logits, label, weight)
+    found = per_class(predicted, label, weight, 5)
     for k, name in enumerate(names):
         expected = {"precision": report[name]["precision"], "recall": report[name]["recall"]}
         expected |= {"f1": report[name]["f1-score"], "support": np.sum(label == names.index(name))}
         assert {figure: values[k] for figure, values in found.items()} == pytest.approx(expected)
     expected = sklearn.confusion_matrix([*label, 4], [*predicted, 4])
     expected[4, 4] -= 1
-    np.testing.assert_array_equal(confusion(logits, label), expected)
+    np.testing.assert_array_equal(confusion(predicted, label, 5), expected)
 
 
 @pytest.mark.parametrize(("weight_of_wrong", "share"), [(1.0, 0.8), (2.0, 2 / 3), (4.0, 1 / 2)])

@@ -1,5 +1,7 @@
 """What holds for intervals and paired comparisons of all runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,27 +9,35 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.comparison.intervals import Interval, metric_intervals
-from pipeline.comparison.paired import Difference, compare, images_needed
+from pipeline.comparison.outcomes import Outcomes, of_predictions
+from pipeline.comparison.paired import Difference, Study, compare, images_needed
 from pipeline.comparison.resampling import sign_flip
 from pipeline.training.runs import Predictions
 
-Answers = tuple[list[Predictions], list[Predictions], np.ndarray, np.ndarray]
+Answers = tuple[list[Outcomes], list[Outcomes], Study]
 few = settings(deadline=None, max_examples=60)
 
 
 @st.composite
 def answers(draw: st.DrawFn) -> Answers:
-    """Two strategies' runs, on the same images for each seed, labels and weights; classes may be absent."""
+    """Two strategies' runs, on the same images for each seed, labels, weights and units; classes may be absent."""
     n_classes, n_images, seeds = draw(st.integers(2, 12)), draw(st.integers(1, 25)), draw(st.integers(1, 6))
     label = draw(arrays(np.int64, n_images, elements=st.integers(0, n_classes - 1)))
     weight = draw(arrays(np.float64, n_images, elements=st.sampled_from([0.25, 0.5, 1.0, 3.0])))
-    runs: list[list[Predictions]] = [[], []]
+    unit = draw(arrays(np.int64, n_images, elements=st.integers(0, n_images - 1)))
+    study = Study(label, weight, np.arange(n_images) if draw(st.booleans()) else unit, draw(st.sampled_from([0, 20])))
+    runs: list[list[Outcomes]] = [[], []]
     for _ in range(seeds):
         rows = np.array(sorted(draw(st.sets(st.integers(0, n_images - 1), min_size=1))))
         for which in (0, 1):
             logits = draw(arrays(np.float32, (len(rows), n_classes), elements=st.floats(-8, 8, width=32)))
-            runs[which].append(Predictions(rows, logits))
-    return runs[0], runs[1], label, weight
+            runs[which].append(of_predictions(Predictions(rows, logits), label))
+    return runs[0], runs[1], study
+
+
+def intervals_of(runs: list[Outcomes], study: Study) -> dict[str, Interval | None]:
+    n_classes = runs[0].known_probability.shape[1]
+    return metric_intervals(runs, study.label, study.weight, study.unit, n_classes)
 
 
 def same(found: dict[str, Interval | None], other: dict[str, Interval | None]) -> None:
@@ -47,10 +57,10 @@ def same_difference(found: Difference, other: Difference) -> None:
 @few
 @given(answers())
 def test_intervals_contain_the_value_and_lie_in_range(given_answers: Answers):
-    runs, _, label, weight = given_answers
-    for name, interval in metric_intervals(runs, label, weight).items():
+    runs, _, study = given_answers
+    for name, interval in intervals_of(runs, study).items():
         if interval is not None:
-            top = {"nll": np.inf, "brier": 1 if runs[0].log_probability.shape[1] == 2 else 2}.get(name, 1)
+            top = {"nll": np.inf, "brier": 1 if runs[0].known_probability.shape[1] == 2 else 2}.get(name, 1)
             assert 0 <= interval.low <= interval.value <= interval.high <= top
             assert np.isfinite(interval.high)
 
@@ -58,32 +68,31 @@ def test_intervals_contain_the_value_and_lie_in_range(given_answers: Answers):
 @few
 @given(answers())
 def test_differences_contain_the_value_and_lie_in_range(given_answers: Answers):
-    runs, others, label, weight = given_answers
-    found = compare(runs, others, label, weight)
+    runs, others, study = given_answers
+    found = compare(runs, others, study)
     assert -1 <= found.low <= found.difference + 1e-12
     assert found.difference - 1e-12 <= found.high <= 1
     assert found.low < found.high
     assert found.difference == pytest.approx(found.accuracy - found.baseline_accuracy)
     assert 0 < found.p_value <= 1
-    assert found.corrected_t_p_value is None or 0 <= found.corrected_t_p_value <= 1
-    needed = images_needed(runs, others, label, weight, 0.01, 0.9)
+    needed = images_needed(runs, others, study, 0.01, 0.9)
     assert (needed is None) == (found.difference + 0.01 <= 0)
 
 
 @few
 @given(answers(), st.randoms(use_true_random=False))
 def test_the_order_of_rows_and_of_runs_changes_nothing(given_answers: Answers, random):
-    runs, others, label, weight = given_answers
+    runs, others, study = given_answers
     order = list(range(len(runs)))
     random.shuffle(order)
-    shuffled: list[list[Predictions]] = [[], []]
+    shuffled: list[list[Outcomes]] = [[], []]
     for s in order:
         rows = list(range(len(runs[s].rows)))
         random.shuffle(rows)
         for to, run in zip(shuffled, (runs[s], others[s]), strict=True):
-            to.append(Predictions(run.rows[rows], run.log_probability[rows]))
-    same(metric_intervals(shuffled[0], label, weight), metric_intervals(runs, label, weight))
-    mine, theirs = compare(shuffled[0], shuffled[1], label, weight), compare(runs, others, label, weight)
+            to.append(run[np.array(rows)])
+    same(intervals_of(shuffled[0], study), intervals_of(runs, study))
+    mine, theirs = compare(shuffled[0], shuffled[1], study), compare(runs, others, study)
     mine.by_seed.sort()
     theirs.by_seed.sort()
     same_difference(mine, theirs)
@@ -92,16 +101,17 @@ def test_the_order_of_rows_and_of_runs_changes_nothing(given_answers: Answers, r
 @few
 @given(answers(), st.floats(0.01, 100))
 def test_only_ratios_of_weights_matter(given_answers: Answers, factor: float):
-    runs, others, label, weight = given_answers
-    same(metric_intervals(runs, label, factor * weight), metric_intervals(runs, label, weight))
-    same_difference(compare(runs, others, label, factor * weight), compare(runs, others, label, weight))
+    runs, others, study = given_answers
+    scaled = replace(study, weight=factor * study.weight)
+    same(intervals_of(runs, scaled), intervals_of(runs, study))
+    same_difference(compare(runs, others, scaled), compare(runs, others, study))
 
 
 @few
 @given(answers())
 def test_the_other_way_round_the_difference_has_the_other_sign(given_answers: Answers):
-    runs, others, label, weight = given_answers
-    found, other = compare(runs, others, label, weight), compare(others, runs, label, weight)
+    runs, others, study = given_answers
+    found, other = compare(runs, others, study), compare(others, runs, study)
     assert (found.difference, found.low, found.high) == pytest.approx(
         (-other.difference, -other.high, -other.low), abs=1e-9
     )

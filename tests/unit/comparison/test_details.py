@@ -1,5 +1,6 @@
 """details.json and the files of reports/metrics, checked by hand on a few images."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,27 @@ import numpy as np
 import pytest
 
 from pipeline.comparison import details
+from pipeline.comparison.details import Judged
+from pipeline.comparison.paired import Study
+from pipeline.dataset.manifest import Labels
+from pipeline.dataset.units import unit_of
 from pipeline.params import HEAD_ALL_SEEDS
-from pipeline.training.runs import Predictions
-from tests.factories import FORTY, FULL_RUNS, HEAD_RUNS, forty_details, run_wrong_on
+from pipeline.training.runs import Predictions, Run
+from tests.factories import COMPARE, FORTY, FULL_RUNS, HEAD_RUNS, forty_details, run_wrong_on
 
 N = 40
+
+
+def judge(run: Run, data: Labels = FORTY) -> Judged:
+    return details.judge(run, data, unit_of(data))
+
+
+def scores_of(run: Run) -> dict[str, Any]:
+    return judge(run).scores
+
+
+def describe(runs: Sequence[Run], data: Labels = FORTY) -> dict[str, Any]:
+    return details.describe([judge(run, data) for run in runs], data, unit_of(data), COMPARE)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +37,7 @@ def found() -> dict[str, Any]:
 
 
 def test_a_run_is_scored_on_validation_and_test_with_weights():
-    found = details.score(HEAD_RUNS[0], FORTY)
+    found = scores_of(HEAD_RUNS[0])
     assert (found["seed"], found["chosen"], found["network"]) == (0, HEAD_RUNS[0].chosen, HEAD_RUNS[0].network)
     assert found["cost"] == {"trainable_params": 100, "train_flops": 10**12, "base_passes": 2, "cached_bytes": 8}
     assert (found["val"]["n"], found["test"]["n"]) == (8, 16)
@@ -30,12 +47,12 @@ def test_a_run_is_scored_on_validation_and_test_with_weights():
 
 
 def test_calibration_after_scaling_uses_the_temperature_of_validation():
-    found = details.score(HEAD_RUNS[0], FORTY)
+    found = scores_of(HEAD_RUNS[0])
     # right on 9/10 of the validation weight, with a confidence of 0.9: nothing to scale
     assert found["temperature"] == pytest.approx(1.0, abs=1e-3)
     assert found["test"]["ece_scaled"] == pytest.approx(found["test"]["ece"], abs=1e-3)
     sure = run_wrong_on("full", 0, [1, 2, 8, 9, 10, 11])
-    scaled = details.score(sure, FORTY)  # right on 8/10
+    scaled = scores_of(sure)  # right on 8/10
     assert scaled["temperature"] == pytest.approx(np.log(9) / np.log(4), abs=1e-3)
     assert scaled["test"]["ece_scaled"] == pytest.approx(0.8 - 0.75, abs=1e-3)
 
@@ -65,7 +82,7 @@ def test_a_metric_is_the_mean_over_seeds_with_interval_and_deviation(found: dict
 
 def test_the_difference_from_the_baseline_is_on_the_same_images_and_corrected_over_strategies():
     runs = {"feature_extraction": HEAD_RUNS, "full": FULL_RUNS, "other": HEAD_RUNS}
-    found = details.against_baseline(runs, "feature_extraction", FORTY, 8)
+    found = against_baseline(runs, 8)
     assert list(found) == ["full", "other"]
     full, other = found["full"]["test"], found["other"]["test"]
     assert full["baseline_accuracy"] == pytest.approx((15 / 20 + 16 / 20) / 2)
@@ -74,6 +91,12 @@ def test_the_difference_from_the_baseline_is_on_the_same_images_and_corrected_ov
     assert (other["difference"], other["p_value"]) == (0, 1)
     assert full["p_value"] == pytest.approx(min(1, 2 * full["p_value_uncorrected"]))
     assert full["seeds"] == 2
+
+
+def against_baseline(runs: Mapping[str, Sequence[Run]], n_train: int) -> dict[str, Any]:
+    judged = {name: [judge(run) for run in these] for name, these in runs.items()}
+    study = Study(FORTY.label, FORTY.weight, np.arange(N), n_train)
+    return details.against_baseline(judged, "feature_extraction", {"val": study, "test": study})
 
 
 def test_another_baseline_reverses_the_difference():
@@ -85,8 +108,7 @@ def test_another_baseline_reverses_the_difference():
 
 def test_identical_runs_count_once():
     same = run_wrong_on("feature_extraction", 0, [8, 9])
-    scored = [details.score(same, FORTY)] * 3
-    found = details.describe([same] * 3, scored, FORTY)
+    found = describe([same] * 3)
     assert (found["distinct_runs"], len(found["runs"]), len(found["test"]["n"])) == (1, 3, 3)
     assert found["test"]["metrics"]["accuracy"]["sd"] is None
     assert details.summarise(found)["seeds"] == 1
@@ -109,7 +131,7 @@ def test_rows_by_subset_and_by_group_count_an_image_once():
     subset = ["mono" if i < 20 else "poly" for i in range(N - 1)] + [""]
     group = [f"patient {i % 50}" for i in range(N)]
     data = replace(FORTY, subset=subset, group=group)
-    found = details.describe(HEAD_RUNS, [details.score(run, data) for run in HEAD_RUNS], data)["test"]
+    found = describe(HEAD_RUNS, data)["test"]
     assert {name: row["n"] for name, row in found["subsets"].items()} == {"mono": 12, "poly": 12}
     mono = found["subsets"]["mono"]["accuracy"]  # 8 to 19 of the first seed, 16 to 19 of the second
     assert mono["value"] == pytest.approx((1 - 5 / 15 + 1 - 4 / 5) / 2)
@@ -122,7 +144,7 @@ def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: p
     monkeypatch.setattr(details, "MAX_GROUPS", 3)
     # Tested are images 8 to 31: three of a, one each of the others
     data = replace(FORTY, group=["a" if i in (9, 10, 30) else f"b{i:02}" for i in range(N)])
-    found = details.break_down(HEAD_RUNS, data)
+    found = details.break_down([judge(run, data) for run in HEAD_RUNS], data, unit_of(data))
     assert list(found["groups"]) == ["a", "b08", "b11"]
     assert [row["n"] for row in found["groups"].values()] == [3, 1, 1]
     assert found["n_groups"] == 22
@@ -130,7 +152,7 @@ def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: p
 
 def test_a_metric_that_one_seed_lacks_is_none():
     only_cats = replace(FORTY, label=np.where(np.arange(N) < 24, 0, np.arange(N) % 2))
-    found = details.describe(HEAD_RUNS, [details.score(run, only_cats) for run in HEAD_RUNS], only_cats)
+    found = describe(HEAD_RUNS, only_cats)
     assert found["test"]["metrics"]["auroc"] == {"value": None, "low": None, "high": None, "sd": None}
     assert found["test"]["metrics"]["accuracy"]["sd"] is not None
 
@@ -169,9 +191,9 @@ def test_images_that_are_not_used_do_not_count_as_training():
     factors = [1, -2, 3, 4, 5, 6]  # six distinct runs, one of which answers the opposite
     tests = [Predictions(run.test.rows, run.test.log_probability * k) for run, k in zip(runs, factors, strict=True)]
     runs = [replace(run, test=test) for run, test in zip(runs, tests, strict=True)]
-    found = [
-        details.against_baseline({"feature_extraction": heads, "full": runs}, "feature_extraction", FORTY, n_train)
-        for n_train in (8, 24)
-    ]
-    few, many = (one["full"]["test"]["corrected_t_p_value"] for one in found)
-    assert many < few < 1
+    few, many = (
+        against_baseline({"feature_extraction": heads, "full": runs}, n_train)["full"]["test"] for n_train in (8, 24)
+    )
+    assert few["method"] == many["method"] == "corrected t over seeds"
+    assert many["p_value"] < few["p_value"] < 1
+    assert few["low"] <= many["low"] < many["high"] < few["high"]

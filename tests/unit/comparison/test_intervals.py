@@ -2,17 +2,23 @@
 
 import numpy as np
 import pytest
-from statsmodels.stats.proportion import proportion_confint
+from scipy import stats
 
 from pipeline.comparison.intervals import Interval, digest_of, distinct, ece_interval, metric_intervals
 from pipeline.comparison.metrics import score
-from pipeline.training.runs import Predictions
-from tests.factories import predictions_with, two_strategies
+from pipeline.comparison.outcomes import Outcomes
+from pipeline.comparison.paired import Study
+from tests.factories import outcomes_of, outcomes_with, two_strategies
+
+
+def intervals_of(runs: list[Outcomes], study: Study, n_classes: int) -> dict[str, Interval | None]:
+    return metric_intervals(runs, study.label, study.weight, study.unit, n_classes)
 
 
 def accuracy_of(hits: np.ndarray, weight: np.ndarray | None = None) -> Interval:
     weight = np.ones(len(hits)) if weight is None else weight
-    found = metric_intervals([predictions_with(hits)], np.zeros(len(hits), int), weight)["accuracy"]
+    label, unit = np.zeros(len(hits), int), np.arange(len(hits))
+    found = metric_intervals([outcomes_with(hits)], label, weight, unit, 2)["accuracy"]
     assert found is not None
     return found
 
@@ -20,9 +26,9 @@ def accuracy_of(hits: np.ndarray, weight: np.ndarray | None = None) -> Interval:
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("n_classes", [2, 4, 12])
 def test_intervals_are_of_the_mean_of_metrics_score(n_classes: int, seeds: int):
-    runs, _, label, weight = two_strategies(n_classes, seeds)
-    found = metric_intervals(runs, label, weight)
-    scores = [score(run.log_probability, label[run.rows], weight[run.rows]) for run in runs]
+    runs, _, study = two_strategies(n_classes, seeds)
+    found = intervals_of(runs, study, n_classes)
+    scores = [score(run, study.label[run.rows], study.weight[run.rows], n_classes) for run in runs]
     assert set(found) == set(scores[0])
     for name, interval in found.items():
         assert interval is not None
@@ -31,19 +37,20 @@ def test_intervals_are_of_the_mean_of_metrics_score(n_classes: int, seeds: int):
 
 
 def test_identical_runs_count_once():
-    runs, _, label, weight = two_strategies(2, 2)
-    again = Predictions(runs[0].rows.copy(), runs[0].log_probability.copy())
+    runs, _, study = two_strategies(2, 2)
+    again = runs[0][np.full(len(runs[0].rows), True)]
+    assert again.rows is not runs[0].rows
     assert distinct([runs[0], runs[1], again], digest_of) == runs
-    assert metric_intervals([runs[0], again], label, weight) == metric_intervals(runs[:1], label, weight)
+    assert intervals_of([runs[0], again], study, 2) == intervals_of(runs[:1], study, 2)
 
 
 def test_all_right_leaves_room_below_and_all_wrong_above():
     for n in range(1, 100):
-        for is_right in (True, False):
-            low, high = np.asarray(proportion_confint(n * is_right, n, method="wilson")).tolist()
-            assert vars(accuracy_of(np.full(n, is_right))) == pytest.approx(
-                {"value": float(is_right), "low": low, "high": high}, abs=1e-9
-            )
+        effective = n * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, max(n - 1, 1))) ** 2
+        low = float(0.025 ** (1 / effective))  # Clopper and Pearson
+        right, wrong = (accuracy_of(np.full(n, is_right)) for is_right in (True, False))
+        assert vars(right) == pytest.approx({"value": 1.0, "low": low, "high": 1.0}, abs=1e-9)
+        assert vars(wrong) == pytest.approx({"value": 0.0, "low": 0.0, "high": 1 - low}, abs=1e-9)
 
 
 def test_one_error_of_hardly_any_weight_is_not_taken_for_certainty():
@@ -52,10 +59,10 @@ def test_one_error_of_hardly_any_weight_is_not_taken_for_certainty():
 
 
 def test_an_image_of_weight_zero_is_absent():
-    runs, _, label, weight = two_strategies(3, 2)
-    weight[::3] = 0
-    left = [Predictions(run.rows[weight[run.rows] > 0], run.log_probability[weight[run.rows] > 0]) for run in runs]
-    assert metric_intervals(runs, label, weight) == metric_intervals(left, label, weight)
+    runs, _, study = two_strategies(3, 2)
+    study.weight[::3] = 0
+    left = [run[study.weight[run.rows] > 0] for run in runs]
+    assert intervals_of(runs, study, 3) == intervals_of(left, study, 3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -65,7 +72,7 @@ def test_few_images_of_one_class_give_numbers(n: int, n_classes: int):
     logits = np.zeros((n, n_classes))
     for answer in (0, 1):
         logits[:, :2] = [[5.0, 0.0], [0.0, 5.0]][answer]
-        found = metric_intervals([Predictions(np.arange(n), logits)], label, weight)
+        found = metric_intervals([outcomes_of(logits, label)], label, weight, np.arange(n), n_classes)
         assert found.pop("auroc") is None
         for interval in found.values():
             assert interval is not None
@@ -75,7 +82,7 @@ def test_few_images_of_one_class_give_numbers(n: int, n_classes: int):
 
 def test_classes_of_one_image_each_leave_as_much_room_as_there_is_in_all():
     label, said = np.arange(50), np.where(np.arange(50) < 35, np.arange(50), np.arange(50) - 35)
-    found = metric_intervals([Predictions(label, np.eye(50)[said])], label, np.ones(50))
+    found = metric_intervals([outcomes_of(np.eye(50)[said], label)], label, np.ones(50), label, 50)
     accuracy, balanced, f1 = (found[name] for name in ("accuracy", "balanced_accuracy", "macro_f1"))
     assert accuracy is not None
     assert balanced is not None
@@ -88,14 +95,16 @@ def test_classes_of_one_image_each_leave_as_much_room_as_there_is_in_all():
 def test_the_brier_score_of_the_sure_and_wrong_is_the_most_there_is(n_classes: int, top: int):
     logits = np.zeros((20, n_classes))
     logits[:, 1] = 50
-    found = metric_intervals([Predictions(np.arange(20), logits)], np.zeros(20, int), np.ones(20))["brier"]
+    label = np.zeros(20, int)
+    found = metric_intervals([outcomes_of(logits, label)], label, np.ones(20), np.arange(20), n_classes)["brier"]
     assert found is not None
     assert (found.value, found.high) == pytest.approx((top, top))
     assert found.low == pytest.approx(top * accuracy_of(np.full(20, True)).low)
 
 
 def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch):
-    runs, _, label, weight = two_strategies(2, 1)
+    runs, _, study = two_strategies(2, 1)
     monkeypatch.setattr("pipeline.comparison.intervals.MAX_IMAGES_FOR_ECE", 149)
-    assert ece_interval(runs, label, weight) is None
-    assert metric_intervals(runs, label, weight)["ece"] is None
+    probabilities = [run.known_probability for run in runs]
+    assert ece_interval([run.rows for run in runs], probabilities, study.label, study.weight, study.unit) is None
+    assert intervals_of(runs, study, 2)["ece"] is None

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.special import softmax
 
 from pipeline.comparison.influence import is_among_top
 from pipeline.comparison.metrics import (
@@ -13,11 +14,16 @@ from pipeline.comparison.metrics import (
     expected_calibration_error,
     per_class,
     reliability,
-    score,
     temperature,
 )
+from pipeline.comparison.metrics import score as score_outcomes
+from tests.factories import outcomes_of
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def score(logits: np.ndarray, label: np.ndarray, weight: np.ndarray) -> dict[str, float | None]:
+    return score_outcomes(outcomes_of(logits, label), label, weight, logits.shape[1])
 
 
 def score_of(probability: list[list[float]], label: list[int], weight: list[float]) -> dict[str, float | None]:
@@ -113,7 +119,7 @@ def test_a_confidence_on_a_border_falls_into_the_lower_bin():
     assert bin_of(np.array([0.55, 0.6, 0.61, 1.0, 0.0])).tolist() == [8, 8, 9, 14, 0]
     probability, label = np.array([[0.59, 0.41], [0.55, 0.45], [1.0, 1e-300]]), np.array([0, 1, 0])
     expected = (0.55 - 0.41) / 3  # the first two share a bin
-    assert expected_calibration_error(np.log(probability), label, np.ones(3)) == pytest.approx(expected)
+    assert expected_calibration_error(probability, label, np.ones(3)) == pytest.approx(expected)
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order():
@@ -133,7 +139,7 @@ def test_auroc_is_none_where_a_class_does_not_occur(n_classes: int):
 def test_reliability_by_hand():
     # The bins of test_ece_by_hand
     probability, label = [[0.95, 0.05], [0.15, 0.85], [0.35, 0.65], [0.62, 0.38]], [0, 0, 1, 1]
-    found = reliability(np.log(probability), np.array(label), np.array([2.0, 1.0, 1.0, 4.0]))
+    found = reliability(np.array(probability), np.array(label), np.array([2.0, 1.0, 1.0, 4.0]))
     filled = {index: row for index, row in enumerate(found) if row["weight"]}
     assert len(found) == 15
     assert filled == {
@@ -147,9 +153,10 @@ def test_reliability_by_hand():
 @settings(deadline=None, max_examples=50)
 @given(rows())
 def test_the_ece_is_the_gap_of_the_reliability_bins(given_rows: Rows):
+    logits, label, weight = given_rows
     gaps = [
         row["weight"] * abs(row["accuracy"] - row["confidence"])
-        for row in reliability(*given_rows)
+        for row in reliability(softmax(logits.astype(float), axis=1), label, weight)
         if row["weight"] and row["accuracy"] is not None and row["confidence"] is not None
     ]
     assert sum(gaps) == pytest.approx(score(*given_rows)["ece"], abs=1e-9)
@@ -164,9 +171,9 @@ def test_top_5_is_there_above_ten_classes_and_a_tie_goes_to_the_lower_class():
 
 
 def test_classes_and_confusion_by_hand():
-    logits, label = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]), np.array([0, 0, 1, 1])
-    assert confusion(logits, label).tolist() == [[2, 0], [1, 1]]
-    found = per_class(logits, label, np.array([1.0, 1.0, 1.0, 3.0]))
+    predicted, label = np.array([0, 0, 1, 0]), np.array([0, 0, 1, 1])
+    assert confusion(predicted, label, 2).tolist() == [[2, 0], [1, 1]]
+    found = per_class(predicted, label, np.array([1.0, 1.0, 1.0, 3.0]), 2)
     expected = {"precision": [2 / 5, 1], "recall": [1, 1 / 4], "f1": [4 / 7, 2 / 5], "support": [2, 2]}
     assert {name: values.tolist() for name, values in found.items()} == {
         name: pytest.approx(values) for name, values in expected.items()
@@ -174,10 +181,10 @@ def test_classes_and_confusion_by_hand():
 
 
 def test_a_class_that_neither_occurs_nor_is_predicted_has_zeros():
-    logits = np.array([[1.0, 0.0, -1.0]])
-    found = per_class(logits, np.array([0]), np.ones(1))
+    predicted = np.array([0])
+    found = per_class(predicted, np.array([0]), np.ones(1), 3)
     assert {name: values[2] for name, values in found.items()} == dict.fromkeys(found, 0)
-    assert confusion(logits, np.array([0])).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert confusion(predicted, np.array([0]), 3).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,75 +1,124 @@
 """Paired comparisons: what must hold for any runs, and the edge cases."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from pipeline.comparison.paired import compare, corrected_t, holm, images_needed, lower_bound
-from pipeline.training.runs import Predictions
-from tests.factories import predictions_with, two_strategies
+from pipeline.comparison.paired import compare, holm, images_needed, lower_bound
+from tests.factories import ones_study, outcomes_with, two_strategies
 
 
 def test_identical_pairs_count_once():
-    runs, others, label, weight = two_strategies(2, 2)
-    again = Predictions(runs[0].rows.copy(), runs[0].log_probability.copy())
-    once = compare(runs[:1], others[:1], label, weight)
-    assert compare([runs[0], again], [others[0], others[0]], label, weight) == once
+    runs, others, study = two_strategies(2, 2)
+    again = runs[0][np.arange(len(runs[0].rows))]
+    once = compare(runs[:1], others[:1], study)
+    assert compare([runs[0], again], [others[0], others[0]], study) == once
     assert once.seeds == 1
     assert len(once.by_seed) == 1
 
 
 def test_a_baseline_that_is_the_same_with_every_seed_leaves_the_pairs_distinct():
-    runs, others, label, weight = two_strategies(2, 1)
-    other = Predictions(runs[0].rows, runs[0].log_probability[::-1])
-    assert compare([runs[0], other], [others[0]] * 2, label, weight).seeds == 2
+    runs, others, study = two_strategies(2, 1)
+    other = replace(runs[0], predicted=runs[0].predicted[::-1])
+    assert compare([runs[0], other], [others[0]] * 2, study).seeds == 2
 
 
 def test_the_same_answers_to_the_same_images_with_another_seed_are_no_more_evidence():
-    runs, others, label, weight = two_strategies(3, 1)
-    louder = [Predictions(run.rows, 2 * run.log_probability) for run in runs]  # other logits, the same answers
-    once, twice = compare(runs, others, label, weight), compare(runs + louder, others * 2, label, weight)
+    runs, others, study = two_strategies(3, 1)
+    louder = [replace(run, true_log_probability=2 * run.true_log_probability) for run in runs]  # the same answers
+    once, twice = compare(runs, others, study), compare(runs + louder, others * 2, study)
     assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
     assert twice.p_value == pytest.approx(once.p_value)
     assert twice.seeds == 2
 
 
 def test_runs_of_other_images_are_refused():
-    runs, others, label, weight = two_strategies(2, 2)
+    runs, others, study = two_strategies(2, 2)
     with pytest.raises(ValueError, match="other images"):
-        compare(runs, others[::-1], label, weight)
+        compare(runs, others[::-1], study)
 
 
 def test_an_image_of_weight_zero_is_absent():
-    runs, others, label, weight = two_strategies(3, 2)
-    weight[::3] = 0
-    left, others_left = (
-        [Predictions(run.rows[weight[run.rows] > 0], run.log_probability[weight[run.rows] > 0]) for run in strategy]
-        for strategy in (runs, others)
-    )
-    assert compare(runs, others, label, weight) == compare(left, others_left, label, weight)
+    runs, others, study = two_strategies(3, 2)
+    study.weight[::3] = 0
+    left, others_left = ([run[study.weight[run.rows] > 0] for run in strategy] for strategy in (runs, others))
+    assert compare(runs, others, study) == compare(left, others_left, study)
 
 
 @pytest.mark.parametrize("n_images", [1, 2, 20])
 def test_no_difference_is_0_with_p_1_and_a_finite_interval(n_images: int):
-    runs = [predictions_with(np.arange(n_images) % 3 > 0)] * 2
-    found = compare(runs, runs, np.zeros(n_images, int), np.ones(n_images))
-    assert (found.difference, found.p_value, found.corrected_t_p_value) == (0, 1, None)
-    assert -1 < found.low < 0 < found.high < 1
+    runs = [outcomes_with(np.arange(n_images) % 3 > 0)] * 2
+    found = compare(runs, runs, ones_study(n_images))
+    assert (found.difference, found.p_value) == (0, 1)
+    assert -1 <= found.low < 0 < found.high <= 1
+    assert n_images < 20 or found.high < 0.3
 
 
 def test_always_better_is_a_difference_of_1():
-    label = np.zeros(30, int)
-    found = compare([predictions_with(np.full(30, True))], [predictions_with(np.full(30, False))], label, np.ones(30))
+    found = compare([outcomes_with(np.full(30, True))], [outcomes_with(np.full(30, False))], ones_study(30))
     assert (found.difference, found.accuracy, found.baseline_accuracy, found.high) == pytest.approx((1, 1, 0, 1))
     assert found.low > 0.8
     assert found.p_value == pytest.approx(2**-29)
 
 
-def test_the_method_depends_on_seeds_and_weights():
-    runs, others, label, weight = two_strategies(2, 5)
-    same = np.full(len(weight), 0.4)
-    found = [compare(runs[:n], others[:n], label, w, n_train=10) for n, w in ((1, same), (1, weight), (5, same))]
-    assert [result.method for result in found] == ["exact McNemar", *["sign-flip permutation by image"] * 2]
-    assert [result.corrected_t_p_value is None for result in found] == [True, True, False]
+def test_the_method_depends_on_seeds_weights_and_units():
+    runs, others, study = two_strategies(2, 5)
+    same = replace(study, weight=np.full(400, 0.4), n_train=10)
+    found = [
+        compare(runs[:n], others[:n], of)
+        for n, of in (
+            (1, same),
+            (1, study),
+            (1, replace(same, unit=np.arange(400) // 2)),  # some unit is two images of the test split
+            (2, same),
+            (4, same),
+            (5, same),
+            (5, replace(same, n_train=0)),
+        )
+    ]
+    flips = "sign-flip permutation by unit"
+    assert [result.method for result in found] == [
+        *("exact McNemar", flips, flips, flips, flips, "corrected t over seeds", flips)
+    ]
+
+
+def test_units_of_which_each_split_holds_one_image_are_images():
+    runs, others, study = two_strategies(2, 1)
+    unit = np.arange(400)
+    left_out = np.setdiff1d(unit, runs[0].rows)
+    unit[left_out] = unit[runs[0].rows[0]]
+    same = replace(study, weight=np.ones(400), unit=unit)
+    assert compare(runs, others, same) == compare(runs, others, replace(same, unit=np.arange(400)))
+
+
+def test_images_of_one_unit_are_one_piece_of_evidence():
+    better = np.arange(40) % 8 > 0
+    runs, others = [outcomes_with(np.full(40, True))], [outcomes_with(better)]
+    apart, together = (compare(runs, others, ones_study(40, unit=unit)) for unit in (np.arange(40), np.arange(40) // 8))
+    assert (apart.difference, apart.p_value) == (together.difference, together.p_value)  # one wrong image in each
+    in_one = compare([outcomes_with(np.arange(40) > 7)], [outcomes_with(np.full(40, True))], ones_study(40))
+    as_unit = compare(
+        [outcomes_with(np.arange(40) > 7)], [outcomes_with(np.full(40, True))], ones_study(40, unit=np.arange(40) // 8)
+    )
+    assert in_one.p_value == pytest.approx(2 * 2**-8)
+    assert as_unit.p_value == 1  # one unit differs, whichever its sign
+    assert as_unit.high > 0 > in_one.high
+
+
+def test_differences_that_cancel_within_every_unit_are_no_difference():
+    ours = np.tile([True, True, True, False, False, False, True], 3)
+    theirs = np.tile([False, False, False, True, True, True, True], 3)
+    study = ones_study(21, unit=np.arange(21) // 7, weight=np.full(21, 0.1))
+    assert compare([outcomes_with(ours)], [outcomes_with(theirs)], study).p_value == 1
+
+
+@pytest.mark.parametrize("n_units", [1, 2])
+def test_one_or_two_units_say_hardly_anything(n_units: int):
+    study = ones_study(30, unit=np.arange(30) % n_units)
+    found = compare([outcomes_with(np.arange(30) > 2)], [outcomes_with(np.arange(30) > 9)], study)
+    assert found.high - found.low > 1
+    assert found.p_value >= 0.5
 
 
 def test_holm():
@@ -77,26 +126,35 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_corrected_t_where_all_seeds_agree():
-    assert corrected_t([0.0] * 5, 100, 300) == 1
-    assert corrected_t([0.1] * 5, 100, 300) is None
-    assert corrected_t([0.1, 0.2, 0.1, 0.2], 100, 300) is None
+def test_five_seeds_that_differ_by_the_same_are_not_tested_over_seeds():
+    rows = [np.arange(start, start + 20) for start in range(0, 100, 20)]
+    runs = [outcomes_with(np.full(20, True), row) for row in rows]
+    others = [outcomes_with(np.arange(20) > 1, row) for row in rows]
+    assert compare(runs, others, ones_study(100, n_train=50)).method == "sign-flip permutation by unit"
+    others[0] = outcomes_with(np.arange(20) > 2, rows[0])
+    assert compare(runs, others, ones_study(100, n_train=50)).method == "corrected t over seeds"
+
+
+def test_seeds_that_test_on_the_same_images_do_not_say_what_other_images_would():
+    random = np.random.default_rng(0)
+    runs, others = ([outcomes_with(random.random(40) < p) for _ in range(5)] for p in (0.9, 0.6))
+    assert compare(runs, others, ones_study(40, n_train=50)).method == "sign-flip permutation by unit"
 
 
 def test_a_bound_is_lower_the_more_confidence_it_has():
-    runs, others, label, weight = two_strategies(2, 1)
-    bounds = [lower_bound(runs, others, label, weight, confidence) for confidence in (0.5, 0.9, 0.975)]
-    found = compare(runs, others, label, weight)
+    runs, others, study = two_strategies(2, 1)
+    bounds = [lower_bound(runs, others, study, confidence) for confidence in (0.5, 0.9, 0.975)]
+    found = compare(runs, others, study)
     assert found.difference > bounds[0] > bounds[1] > bounds[2]
     assert bounds[2] == pytest.approx(found.low)
 
 
 def test_images_needed_are_more_for_smaller_margins_and_none_for_what_is_worse():
-    runs, others, label, weight = two_strategies(2, 3)
-    loss = -compare(others, runs, label, weight).difference
-    needed = [images_needed(others, runs, label, weight, loss + more, 0.95) for more in (0.1, 0.01, 0.001, 0.0)]
+    runs, others, study = two_strategies(2, 3)
+    loss = -compare(others, runs, study).difference
+    needed = [images_needed(others, runs, study, loss + more, 0.95) for more in (0.1, 0.01, 0.001, 0.0)]
     assert needed[0] is not None
     assert needed[1] == pytest.approx(100 * needed[0], rel=0.02)
     assert needed[2] == pytest.approx(10_000 * needed[0], rel=0.02)
     assert needed[3] is None
-    assert images_needed(runs, runs, label, weight, 0.01, 0.95) is not None
+    assert images_needed(runs, runs, study, 0.01, 0.95) is not None

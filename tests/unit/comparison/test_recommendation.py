@@ -6,33 +6,36 @@ import numpy as np
 import pytest
 
 from pipeline.comparison import recommendation
+from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.recommendation import Recommendation
-from pipeline.training.runs import Predictions
+from tests.factories import ones_study, outcomes_of
 
 N = 400
 LABEL = np.arange(N) % 2
-WEIGHT = np.ones(N)
 ROWS = np.arange(N)
 FLOPS = {"cheap": 1 * 10**12, "middle": 20 * 10**12, "dear": 1000 * 10**12}
 
 
-def right_on(images: np.ndarray) -> list[Predictions]:
+def right_on(images: np.ndarray) -> list[Outcomes]:
     """One run that is right on just these images."""
     predicted = np.where(np.isin(ROWS, images), LABEL, 1 - LABEL)
-    return [Predictions(ROWS, np.eye(2)[predicted] * 4.0)]
+    return [outcomes_of(np.eye(2)[predicted] * 4.0, LABEL)]
 
 
-def recommend(runs: dict[str, list[Predictions]], margin: float = 0.01) -> Recommendation:
-    return recommendation.recommend(runs, FLOPS, LABEL, WEIGHT, margin, 0.95)
+def recommend(runs: dict[str, list[Outcomes]], margin: float = 0.01) -> Recommendation:
+    return recommendation.recommend(runs, FLOPS, ones_study(N, label=LABEL), margin, 0.95)
 
 
-def words(found: Recommendation, runs: dict[str, list[Predictions]], baseline: str = "cheap") -> str:
+def words(
+    found: Recommendation, runs: dict[str, list[Outcomes]], baseline: str = "cheap", images_per_unit: int = 1
+) -> str:
     def strategy(name: str) -> dict[str, Any]:
-        accuracy = float(np.mean(runs[name][0].log_probability.argmax(1) == LABEL))
+        accuracy = float(np.mean(runs[name][0].predicted == LABEL))
         figure = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "sd": None}
         difference = {"difference": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004}
         return {
-            "val": {"metrics": {"accuracy": figure}},
+            "val": {"metrics": {"accuracy": figure}, "n": [N], "n_units": [N // images_per_unit]},
+            "seeds": [0],
             "test": {"metrics": {"accuracy": figure}},
             "cost": {"train_flops": FLOPS[name]},
             "vs_baseline": None if name == baseline else {"test": difference},
@@ -51,7 +54,10 @@ def test_the_cheapest_that_is_shown_to_be_no_worse_is_taken():
         ("middle", "not worse"),
     ]
     text = words(found, runs)
-    assert text.startswith("**Recommendation: middle** (the cheapest strategy whose validation accuracy is, with 95 %")
+    assert text.startswith(
+        "**Recommendation: middle** (the cheapest strategy whose cross-fitted validation accuracy is, with 95 %"
+    )
+    assert "This is a result of this one run of each strategy" in text
     assert "at most 2 points below the best" in text
     assert "middle is -0.5 points from it" in text
     assert "trains with 20 TFLOPs in place of 1,000" in text
@@ -79,6 +85,9 @@ def test_where_the_images_cannot_decide_it_says_so_and_how_many_would():
     text = words(found, runs)
     assert "**The 400 validation images cannot decide**" in text
     assert f"about {found.images_needed:,} would (80 % power)" in text
+    text = words(found, runs, images_per_unit=10)
+    assert "**The 40 validation units (400 images) cannot decide**" in text
+    assert f"about {found.images_needed:,} images ({round(found.images_needed / 10):,} units) would" in text
 
 
 def test_an_undecided_cheaper_one_leaves_a_decided_middle_one_open():
@@ -122,10 +131,13 @@ def test_record_and_words_go_into_details_together():
     runs = {"cheap": right_on(ROWS[:350])}
     figure = {"value": 0.9, "low": 0.8, "high": 0.95, "sd": 0.01}
     metrics = {"metrics": {"accuracy": figure}}
-    strategy = {"val": metrics, "test": metrics, "cost": {"train_flops": 1}, "vs_baseline": None}
+    strategy = {"val": metrics, "test": metrics, "cost": {"train_flops": 1}, "vs_baseline": None, "seeds": [0, 1]}
     found = recommendation.as_json(recommend(runs), {"cheap": strategy})
     assert {"strategy", "is_decided", "text", "margin", "confidence", "images_needed"} <= found.keys()
     assert "90.0 ± 1.0 (80.0 to 95.0) %" in found["text"]
+    assert "a result of these 2 runs of each strategy" in found["text"]
+    five = recommendation.as_json(recommend(runs), {"cheap": strategy | {"seeds": [*range(5)]}})
+    assert "of each strategy" not in five["text"]
 
 
 def test_what_looks_best_by_chance_leaves_the_dearer_one_open():

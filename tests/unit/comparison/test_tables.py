@@ -1,32 +1,61 @@
 """comparison.md and the numbers in it."""
 
+import re
+from dataclasses import replace
+
 from pipeline.comparison import tables
-from tests.factories import FULL_RUNS, HEAD_RUNS, forty_details
+from tests.factories import FORTY, FULL_RUNS, HEAD_RUNS, forty_details
 
 
 def test_the_table_has_figures_with_their_uncertainty():
-    text = tables.as_markdown(forty_details())
-    head, *lines = text.splitlines()
+    note, _, head, *lines = tables.as_markdown(forty_details()).splitlines()
+    assert note.startswith("**Note:** the validation split has 8 units")
     assert "on 16 test images a seed" in head
-    assert "Compared on seeds 0, 1." in head
-    assert "Difference from feature_extraction; p: sign-flip" in head
-    assert head.endswith("p: sign-flip permutation by image, Holm-corrected.")
-    assert "| strategy | n | accuracy | difference from feature_extraction | p |" in lines[1]
+    assert "interval over images" in head
+    assert "Compared on seeds 0, 1. This is a result of these 2 runs of each strategy" in head
+    assert "Validation accuracy is cross-fitted" in head
+    assert head.endswith("Difference from feature_extraction; p: sign-flip permutation by unit, Holm-corrected.")
+    assert "| strategy | n | candidates | validation accuracy, cross-fitted | accuracy | difference from" in lines[1]
     baseline, full = lines[3].split(" | "), lines[4].split(" | ")
-    assert baseline[:2] == ["| feature_extraction", "2"]
-    assert baseline[2].startswith("77.5 ± 3.5 (")
-    assert baseline[3:5] == ["", ""]
-    assert full[3].startswith("+15.0 (-0.9 to +28.0)")
+    assert baseline[:4] == ["| feature_extraction", "2", "1", "95.0"]
+    assert baseline[4].startswith("77.5 ± 3.5 (")
+    assert baseline[5:7] == ["", ""]
+    assert full[5].startswith("+15.0 (-")
     assert full[-2:] == ["100", "9.5 |"]
     assert lines[6].startswith("feature_extraction over all its seeds (n = 2): accuracy 77.5 ± 3.5 (")
-    assert lines[8].startswith("**Recommendation: full**")
+    assert lines[-3].startswith("**Recommendation: full**")
 
 
 def test_one_seed_has_no_deviation_and_a_loss_has_its_sign():
-    lines = tables.as_markdown(forty_details(FULL_RUNS[:1], HEAD_RUNS[:1])).splitlines()
-    assert "Compared on seed 0." in lines[0]
-    assert lines[4].split(" | ")[2].startswith("90.0 (")
-    assert lines[5].split(" | ")[3].startswith("-15.0 (")
+    _, _, *lines = tables.as_markdown(forty_details(FULL_RUNS[:1], HEAD_RUNS[:1])).splitlines()
+    assert "Compared on seed 0. This is a result of this one run of each strategy" in lines[0]
+    assert lines[4].split(" | ")[4].startswith("90.0 (")
+    assert lines[5].split(" | ")[5].startswith("-15.0 (")
+
+
+def test_from_five_seeds_on_the_result_is_of_the_strategies():
+    assert tables.of_runs(5) == ""
+    assert tables.compared_on({"common_seeds": [1, 2, 3, 4, 5]}) == "Compared on seeds 1, 2, 3, 4, 5."
+
+
+def test_sizes_are_counted_in_units_where_a_unit_is_more_than_an_image():
+    strategies = {"a": {"test": {"n": [660, 650], "n_units": [66, 66]}}}
+    assert tables.sampled(strategies, "test") == "66 test units (650 to 660 images)"
+    assert tables.sampled({"a": {"val": {"n": [1295], "n_units": [1295]}}}, "val") == "1,295 validation images"
+
+
+def test_units_and_operating_points_have_tables_of_their_own():
+    paired = replace(FORTY, group=[f"patient {i // 4 * 2 + i % 2}" for i in range(40)])  # two images of one class each
+    text = tables.as_markdown(forty_details(labels=paired))
+    assert "on 8 test units (16 images) a seed, with its 95 % interval over units" in text
+    _, per_unit, by_image, by_unit, _ = re.split(r"\n\n(?=One vote|Sensitivity|\*\*Rec)", text)
+    assert per_unit.startswith("One vote per unit, from the mean probability of its images (12 test units):")
+    assert "| strategy | accuracy, % | balanced accuracy, % | AUROC, % |" in per_unit
+    assert "Sensitivity (for cat) and specificity on test per image, in %, at the default threshold" in by_image
+    assert "a specificity of 90 % on validation" in by_image
+    assert by_image.count("| full |") == 1
+    assert "specificity on test per unit" in by_unit
+    assert "One vote" not in tables.as_markdown(forty_details())
 
 
 def test_numbers_are_written_with_the_digits_that_are_needed():
@@ -34,11 +63,3 @@ def test_numbers_are_written_with_the_digits_that_are_needed():
     assert [tables.teraflops(flops) for flops in (435_806_787_365_040, 9_540_000_000_000, 15_000_000)] == [
         *("436", "9.5", "1.5e-05")
     ]
-
-
-def test_the_p_values_of_the_corrected_t_test_are_named():
-    found = forty_details()
-    assert "corrected t" not in tables.tested(found)
-    test = {**found["strategies"]["full"]["vs_baseline"]["test"], "corrected_t_p_value": 0.248}
-    strategies = {**found["strategies"], "full": {**found["strategies"]["full"], "vs_baseline": {"test": test}}}
-    assert tables.tested({**found, "strategies": strategies}).endswith("(Nadeau and Bengio): full 0.248.")

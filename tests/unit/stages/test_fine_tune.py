@@ -306,6 +306,18 @@ def test_cost_of_the_head_is_that_of_the_base_and_of_its_products(tune: Tune) ->
     assert (passes > 1, rest) == (True, 0), "whole passes over the rows, forward and backward"
 
 
+def test_runs_hold_every_candidate_and_their_validation_is_the_one_that_all_of_validation_chooses(tune: Tune) -> None:
+    tuned = tune(TINY, {"epochs": 2}, head={"regularization_strengths": [0.1, 0.01]})
+    head = read_run("feature_extraction", 0)
+    assert tuned.candidates.names == ["epoch 0", "epoch 1", "epoch 2"]
+    assert head.candidates.names == ["0.1", "0.01"]
+    assert {"strength", "at_end", "val_nll", "not_converged"} == head.chosen.keys()
+    weight = manifest.read_labels().weight
+    for run in (tuned, head):
+        best = int(np.argmin(run.candidates.nll(weight[run.val.rows])))
+        assert np.array_equal(run.candidates.predicted[best], run.val.log_probability.argmax(1))
+
+
 def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
     tune(TINY, {"epochs": 1})  # with `threads: 1`
     for stage in (extract, train_head, fine_tune):
