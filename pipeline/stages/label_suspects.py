@@ -131,7 +131,8 @@ def find(
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0)))
+        none, no_share = np.zeros(0, np.int64), np.zeros(0)
+        return Suspects(none, none, no_share, no_share)
     probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
     quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
