@@ -193,7 +193,7 @@ def strategy_plan(**changes: Any) -> StrategyPlan:
 def provenance(**changes: Any) -> Provenance:
     """Features of `backbone_plan`."""
     plain: dict[str, Any] = {"backbone": backbone_plan(), "augmentation": FLIPS, "engine": "torch"}
-    plain["evaluation_views"] = ("identity",)
+    plain |= {"training_views": (0,), "evaluation_views": ("identity",)}
     stored: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "largest_rounding": 0.0}
     return Provenance(**plain | stored | changes)
 

@@ -24,11 +24,13 @@ Row = tuple[str, int]  # SHA-256 of the image file, code of the view (views.py)
 class Provenance(Record):
     """How the values of data/features.h5 were computed; `engine` is openvino or torch.
 
+    `training_views` are codes (views.py): the same code stands for the same pixels. `evaluation_views` are names.
     `largest_rounding`: the largest error of storing a row, relative to the largest value of the row.
     """
 
     backbone: BackbonePlan
     augmentation: Augmentation
+    training_views: tuple[int, ...]
     evaluation_views: tuple[str, ...]
     engine: str
     precision: str

@@ -39,6 +39,7 @@ def main() -> None:
     provenance = Provenance(
         backbone=plan,
         augmentation=params.augmentation,
+        training_views=tuple(training),
         evaluation_views=params.evaluation.views,
         engine=computation.runner.engine,
         precision=features.precision,

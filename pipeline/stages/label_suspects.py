@@ -15,7 +15,7 @@ that are made by naming the largest class always.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
-from pipeline.features.hdf5 import Features
 from pipeline.files import digest, write_json
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
@@ -37,20 +36,6 @@ from pipeline.training.heads import Examples, Selection
 
 REPORT = Path("reports/label_suspects.csv")
 LEAST_AVOIDED = 0.5  # share of the errors of naming the largest class always; below it the heads are called poor
-
-
-@dataclass(frozen=True)
-class Suspects:
-    """The suspects, the least confident first.
-
-    `rows` (n,) int64: their images. `suggested` (n,) int64: the most probable class. `self_confidence` and
-    `suggested_confidence` (n,) float64: the probabilities of the label and of the suggested class.
-    """
-
-    rows: np.ndarray
-    suggested: np.ndarray
-    self_confidence: np.ndarray
-    suggested_confidence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -74,6 +59,21 @@ class Quality:
         )
 
 
+@dataclass(frozen=True)
+class Suspects:
+    """The suspects, the least confident first, and the quality of the heads that found them.
+
+    `rows` (n,) int64: their images. `suggested` (n,) int64: the most probable class. `self_confidence` and
+    `suggested_confidence` (n,) float64: the probabilities of the label and of the suggested class.
+    """
+
+    rows: np.ndarray
+    suggested: np.ndarray
+    self_confidence: np.ndarray
+    suggested_confidence: np.ndarray
+    quality: Quality = Quality()
+
+
 def main() -> None:
     """Write the list, and name the classes that are too small."""
     params = load_params()
@@ -91,11 +91,11 @@ def main() -> None:
         )
     device = choose_device(params.runtime.device)
     torch.set_num_threads(params.threads)
-    found, quality = find(features, labels, units, options, device)
+    found = find(features.values, features.evaluation, labels, units, options, device)
     write(found, labels)
-    write_json(REPORT.with_suffix(".json"), {**vars(quality), "caution": quality.caution})
-    if quality.caution:
-        logs.log.warning("caution: %s", quality.caution)
+    write_json(REPORT.with_suffix(".json"), {**vars(found.quality), "caution": found.quality.caution})
+    if found.quality.caution:
+        logs.log.warning("caution: %s", found.quality.caution)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
 
@@ -116,19 +116,28 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
-) -> tuple[Suspects, Quality]:
-    """Find suspects in the classes that `assign_folds` keeps."""
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    units: list[list[int]],
+    options: SuspectOptions,
+    device: torch.device,
+) -> Suspects:
+    """Find suspects in the classes that `assign_folds` keeps.
+
+    `features` and `evaluation` (n, n_views, *shape): of the training and of the evaluation views.
+    """
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        return Suspects(*np.zeros((2, 0), np.int64), *np.zeros((2, 0))), Quality()
-    probability = predict_out_of_fold(features, labels, fold, options, device)
+        none, no_share = np.zeros(0, np.int64), np.zeros(0)
+        return Suspects(none, none, no_share, no_share)
+    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
     quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
     found = rank(probability, label, weight)
-    return Suspects(rows[found.rows], found.suggested, found.self_confidence, found.suggested_confidence), quality
+    return replace(found, rows=rows[found.rows], quality=quality)
 
 
 def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions) -> np.ndarray:
@@ -158,16 +167,19 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
+    features: np.ndarray,
+    evaluation: np.ndarray,
+    labels: Labels,
+    fold: np.ndarray,
+    options: SuspectOptions,
+    device: torch.device,
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
     The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
     fitted on all training views, and select and predict with the evaluation views; feature maps are flattened.
     """
-    training, evaluation = (  # nothing is read yet
-        array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation)
-    )
+    features, evaluation = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))  # not read yet
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
@@ -176,10 +188,10 @@ def predict_out_of_fold(
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for vectors, chosen in ((training, ~is_held_out & ~is_val), (evaluation, is_val))
+            for vectors, chosen in ((features, ~is_held_out & ~is_val), (evaluation, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(training.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        head = heads.build(features.shape[2:], len(classes), head_options, nn.Identity()).to(device)
         fitted = heads.fit(head, train, val, head_options)
         predicted = heads.predict(fitted.head, Selection(evaluation, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)

@@ -13,7 +13,6 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Features
-from pipeline.features.views import training_views
 from pipeline.network.backbones import count_parameters
 from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
@@ -27,7 +26,7 @@ def main() -> None:
     """Fit one head per split."""
     params = load_params()
     features, labels = hdf5.read_features(), manifest.read_labels()
-    if features.sha256 != labels.sha256 or len(params.evaluation.views) != features.evaluation.shape[1]:
+    if features.sha256 != labels.sha256 or features.provenance.evaluation_views != params.evaluation.views:
         raise ValueError(f"{hdf5.FEATURES}: other images, or other views, than expected; run: dvc repro")
     torch.set_num_threads(params.threads)
     dense = dense_layers(features) if params.head.kind == "pretrained" else nn.Identity()
@@ -49,7 +48,7 @@ def dense_layers(features: Features) -> nn.Module:
 
 def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> heads.RegularizationPath:
     """Fit, save the model and its predictions for validation and test, log one line."""
-    made, n_views = features.provenance, features.values.shape[1]
+    made = features.provenance
     rows = {name: split.rows(name) for name in ("train", "val", "test")}
     selected = {
         name: Selection(features.values if name == "train" else features.evaluation, rows[name]) for name in rows
@@ -61,7 +60,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     head = heads.build(features.values.shape[2:], len(labels.class_names), params.head, dense)
     fitted = heads.fit(head.to(choose_device(params.runtime.device)), train, val, params.head)
     n_params = count_parameters(fitted.head)
-    passes = len(rows["train"]) * len({*training_views(made.augmentation, n_views)})
+    passes = len(rows["train"]) * len({*made.training_views})
     n_evaluated = features.evaluation.shape[1] * (len(rows["val"]) + len(rows["test"]))
     cost = Cost(
         trainable_params=n_params,

@@ -163,7 +163,7 @@ def test_names_of_symmetries_are_those_of_params():
 
 
 @pytest.mark.parametrize(
-    ("options", "codes"),
+    ("changes", "codes"),
     [
         ({}, [0, 0, 0, 0, 0, 0]),
         ({"seed": 7}, [0, 0, 0, 0, 0, 0]),
@@ -175,8 +175,8 @@ def test_names_of_symmetries_are_those_of_params():
         *((knob, [0, *augmented(1, 2, 3, 4, 5)]) for knob in KNOBS[4:]),
     ],
 )
-def test_training_views_with_the_same_pixels_have_the_same_code(options: dict[str, Any], codes: list[int]):
-    options = augmentation(**options)
+def test_training_views_with_the_same_pixels_have_the_same_code(changes: dict[str, Any], codes: list[int]):
+    options = augmentation(**changes)
     assert training_views(options, 6) == codes
     found = training(6, options)
     if max(codes) < AUGMENTED:

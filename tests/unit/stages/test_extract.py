@@ -50,6 +50,7 @@ def test_the_four_flips_are_computed_and_stored_once_for_training_and_evaluation
     assert found.values.shape[:2] == (N_STUDY, 8)
     assert np.array_equal(found.values[:, :4], found.evaluation)
     assert np.array_equal(found.values[:, 4:], found.evaluation)
+    assert found.provenance.training_views == (0, 1, 2, 3) * 2
     assert found.provenance.evaluation_views == tuple(FOUR)
     computed.clear()
     run(features={"views": 4}, augmentation={"flips": "horizontal"}, evaluation={"views": FOUR[2:]})

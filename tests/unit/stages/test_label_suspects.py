@@ -1,5 +1,6 @@
 """The stage label_suspects: folds, predictions of images by heads that were fitted without them, and the list."""
 
+import json
 import logging
 import shutil
 from dataclasses import replace
@@ -21,12 +22,13 @@ from pipeline.dataset.units import make_units
 from pipeline.features import hdf5
 from pipeline.params import SuspectOptions
 from pipeline.stages import label_suspects
-from pipeline.stages.label_suspects import Suspects
+from pipeline.stages.label_suspects import Quality, Suspects
 from tests import factories
 
 REPOSITORY = Path(__file__).parents[3]
 CLASSES = ["birch, white", "oak", "yew"]
 CPU = torch.device("cpu")
+QUALITY = label_suspects.REPORT.with_suffix(".json")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Labels:
     random, true = np.random.default_rng(0), np.arange(61) % 2
     features = (10 * np.eye(2, 4)[true][:, None] + random.normal(size=(61, 2, 4))).astype(np.float32)
     sha256 = [f"{row:064x}" for row in range(61)]
-    hdf5.write_features(hdf5.FEATURES, features.shape, features.dtype, [features], sha256, factories.provenance())
+    hdf5.write_features(hdf5.FEATURES, [features], None, sha256, factories.provenance())
     label = true.copy()
     label[7], label[60] = 0, 2
     names = [f"{CLASSES[index]}/{row:02}.png" for row, index in enumerate(label)]
@@ -66,6 +68,51 @@ def test_the_wrong_label_stands_first_with_what_is_suggested(labels: Labels, cap
     assert caplog.messages[-1] == f"{len(frame)} of 61 labels are suspects: reports/label_suspects.csv"
 
 
+def test_good_heads_come_without_a_caution(labels: Labels, caplog: pytest.LogCaptureFixture):
+    label_suspects.main()
+    found = json.loads(QUALITY.read_text())
+    assert found == {"accuracy": pytest.approx(59 / 60, abs=1e-5), "largest_class": 0.516667, "caution": None}
+    assert "caution" not in caplog.text
+
+
+def test_heads_that_know_nothing_come_with_a_caution(labels: Labels, caplog: pytest.LogCaptureFixture):
+    noise = np.random.default_rng(1).normal(size=(61, 2, 4)).astype(np.float32)
+    hdf5.write_features(hdf5.FEATURES, [noise], None, labels.sha256, factories.provenance())
+    label_suspects.main()
+    found = json.loads(QUALITY.read_text())
+    assert found["accuracy"] < 0.7
+    assert (
+        f"right for {100 * found['accuracy']:.1f} % of the images, and naming the largest class always"
+        in found["caution"]
+    )
+    assert f"caution: {found['caution']}" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "largest_class", "is_cautious"),
+    [
+        (0.34, 0.25, True),
+        (0.85, 0.58, False),
+        (0.96, 0.95, True),
+        (0.98, 0.95, False),
+        (0.5, 0.02, True),
+        (0.6, 0.1, False),
+    ],
+)
+def test_a_caution_stands_where_less_than_half_of_the_errors_are_avoided(
+    accuracy: float, largest_class: float, is_cautious: bool
+):
+    assert bool(Quality(accuracy, largest_class).caution) == is_cautious
+
+
+def test_weights_count_in_the_quality():
+    features, label = blobs(90, 3)
+    wrong = np.where(np.arange(90) < 30, (label + 1) % 3, label)
+    weight = np.where(np.arange(90) < 30, 1e-3, 1.0)
+    assert find(features, labels_of(wrong, weight=weight)).quality.accuracy > 0.95
+    assert find(features, labels_of(wrong)).quality.accuracy < 0.8
+
+
 def test_it_writes_the_same_bytes_again(labels: Labels):
     label_suspects.main()
     first = label_suspects.REPORT.read_bytes()
@@ -78,6 +125,7 @@ def test_without_two_classes_the_list_is_empty(labels: Labels, caplog: pytest.Lo
     manifest.write_labels(replace(labels, label=np.where(np.arange(61) < 2, labels.label, 1)))
     label_suspects.main()
     assert "left out: birch, white: " in caplog.text
+    assert json.loads(QUALITY.read_text()) == {"accuracy": 0.0, "largest_class": 0.0, "caution": None}
     assert label_suspects.REPORT.read_text().count("\n") == 1, "the names of the columns alone"
 
 
