@@ -51,8 +51,8 @@ def precision(features: Features, labels: Labels, n_flips: int, title: str) -> f
     options = make_units(labels), params.label_suspects, torch.device("cpu")
     for seed in range(n_flips):
         label, rows = flip(labels.label, len(labels.class_names), seed)
-        suspects, _ = label_suspects.find(features, replace(labels, label=label), *options)
-        listed = suspects.rows
+        flipped = replace(labels, label=label)
+        listed = label_suspects.find(features.values, features.evaluation, flipped, *options).rows
         found.append(np.isin(listed[: len(rows)], rows).sum() / len(rows))
     mean, error = float(np.mean(found)), float(stats.sem(found))
     half = float(stats.t.ppf(0.975, n_flips - 1)) * error

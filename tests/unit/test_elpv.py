@@ -34,7 +34,7 @@ def trained(seed: int, labels: Labels) -> Run:
     rows = np.sort(random.permutation(N))
     logits = random.normal(size=(N, 2)) + 1.2 * np.eye(2)[labels.label[rows]]
     val, test = (factories.predictions(rows[part], logits[part]) for part in (slice(0, 100), slice(100, None)))
-    return factories.run("x", seed, val, test)
+    return factories.run("x", seed, val, test, labels.label)
 
 
 def test_the_parameters_of_the_study_are_valid(tmp_path: Path):
