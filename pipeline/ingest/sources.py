@@ -175,10 +175,9 @@ def _load(name: str, split: str, root: Path, *, download: bool) -> Any:  # noqa:
         return make_dataset(root, **options)
     except FAILURES as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{name}: torchvision cannot make it ({why}); expected {'' if name in NOT_DOWNLOADED else 'a network, or '}"
-            f"its files in {root.with_name(name)}/ as torchvision.datasets.{name} wants them"
-        ) from None
+        expected = f"its files in {root.with_name(name)}/ as torchvision.datasets.{name} wants them"
+        network = "" if name in NOT_DOWNLOADED else "a network, or "
+        raise ValueError(f"{name}: torchvision cannot make it ({why}); expected {network}{expected}") from None
 
 
 def _class_names(dataset: Any) -> list[str]:  # noqa: ANN401

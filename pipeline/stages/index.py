@@ -53,16 +53,13 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
     if len(unreadable) > options.max_rejected_fraction * n_all:
         path, reason = unreadable[0]
         first = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in f"{options.path}/{path}")
-        raise ValueError(
-            f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in "
-            f"{where}; repair or remove them, or raise dataset.max_rejected_fraction"
-        )
+        problem = f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in {where}"
+        raise ValueError(f"{problem}; repair or remove them, or raise dataset.max_rejected_fraction")
     if disputed and options.on_conflict == "error":
         path, reason = found.conflicts[0]
-        raise ValueError(
-            f"{len(disputed)} images have other labels than images with the same bytes, first {options.path}/{path} "
-            f"({reason}); all are in {where}; correct the labels, or leave all of them out: dataset.on_conflict: drop"
-        )
+        problem = f"{len(disputed)} images have other labels than images with the same bytes"
+        advice = "correct the labels, or leave all of them out: dataset.on_conflict: drop"
+        raise ValueError(f"{problem}, first {options.path}/{path} ({reason}); all are in {where}; {advice}")
     if lost := classes - set(found.kept["label"]):
         raise ValueError(f"{options.path}: no image of class {min(lost)!r} can be used; see {where}")
     if len(classes) < 2:
@@ -72,19 +69,16 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
 def write_tables(found: Inventory, *, is_grouped: bool) -> None:
     """Write images.csv and labels.csv."""
     kept, class_names = found.kept, sorted(set(found.kept["label"]))
-    image_id, sha256 = list(kept["path"]), list(kept["sha256"])
-    manifest.write_images(Images(image_id, sha256, [*map(int, kept["width"])], [*map(int, kept["height"])]))
+    image_id, text = list(kept["path"]), {name: list(kept[name]) for name in ("sha256", "group", "stratum", "subset")}
+    manifest.write_images(Images(image_id, text["sha256"], [*map(int, kept["width"])], [*map(int, kept["height"])]))
     labels = Labels(
         image_id=image_id,
-        sha256=sha256,
         label=kept["label"].map(class_names.index).to_numpy(),
         weight=kept["weight"].astype(float).to_numpy(),
-        group=list(kept["group"]),
         near_duplicate_group=found.near_duplicate_group if is_grouped else [""] * len(kept),
-        stratum=list(kept["stratum"]),
-        subset=list(kept["subset"]),
         given_split=list(kept["split"]),
         class_names=class_names,
+        **text,
     )
     manifest.write_labels(labels)
 

@@ -58,10 +58,8 @@ def _directories() -> list[_Directory]:
             if isinstance(key, dict) and digest(key)[:32] == name:
                 last_use = _size_and_time(path / "key.json")[1]
                 is_current = key["schema"] == store.SCHEMA and not aside
-                unreadable = (
-                    "set aside, its rows were computed again" if aside else "of another version of this pipeline"
-                )
-                description = _describe(key) if is_current else unreadable
+                other = "set aside, its rows were computed again" if aside else "of another version of this pipeline"
+                description = _describe(key) if is_current else other
         found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use))
     return sorted(found, key=lambda directory: -directory.last_use)
 
