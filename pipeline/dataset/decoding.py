@@ -163,9 +163,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     is_grey = image.mode in ("1", "L", "LA", "La")
     layered = image.convert("LA" if is_grey else "RGBA")
-    opaque = layered.convert("L" if is_grey else "RGB")
-    flat = Image.new(opaque.mode, opaque.size, "white")
-    flat.paste(opaque, mask=layered.getchannel("A"))
+    flat = Image.new("L" if is_grey else "RGB", image.size, "white")
+    flat.paste(layered.convert(flat.mode), mask=layered.getchannel("A"))
     return flat
 
 

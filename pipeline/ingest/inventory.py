@@ -119,6 +119,5 @@ def _differently_labelled(kept: pd.DataFrame, pairs: list[dict[str, Any]]) -> li
     if not different:
         return []
     first = " and ".join(f"{path} ({label[path]})" for path in different[0])
-    return [
-        f"{len(different)} of the {len(pairs)} nearest pairs of near-duplicates are labelled differently, first {first}"
-    ]
+    found = f"{len(different)} of the {len(pairs)} nearest pairs of near-duplicates"
+    return [f"{found} are labelled differently, first {first}"]

@@ -24,13 +24,8 @@ SYNONYMS |= {"training": "train", "valid": "val", "validation": "val", "testing"
 SYSTEM_FILES = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX"}
 LARGEST_TABLE = 512 * 1024**2  # bytes of a labels.csv
 HIDDEN, FOLDER = "is hidden or of the system", "is a directory"  # of what is no file, but no mistake either
-KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a device",
-    stat.S_IFCHR: "a device",
-}
+# Kinds of files by the first letter of their mode, as `ls -l` shows it
+KINDS = {"d": "a directory", "p": "a pipe", "s": "a socket", "b": "a device", "c": "a device"}
 Row = dict[str, str]  # path, label and the columns of OPTIONAL
 Found = tuple[list[Row], list[tuple[str, str]], list[str]]  # rows, and `rejected` and `warnings` as in Listing
 Check = Callable[[str], str | None]  # why a path is no file within the directory, None if it is one
@@ -201,16 +196,14 @@ def _from_folders(directory: Path) -> Found:
             raise ValueError(f"{directory / folder}: no class directory in it; {advice}")
         if folder in empty:
             raise ValueError(f"{directory / folder}: class without an image; add some or remove the directory")
-    advice = "; put a copy in place of a link (cp -rL), rename, or make readable"
-    warnings = [
-        f"{len(names)} {kind} were left out: {shorten(sorted(names), n_shown)}{advice if names is closed else ''}"
-        for names, kind, n_shown in (
-            (loose, "files lie in no class directory and", 3),
-            (closed, "directories and all images in them", 20),
-            (hidden, "hidden or system files", 3),
-        )
-        if names
-    ]
+    warnings = []
+    if loose:
+        warnings.append(f"{len(loose)} files lie in no class directory and were left out: {shorten(sorted(loose), 3)}")
+    if closed:
+        found = f"{len(closed)} directories and all images in them were left out: {shorten(sorted(closed), 20)}"
+        warnings.append(f"{found}; put a copy in place of a link (cp -rL), rename, or make readable")
+    if hidden:
+        warnings.append(f"{len(hidden)} hidden or system files were left out: {shorten(sorted(hidden), 3)}")
     return rows, rejected, warnings
 
 
@@ -274,14 +267,14 @@ def _make_check(directory: Path) -> Check:
                 target = os.path.realpath(target)
             if not target.startswith(inside):
                 return "is a link that leads out of the directory"
-            kind = stat.S_IFMT(os.stat(target).st_mode)
+            kind = stat.filemode(os.stat(target).st_mode)[0]
         except (FileNotFoundError, NotADirectoryError):
             return "is a broken link" if is_link else "does not exist"
         except OSError as error:
             is_circle = error.errno == errno.ELOOP
             return "is a link that runs in a circle" if is_circle else f"cannot be read: {error.strerror}"
-        if is_link and kind == stat.S_IFDIR:
+        if is_link and kind == "d":
             return "is a link to a directory, which is not followed"
-        return None if kind == stat.S_IFREG else f"is {KINDS.get(kind, 'something else')}; expected a file"
+        return None if kind == "-" else f"is {KINDS.get(kind, 'something else')}; expected a file"
 
     return check

@@ -26,7 +26,11 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
     from torchvision.models.feature_extraction import NodePathTracer
 
     network = backbone.module
-    functions, leaves = _untraced(backbone.name)
+    functions, leaves = (), []
+    if backbone.name.startswith("timm/"):  # what torch.fx cannot trace
+        from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+        functions, leaves = tuple(get_notrace_functions()), get_notrace_modules()
     tracer = NodePathTracer(autowrap_functions=functions, leaf_modules=[*leaves, *_mode_readers(network)])
     was_training = network.training
     try:
@@ -99,15 +103,6 @@ class Meter(fx.Interpreter):
         self.values[n] = value.to("meta") if is_tensor else value if _is_number(value) else None
         self.flops[n] = self._counter.get_total_flops()
         return value
-
-
-def _untraced(name: str) -> tuple[tuple[Any, ...], list[type[nn.Module]]]:
-    """Functions and modules of timm that torch.fx cannot trace."""
-    if not name.startswith("timm/"):
-        return (), []
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
-    return tuple(get_notrace_functions()), get_notrace_modules()
 
 
 def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
