@@ -116,7 +116,7 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     try:
         content = _read(path)
         sha256 = decoding.sha256(content)
-        decoded = decoding.examine(content)
+        image, kind, mode, orientation = decoding.examine(content)
         decoding.check_sums(content)
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
@@ -124,9 +124,8 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
         return Inspected(str(error), sha256), None
     except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time
         return Inspected("needs more memory than there was"), None
-    width, height = map(str, decoded.image.size)
-    inspected = Inspected("", sha256, decoded.format, decoded.mode, width, height, str(decoded.orientation))
-    return inspected, duplicates.reduced(decoded.image)
+    width, height = map(str, image.size)
+    return Inspected("", sha256, kind, mode, width, height, str(orientation)), duplicates.reduced(image)
 
 
 def _read(path: str) -> bytes:

@@ -43,11 +43,11 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(choice.seed)
         network, geometry, dropped, licence = build(name, choice.weights == "default", image_size)
-    if choice.weights not in ("default", "random"):
-        state = network.state_dict()
-        is_file = choice.weights != "bundled"
-        state = read_state(choice.weights, state) if is_file else bundled_state(choice.name, state)
-        load_state(network, state, dropped, f"{WEIGHTS / choice.weights}" if is_file else "bundled")
+    if choice.weights == "bundled":
+        load_state(network, bundled_state(choice.name, network.state_dict()), dropped, "bundled")
+    elif choice.weights not in ("default", "random"):
+        state = read_state(choice.weights, network.state_dict())
+        load_state(network, state, dropped, f"{WEIGHTS / choice.weights}")
     _remove(network, dropped)
     network.eval().requires_grad_(False)
     if image_size is not None:

@@ -39,8 +39,8 @@ def read_state(name: str, expected: State) -> State:
     """Read a .safetensors, .pth or .pt file in data/weights/ and unwrap checkpoints; no code in it is run."""
     path = WEIGHTS / name
     if not path.resolve().is_relative_to(WEIGHTS.resolve()) or not path.is_file():
-        expected = "bundled, default, random or the name of a file there"
-        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; expected {expected}")
+        choices = "bundled, default, random or the name of a file there"
+        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; expected {choices}")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
     try:

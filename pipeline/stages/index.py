@@ -14,7 +14,6 @@ import pandas as pd
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images, Labels
 from pipeline.files import write_json
 from pipeline.ingest import indexing, inventory, listing
 from pipeline.ingest.inventory import Inventory
@@ -40,7 +39,7 @@ def main() -> None:
     for warning in found.summary["warnings"]:
         logs.log.warning("%s: %s", directory, warning)
     check(found, params.dataset, set(listed.images["label"]))
-    write_tables(found, is_grouped=params.dataset.near_duplicates == "group")
+    write_tables(found.kept, is_grouped=params.dataset.near_duplicates == "group")
     logs.log.info("indexed %d images, rejected %d", len(found.kept), len(found.rejected))
 
 
@@ -66,21 +65,13 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
         raise ValueError(f"{options.path}: one class only ({min(classes)}); expected two or more")
 
 
-def write_tables(found: Inventory, *, is_grouped: bool) -> None:
+def write_tables(kept: pd.DataFrame, *, is_grouped: bool) -> None:
     """Write images.csv and labels.csv."""
-    kept, class_names = found.kept, sorted(set(found.kept["label"]))
-    image_id, text = list(kept["path"]), {name: list(kept[name]) for name in ("sha256", "group", "stratum", "subset")}
-    manifest.write_images(Images(image_id, text["sha256"], [*map(int, kept["width"])], [*map(int, kept["height"])]))
-    labels = Labels(
-        image_id=image_id,
-        label=kept["label"].map(class_names.index).to_numpy(),
-        weight=kept["weight"].astype(float).to_numpy(),
-        near_duplicate_group=found.near_duplicate_group if is_grouped else [""] * len(kept),
-        given_split=list(kept["split"]),
-        class_names=class_names,
-        **text,
-    )
-    manifest.write_labels(labels)
+    table = kept.rename(columns={"path": "image_id", "split": "given_split"})
+    if not is_grouped:
+        table["near_duplicate_group"] = ""
+    manifest.write_images(manifest.make_images(table))
+    manifest.write_labels(manifest.make_labels(table))
 
 
 if __name__ == "__main__":
