@@ -156,16 +156,11 @@ class HeadOptions(Record):
     @model_validator(mode="after")
     def _kind_fits(self) -> Self:
         if (self.kind == "mlp") != bool(self.hidden) or (self.kind == "linear" and self.dropout):
-            raise ValueError(
-                f"found kind {self.kind}, hidden {list(self.hidden)}, dropout {self.dropout}; "
-                "`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width, pretrained "
-                "with `hidden: []`"
-            )
+            found = f"found kind {self.kind}, hidden {list(self.hidden)}, dropout {self.dropout}"
+            rules = "`kind: linear` goes with `hidden: []` and `dropout: 0.0`, mlp with at least one width"
+            raise ValueError(f"{found}; {rules}, pretrained with `hidden: []`")
         if self.kind == "pretrained" and self.standardize:
-            raise ValueError(
-                "standardize: found true, expected false with `kind: pretrained`: pretrained layers need features as "
-                "they were in pretraining"
-            )
+            raise ValueError("standardize: found true, expected false, as the pretrained layers were trained")
         return self
 
 
@@ -202,10 +197,8 @@ class Strategy(Record):
     @model_validator(mode="after")
     def _combination_makes_sense(self) -> Self:
         if self.init == "random" and (self.freeze_until != "none" or self.batchnorm != "train"):
-            raise ValueError(
-                f"found `freeze_until: {self.freeze_until}` and `batchnorm: {self.batchnorm}`; "
-                "`init: random` needs `freeze_until: none` and `batchnorm: train`"
-            )
+            found = f"found `freeze_until: {self.freeze_until}` and `batchnorm: {self.batchnorm}`"
+            raise ValueError(f"{found}; `init: random` needs `freeze_until: none` and `batchnorm: train`")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs: found {self.warmup_epochs}, expected at most epochs ({self.epochs})")
         return self
@@ -257,35 +250,29 @@ class Params(Record):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        strategies, run = self.fine_tune.strategies, self.fine_tune.run
+        strategies, run, baseline = self.fine_tune.strategies, self.fine_tune.run, self.compare.baseline
         unknown = [name for name in run if name not in strategies]
         unsplit = [seed for seed in self.fine_tune.seeds if seed not in self.split.seeds]
         reported = {HEAD_ONLY, HEAD_ALL_SEEDS, *strategies}
         unguarded = [name for name in self.compare.guard if name.partition(".")[0] not in reported or "." not in name]
+        guarded = (
+            f"a strategy of fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then keys of reports/details.json"
+        )
         share = self.split.test_fraction + self.split.val_fraction
+        ends_late = self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none")
+        base = f"found `cut: {self.features.cut}` and `pool: {self.features.pool}`"
+        needs = "a cut before the network's own dense layers (python -m pipeline cuts NAME) and `pool: none`"
+        taken = {HEAD_ONLY, HEAD_ALL_SEEDS} & strategies.keys()
+        baselines = f"{HEAD_ONLY} or an entry of fine_tune.run"
         for is_wrong, problem in (
             (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
-            (
-                self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none"),
-                f"features: found `cut: {self.features.cut}` and `pool: {self.features.pool}`; `head.kind: pretrained` "
-                "needs a cut before the network's own dense layers (python -m pipeline cuts NAME) and `pool: none`",
-            ),
-            (
-                {HEAD_ONLY, HEAD_ALL_SEEDS} & strategies.keys(),
-                f"fine_tune.strategies: the names {HEAD_ONLY} and {HEAD_ALL_SEEDS} are taken by the head alone",
-            ),
+            (ends_late, f"features: {base}; `head.kind: pretrained` needs {needs}"),
+            (taken, f"fine_tune.strategies: the names {HEAD_ONLY} and {HEAD_ALL_SEEDS} are taken by the head alone"),
             (unknown, f"fine_tune.run: found {unknown}, expected some of {', '.join(strategies)}"),
             (unsplit, f"fine_tune.seeds: found {unsplit}, expected some of split.seeds"),
             (run and not self.fine_tune.seeds, "fine_tune.seeds: found [], expected a seed, or `run: []`"),
-            (
-                self.compare.baseline not in (HEAD_ONLY, *run),
-                f"compare.baseline: found {self.compare.baseline}, expected {HEAD_ONLY} or an entry of fine_tune.run",
-            ),
-            (
-                unguarded,
-                f"compare.guard: found {unguarded}, expected names such as {HEAD_ONLY}.test.metrics.accuracy.value: a "
-                f"strategy of fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then keys of reports/details.json",
-            ),
+            (baseline not in (HEAD_ONLY, *run), f"compare.baseline: found {baseline}, expected {baselines}"),
+            (unguarded, f"compare.guard: found {unguarded}, expected {guarded}"),
         ):
             if is_wrong:
                 raise ValueError(problem)

@@ -7,7 +7,6 @@ is refused.
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -40,16 +39,6 @@ TURNS = {  # how to turn a picture upright, by the orientation in its EXIF block
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """An upright image (mode L or RGB), and the format, mode and EXIF orientation (1 to 8) of its file."""
-
-    image: Image.Image
-    format: str
-    mode: str
-    orientation: int
-
-
 def sha256(content: bytes) -> str:
     """SHA-256 (hex) of a file's bytes, which identifies an image wherever it is stored."""
     return hashlib.sha256(content).hexdigest()
@@ -57,11 +46,13 @@ def sha256(content: bytes) -> str:
 
 def decode(content: bytes) -> Image.Image:
     """The image alone; raises as `examine` does."""
-    return examine(content).image
+    return examine(content)[0]
 
 
-def examine(content: bytes) -> Decoded:
-    """Decode the whole file; ValueError with one line, the same in every run, if it cannot be read.
+def examine(content: bytes) -> tuple[Image.Image, str, str, int]:
+    """The upright image (mode L or RGB), and the format, mode and EXIF orientation (1 to 8) of its file.
+
+    Decodes the whole file; ValueError with one line, the same in every run, if it cannot be read.
 
     Grey stays grey (one channel to resize instead of three, with the same result). 16 bits are scaled by their full
     range, not by the values that occur. Transparent pixels become white, as in viewers: the colours underneath are
@@ -90,7 +81,7 @@ def examine(content: bytes) -> Decoded:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
     if orientation in TURNS and kind != "TIFF":  # Pillow turns a TIFF itself
         pixels = pixels.transpose(TURNS[orientation])
-    return Decoded(pixels, kind, mode, orientation)
+    return pixels, kind, mode, orientation
 
 
 def check_sums(content: bytes) -> None:
@@ -163,9 +154,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     is_grey = image.mode in ("1", "L", "LA", "La")
     layered = image.convert("LA" if is_grey else "RGBA")
-    opaque = layered.convert("L" if is_grey else "RGB")
-    flat = Image.new(opaque.mode, opaque.size, "white")
-    flat.paste(opaque, mask=layered.getchannel("A"))
+    flat = Image.new("L" if is_grey else "RGB", image.size, "white")
+    flat.paste(layered.convert(flat.mode), mask=layered.getchannel("A"))
     return flat
 
 

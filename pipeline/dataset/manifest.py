@@ -7,6 +7,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,6 +49,10 @@ class Labels:
     class_names: list[str]
 
 
+IMAGE_COLUMNS = [field.name for field in fields(Images)]
+LABEL_COLUMNS = [field.name for field in fields(Labels) if field.name != "class_names"]
+
+
 @dataclass(frozen=True)
 class Split:
     """For one seed, the split that each image belongs to, (n,) of str: train, val, test or unused."""
@@ -68,24 +73,32 @@ def write_images(images: Images, path: Path = IMAGES) -> None:
 
 def read_images(path: Path = IMAGES) -> Images:
     """Read images.csv."""
-    frame = _read(path, [field.name for field in fields(Images)], "index").astype({"width": int, "height": int})
-    return Images(**{str(column): list(frame[column]) for column in frame})
+    return make_images(_read(path, IMAGE_COLUMNS, "index"))
+
+
+def make_images(table: pd.DataFrame) -> Images:
+    """Images of a table of text that has their columns."""
+    return Images(*(list(table[name].astype(int if name in ("width", "height") else str)) for name in IMAGE_COLUMNS))
 
 
 def write_labels(labels: Labels, path: Path = LABELS) -> None:
     """Write labels.csv: the label by name, the weight as the shortest decimal that reads back exactly."""
-    frame = pd.DataFrame({column: values for column, values in vars(labels).items() if column != "class_names"})
+    frame = pd.DataFrame({name: getattr(labels, name) for name in LABEL_COLUMNS})
     write_csv(path, frame.assign(label=[labels.class_names[index] for index in labels.label]))
 
 
 def read_labels(path: Path = LABELS) -> Labels:
-    """Read labels.csv; the class names are those that occur, sorted."""
-    columns = [field.name for field in fields(Labels) if field.name != "class_names"]
-    frame = _read(path, columns, "index")
-    class_names = sorted(set(frame["label"]))
-    text = {str(column): list(frame[column]) for column in frame if column not in ("label", "weight")}
-    label = frame["label"].map(class_names.index).to_numpy(np.int64)
-    return Labels(**text, label=label, weight=frame["weight"].astype(float).to_numpy(), class_names=class_names)
+    """Read labels.csv."""
+    return make_labels(_read(path, LABEL_COLUMNS, "index"))
+
+
+def make_labels(table: pd.DataFrame) -> Labels:
+    """Labels of a table of text that has their columns; the class names are those that occur, sorted."""
+    class_names = sorted(set(table["label"]))
+    columns: dict[str, Any] = {name: list(table[name]) for name in LABEL_COLUMNS}
+    columns["label"] = table["label"].map(class_names.index).to_numpy(np.int64)
+    columns["weight"] = table["weight"].astype(float).to_numpy()
+    return Labels(**columns, class_names=class_names)
 
 
 def write_split(split: Split, directory: Path = SPLITS) -> None:

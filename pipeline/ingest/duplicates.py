@@ -5,7 +5,6 @@ pixels) are above their median. It ignores colour and hardly depends on size, co
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -18,20 +17,6 @@ COSINES = np.asarray(dct(np.eye(SIDE), axis=0, norm="ortho"))[:KEPT]
 SAMPLED = 4  # rows and columns of the picture that are averaged for each of these pixels
 FLAT = 1.0  # standard deviation (grey levels) of these frequencies below which a picture counts as flat
 BLOCK = 2**17  # pairs of rows that are compared at a time, so that they fit the processor's cache
-
-
-@dataclass(frozen=True)
-class Near:
-    """Near-duplicates among n pictures.
-
-    `component` (n,) int64: pictures connected by pairs share a number. `closest` (k, 3) int64: pairs (a, b) and their
-    Hamming distance, the nearest first; of pictures with equal hashes the first represents all. `n_pairs`: the number
-    of all pairs.
-    """
-
-    component: np.ndarray
-    closest: np.ndarray
-    n_pairs: int
 
 
 def reduced(image: Image.Image) -> np.ndarray:
@@ -52,11 +37,15 @@ def perceptual_hashes(pixels: Sequence[np.ndarray]) -> list[int | None]:
     return [None if flat else value for flat, value in zip(is_flat.tolist(), values, strict=True)]
 
 
-def near(hashes: np.ndarray, bits: int, n_closest: int) -> Near:
+def near(hashes: np.ndarray, bits: int, n_closest: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Pairs of pictures whose hashes (n,) uint64 have a Hamming distance of at most `bits`.
 
     Hashes that differ in b bits agree in at least one of b + 1 bands, so only rows that agree in a band are compared
     (Manku, Jain and Das Sarma 2007). Equal hashes are compared once, however many pictures have them.
+
+    Returns the component (n,) int64 of each picture (pictures connected by pairs share a number); the `n_closest` pairs
+    (a, b) with their Hamming distance, (k, 3) int64, the nearest first, where the first of pictures with equal hashes
+    represents all; and the number of all pairs.
     """
     distinct, member, count = np.unique(hashes, return_inverse=True, return_counts=True)
     first = np.unique(member, return_index=True)[1]
@@ -68,7 +57,7 @@ def near(hashes: np.ndarray, bits: int, n_closest: int) -> Near:
         best = np.argsort(distance, kind="stable")[:n_closest]
         pairs = np.sort([first[a[best]], first[b[best]]], axis=0)
         closest = _nearest(np.concatenate([closest, np.column_stack([*pairs, distance[best]])]), n_closest)
-    return Near(connected[member], closest, n_pairs)
+    return connected[member], closest, n_pairs
 
 
 def _equal_pairs(member: np.ndarray, n: int) -> np.ndarray:

@@ -83,10 +83,8 @@ def _is_packed(path: Path) -> bool:
 def _read_shape(path: Path, file: IO[bytes], n_dimensions: int) -> tuple[int, ...]:
     header = file.read(4 + 4 * n_dimensions)
     if len(header) >= 4 and header[:4] != bytes([0, 0, 8, n_dimensions]):
-        raise ValueError(
-            f"{path}: begins with {header[:4].hex()}; expected 0000080{n_dimensions}: unsigned bytes in {n_dimensions} "
-            "dimensions"
-        )
+        expected = f"0000080{n_dimensions}: unsigned bytes in {n_dimensions} dimensions"
+        raise ValueError(f"{path}: begins with {header[:4].hex()}; expected {expected}")
     if len(header) < 4 + 4 * n_dimensions:
         raise ValueError(f"{path}: ends before its header says")
     shape = tuple(np.frombuffer(header, ">u4", offset=4).tolist())
@@ -103,7 +101,5 @@ def _check_size(path: Path, shape: tuple[int, ...]) -> None:
     if not _is_packed(path) and size_bytes != announced:
         raise ValueError(f"{path}: {size_bytes} bytes; expected {announced}, as its header says")
     if len(shape) == 3 and announced > LARGEST_RATIO * size_bytes:
-        raise ValueError(
-            f"{path}: its header says {announced} bytes, {announced // size_bytes} times its size: taken for a "
-            "decompression bomb; unpack it if it is not"
-        )
+        problem = f"its header says {announced} bytes, {announced // size_bytes} times its size"
+        raise ValueError(f"{path}: {problem}: taken for a decompression bomb; unpack it if it is not")

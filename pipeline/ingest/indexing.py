@@ -66,7 +66,8 @@ Memory = dict[str, tuple[Stamp, Inspected]]
 
 def inspect(directory: Path, names: Sequence[str], workers: int, *, is_verifying: bool = False) -> list[Inspected]:
     """Inspect the files `names` of a directory; remembered ones are read again only if `is_verifying`."""
-    key = digest([str(directory.resolve()), PIL.__version__, *map(_source, CODE)])[:32]
+    code = [Path(module).read_text(encoding="utf-8") for module in CODE]  # whole: the memory holds texts of errors too
+    key = digest([str(directory.resolve()), PIL.__version__, *code])[:32]
     place = shared(".index") / f"{key}.json"
     memory = _recall(place)
     stamps = {name: stamp for name in names if (stamp := _stamp(directory / name))}
@@ -111,23 +112,20 @@ def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
 
 def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     """All but the hash, and the pixels that are hashed."""
+    sha256 = ""
     try:
         content = _read(path)
+        sha256 = decoding.sha256(content)
+        image, kind, mode, orientation = decoding.examine(content)
+        decoding.check_sums(content)
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
-    except ValueError as error:
-        return Inspected(str(error)), None
-    sha256 = decoding.sha256(content)
-    try:
-        decoded = decoding.examine(content)
-        decoding.check_sums(content)
     except ValueError as error:
         return Inspected(str(error), sha256), None
     except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time
         return Inspected("needs more memory than there was"), None
-    width, height = map(str, decoded.image.size)
-    inspected = Inspected("", sha256, decoded.format, decoded.mode, width, height, str(decoded.orientation))
-    return inspected, duplicates.reduced(decoded.image)
+    width, height = map(str, image.size)
+    return Inspected("", sha256, kind, mode, width, height, str(orientation)), duplicates.reduced(image)
 
 
 def _read(path: str) -> bytes:
@@ -186,10 +184,6 @@ def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[lis
 
 
 # memory
-
-
-def _source(module: str) -> str:
-    return Path(module).read_text(encoding="utf-8")  # whole: the memory holds the texts of errors too
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -21,15 +21,14 @@ SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS, SHOWN_NAMES = 20, 20, 50, 20  # at mos
 class Inventory:
     """The content of a data set.
 
-    `kept`: a row per usable image, with the columns of Listing.images and Inspected. `rejected`: (path, reason); of
-    these, `conflicts` are images with the same bytes but different labels. `near_duplicate_group`: a name per row of
-    `kept`, empty for an image without near-duplicates.
+    `kept`: a row per usable image, with the columns of Listing.images and Inspected, and `near_duplicate_group`, a name
+    that is empty for an image without near-duplicates. `rejected`: (path, reason); of these, `conflicts` are images
+    with the same bytes but different labels.
     """
 
     kept: pd.DataFrame
     rejected: list[tuple[str, str]]
     conflicts: list[tuple[str, str]]
-    near_duplicate_group: list[str]
     summary: dict[str, Any]
 
 
@@ -44,7 +43,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
     conflicts = [(path, _conflict(path, label, group)) for group in disputed for path, label in group.items()]
     kept = readable[~is_disputed].reset_index(drop=True)
     same = _equal_images(kept)[:SHOWN_GROUPS]
-    near_duplicate_group, n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
+    kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
     summary = {
         "n_images": len(kept),
         "n_rejected": len(rejected) + len(conflicts),
@@ -62,7 +61,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
         "n_near_duplicates": n_near_duplicates,
         "warnings": [*listing.warnings, *_misnamed(kept), *_differently_labelled(kept, pairs)],
     }
-    return Inventory(kept, sorted(rejected + conflicts), conflicts, near_duplicate_group, summary)
+    return Inventory(kept, sorted(rejected + conflicts), conflicts, summary)
 
 
 def _equal_images(images: pd.DataFrame) -> list[dict[str, str]]:
@@ -83,14 +82,14 @@ def _near_duplicates(kept: pd.DataFrame, distance: int) -> tuple[list[str], int,
     """
     hashed = kept[(kept["phash"] != "") & ~kept["sha256"].duplicated()]
     hashes = np.array([int(phash, 16) for phash in hashed["phash"]], np.uint64)
-    near = duplicates.near(hashes, distance, SHOWN_PAIRS)
+    component, closest, n_pairs = duplicates.near(hashes, distance, SHOWN_PAIRS)
     path, sha256 = hashed["path"].tolist(), hashed["sha256"].tolist()
-    pairs = [{"a": path[a], "b": path[b], "bits": bits} for a, b, bits in near.closest.tolist()]
+    pairs = [{"a": path[a], "b": path[b], "bits": bits} for a, b, bits in closest.tolist()]
     members: dict[int, list[str]] = {}
-    for digest, component in zip(sha256, near.component.tolist(), strict=True):
-        members.setdefault(component, []).append(digest)
+    for digest, number in zip(sha256, component.tolist(), strict=True):
+        members.setdefault(number, []).append(digest)
     group_of = {digest: f"near_{min(group)[:12]}" for group in members.values() if len(group) > 1 for digest in group}
-    return [group_of.get(digest, "") for digest in kept["sha256"]], near.n_pairs, pairs
+    return [group_of.get(digest, "") for digest in kept["sha256"]], n_pairs, pairs
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
@@ -119,6 +118,5 @@ def _differently_labelled(kept: pd.DataFrame, pairs: list[dict[str, Any]]) -> li
     if not different:
         return []
     first = " and ".join(f"{path} ({label[path]})" for path in different[0])
-    return [
-        f"{len(different)} of the {len(pairs)} nearest pairs of near-duplicates are labelled differently, first {first}"
-    ]
+    found = f"{len(different)} of the {len(pairs)} nearest pairs of near-duplicates"
+    return [f"{found} are labelled differently, first {first}"]

@@ -9,8 +9,7 @@ import math
 import os
 import stat
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -24,14 +23,11 @@ SYNONYMS = {name: name for name in SPLIT_NAMES}
 SYNONYMS |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 SYSTEM_FILES = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX"}
 LARGEST_TABLE = 512 * 1024**2  # bytes of a labels.csv
-HIDDEN = "is hidden or of the system"
-KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a device",
-    stat.S_IFCHR: "a device",
-}
+HIDDEN, FOLDER = "is hidden or of the system", "is a directory"  # of what is no file, but no mistake either
+# Kinds of files by the first letter of their mode, as `ls -l` shows it
+KINDS = {"d": "a directory", "p": "a pipe", "s": "a socket", "b": "a device", "c": "a device"}
+Row = dict[str, str]  # path, label and the columns of OPTIONAL
+Found = tuple[list[Row], list[tuple[str, str]], list[str]]  # rows, and `rejected` and `warnings` as in Listing
 Check = Callable[[str], str | None]  # why a path is no file within the directory, None if it is one
 
 
@@ -60,13 +56,12 @@ def find_images(directory: Path) -> Listing:
     if not directory.is_dir():
         raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
     table = directory / "labels.csv"
-    listing = _from_table(table) if os.path.lexists(table) else _from_folders(directory)
-    if listing.images.empty:
+    rows, rejected, warnings = _from_table(table) if os.path.lexists(table) else _from_folders(directory)
+    if not rows:
         raise ValueError(f"{directory}: no image found; expected a sub-directory per class, or a labels.csv")
-    missing = {column: value for column, value in OPTIONAL.items() if column not in listing.images}
-    images = listing.images.assign(**missing).sort_values("path", ignore_index=True)
+    images = pd.DataFrame(rows, columns=["path", "label", *OPTIONAL], dtype=str).sort_values("path", ignore_index=True)
     images["split"] = [SYNONYMS.get(name.casefold(), "") for name in images["split"]]
-    return Listing(images, sorted(listing.rejected), listing.warnings + _similar_classes(images["label"]))
+    return Listing(images, sorted(rejected), warnings + _similar_classes(images["label"]))
 
 
 def shorten(items: Sequence[str], n: int) -> str:
@@ -84,7 +79,7 @@ def _similar_classes(labels: pd.Series) -> list[str]:
 # labels.csv
 
 
-def _from_table(table: Path) -> Listing:
+def _from_table(table: Path) -> Found:
     check = _make_check(table.parent)
     if problem := check(str(table)):
         raise ValueError(f"{table} {problem}")
@@ -92,35 +87,37 @@ def _from_table(table: Path) -> Listing:
         raise ValueError(f"{table}: {table.stat().st_size:,} bytes; expected at most {LARGEST_TABLE:,}")
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(_read_rows(table, csv.reader(file, strict=True)))
+            numbered = list(_read_rows(table, csv.reader(file, strict=True)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
+    rows: list[Row] = []
+    rejected: list[tuple[int, Row, str]] = []
     first: dict[str, int] = {}
-    for number, row in rows:
+    for number, row in numbered:
+        path = row["path"]
         if problem := _row_problem(row):
             raise ValueError(f"{table}: row {number}: {problem}")
-        if first.setdefault(row["path"], number) != number:
-            where = first[row["path"]]
-            raise ValueError(f"{table}: row {number}: {row['path']!r} is in row {where} already; expected it once")
-    problems = [_path_problem(row["path"], table.parent, check) for _, row in rows]
-    kept = [row for (_, row), problem in zip(rows, problems, strict=True) if not problem]
-    labels = {row["label"] for row in kept}
-    for (number, row), problem in zip(rows, problems, strict=True):
-        if row["label"] not in labels:  # all rows of its class are rejected, and this is the first of them
-            n_rows = Counter(row["label"] for _, row in rows)[row["label"]] if kept else len(rows)
-            of_class = f"of class {row['label']!r} " if kept else ""
-            raise ValueError(
-                f"{table}: no row {of_class}can be used (of {n_rows}), first row {number}: {row['path']!r} {problem}"
-            )
-    rejected = [(row["path"], problem) for (_, row), problem in zip(rows, problems, strict=True) if problem]
+        if first.setdefault(path, number) != number:
+            raise ValueError(f"{table}: row {number}: {path!r} is in row {first[path]} already; expected it once")
+        if problem := _path_problem(path, table.parent, check):
+            rejected.append((number, row, problem))
+        else:
+            rows.append(row)
+    labels = {row["label"] for row in rows}
+    lost = [(number, row, problem) for number, row, problem in rejected if row["label"] not in labels]
+    if lost:
+        number, row, problem = lost[0]
+        of_class = f"of class {row['label']!r} " if rows else ""
+        n_rows = sum(other["label"] == row["label"] or not rows for _, other, _ in lost)
+        where = f"first row {number}: {row['path']!r} {problem}"
+        raise ValueError(f"{table}: no row {of_class}can be used (of {n_rows}), {where}")
     listed = {*first, table.name}
-    n_unlisted = sum(problem != HIDDEN and path not in listed for path, problem in _walk(table.parent))
+    n_unlisted = sum(problem not in (HIDDEN, FOLDER) and path not in listed for path, problem in _walk(table.parent))
     warnings = [f"{n_unlisted} files are not listed in labels.csv and were left out"] if n_unlisted else []
-    columns = [column for column in ("path", "label", *OPTIONAL) if rows and column in rows[0][1]]
-    return Listing(pd.DataFrame(kept, columns=columns, dtype=str), rejected, warnings)
+    return rows, [(row["path"], problem) for _, row, problem in rejected], warnings
 
 
-def _read_rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, Row]]:
     """Number (as a spreadsheet counts) and fields of each row that is not empty."""
     header = next(reader, [])
     for column in ("path", "label"):
@@ -135,20 +132,19 @@ def _read_rows(table: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, 
         if len(fields) != len(header) and fields:
             raise ValueError(f"{table}: row {number}: {len(fields)} fields; expected {len(header)}, as in row 1")
         if fields:
-            yield number, dict(zip(header, fields, strict=True))
+            yield number, OPTIONAL | dict(zip(header, fields, strict=True))
 
 
-def _row_problem(row: dict[str, str]) -> str | None:
+def _row_problem(row: Row) -> str | None:
     if not row["label"].strip():
         return "label is empty"
-    if row.get("split", "").casefold() not in ("", *SYNONYMS):
+    if row["split"].casefold() not in ("", *SYNONYMS):
         return f"split {row['split']!r}; expected {', '.join(SPLIT_NAMES)} or nothing"
     try:
-        weight = float(row.get("weight", "1"))
+        is_weight = 0 < float(row["weight"]) < math.inf and "_" not in row["weight"]  # Python allows _ between digits
     except ValueError:
-        weight = math.nan
-    is_plain = "_" not in row.get("weight", "")  # Python allows it between digits
-    return None if 0 < weight < math.inf and is_plain else f"weight {row['weight']!r}; expected a number above 0"
+        is_weight = False
+    return None if is_weight else f"weight {row['weight']!r}; expected a number above 0"
 
 
 def _path_problem(name: str, directory: Path, check: Check) -> str | None:
@@ -168,52 +164,56 @@ def _path_problem(name: str, directory: Path, check: Check) -> str | None:
 # directories
 
 
-def _from_folders(directory: Path) -> Listing:
-    split_of = _find_splits(directory)
+def _from_folders(directory: Path) -> Found:
+    entries = list(_walk(directory))
+    folders = sorted(path for path, problem in entries if problem == FOLDER)
+    split_of = _find_splits(directory, folders)
     depth = 2 if split_of else 1
-    rows: list[tuple[str, str, str]] = []
+    rows: list[Row] = []
     rejected: list[tuple[str, str]] = []
     closed, loose, hidden = [], [], []
-    for path, problem in _walk(directory):
-        folders = path.split("/")[:-1]
-        if problem == HIDDEN:
+    for path, problem in entries:
+        parents = path.split("/")[:-1]
+        if problem is None and len(parents) >= depth:
+            rows.append(OPTIONAL | {"path": path, "label": parents[depth - 1], "split": split_of.get(parents[0], "")})
+        elif problem is None:
+            loose.append(repr(path))
+        elif problem == HIDDEN:
             hidden.append(repr(path))
-        elif problem:
+        elif problem != FOLDER:
             name = os.fsencode(path).decode(errors="backslashreplace")
             rejected.append((name, problem))
             if os.path.isdir(directory / path):
                 closed.append(f"{name!r} ({problem})")
-        elif len(folders) >= depth:
-            rows.append((path, folders[depth - 1], split_of.get(folders[0], "")))
-        else:
-            loose.append(repr(path))
-    filled = {"/".join(path.split("/")[:depth]) for path, _, _ in rows}
-    for name in _class_folders(directory, split_of):
-        if name not in filled:
-            reason = dict(rejected).get(name)
-            problem = f" {reason}" if reason else ": class without an image; add some or remove the directory"
-            raise ValueError(f"{directory / name}{problem}")
-    advice = "; put a copy in place of a link (cp -rL), rename, or make readable"
-    warnings = [
-        f"{len(names)} {kind} were left out: {shorten(sorted(names), n_shown)}{advice if names is closed else ''}"
-        for names, kind, n_shown in (
-            (loose, "files lie in no class directory and", 3),
-            (closed, "directories and all images in them", 20),
-            (hidden, "hidden or system files", 3),
-        )
-        if names
-    ]
-    images = pd.DataFrame(rows, columns=["path", "label", "split"], dtype=str)
-    return Listing(images, rejected, warnings)
+    filled = {"/".join(row["path"].split("/")[:depth]) for row in rows}
+    empty = [path for path in folders if path.count("/") == depth - 1 and path not in filled]
+    unreadable = dict(rejected)
+    for folder in ("", *split_of, *empty):
+        if folder in unreadable:
+            raise ValueError(f"{directory / folder} {unreadable[folder]}")
+        if folder in split_of and not _names_in([folder], folders):
+            advice = "expected one per class; keep images without a class elsewhere"
+            raise ValueError(f"{directory / folder}: no class directory in it; {advice}")
+        if folder in empty:
+            raise ValueError(f"{directory / folder}: class without an image; add some or remove the directory")
+    warnings = []
+    if loose:
+        warnings.append(f"{len(loose)} files lie in no class directory and were left out: {shorten(sorted(loose), 3)}")
+    if closed:
+        found = f"{len(closed)} directories and all images in them were left out: {shorten(sorted(closed), 20)}"
+        warnings.append(f"{found}; put a copy in place of a link (cp -rL), rename, or make readable")
+    if hidden:
+        warnings.append(f"{len(hidden)} hidden or system files were left out: {shorten(sorted(hidden), 3)}")
+    return rows, rejected, warnings
 
 
-def _find_splits(directory: Path) -> dict[str, str]:
+def _find_splits(directory: Path, folders: list[str]) -> dict[str, str]:
     """The split of each sub-directory, by its name; empty if the sub-directories are classes."""
-    folders = _folders(directory)
-    splits = {name: SYNONYMS[name.casefold()] for name in folders if name.casefold() in SYNONYMS}
-    others = [name for name in folders if name not in splits]
+    names = sorted(_names_in([""], folders))
+    splits = {name: SYNONYMS[name.casefold()] for name in names if name.casefold() in SYNONYMS}
+    others = [name for name in names if name not in splits]
     # Sub-directories with the same sub-directories are splits; one that is called train may be a class of trains
-    is_similar = any({*_folders(directory / a)} & {*_folders(directory / b)} for a in splits for b in others)
+    is_similar = _names_in(splits, folders) & _names_in(dict.fromkeys(others), folders)
     if "train" not in splits.values() or (len(splits) == 1 and others and not is_similar):
         return {}
     listed = ", ".join(f"{name}/" for name in splits)
@@ -223,39 +223,13 @@ def _find_splits(directory: Path) -> dict[str, str]:
     return splits
 
 
-def _class_folders(directory: Path, splits: dict[str, str]) -> list[str]:
-    """Paths of the class directories; ValueError for a split without any."""
-    found = []
-    for split in splits or [""]:
-        names = _folders(directory / split)
-        if splits and not names:
-            raise ValueError(
-                f"{directory / split}: no class directory in it; expected one per class; keep images without a class "
-                "elsewhere"
-            )
-        found += [os.path.join(split, name) for name in names]
-    return found
-
-
-def _folders(directory: Path) -> list[str]:
-    """Names of the sub-directories, without links, hidden ones and names that are not UTF-8."""
-    try:
-        entries = [entry for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
-    except PermissionError:
-        raise ValueError(f"{directory} cannot be read") from None
-    return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and _is_utf8(entry.name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in SYSTEM_FILES
-
-
-def _is_utf8(name: str) -> bool:
-    return name.encode(errors="ignore").decode() == name
+def _names_in(parents: Container[str], folders: list[str]) -> set[str]:
+    """Names of the directories that lie in `parents`."""
+    return {os.path.basename(path) for path in folders if os.path.dirname(path) in parents}
 
 
 def _walk(directory: Path) -> Iterator[tuple[str, str | None]]:
-    """Each file below, by its path from there, and why it cannot be used, None if it can.
+    """Each file below, by its path from there, and why it cannot be used, None if it can; FOLDER for a directory.
 
     Links to files are followed within the directory. Links to directories never are: they could run in circles.
     """
@@ -265,16 +239,17 @@ def _walk(directory: Path) -> Iterator[tuple[str, str | None]]:
         try:
             entries = list(os.scandir(directory / folder))
         except OSError as error:
-            yield folder.rstrip("/"), f"cannot be read: {error.strerror}"
+            yield folder, f"cannot be read: {error.strerror}"
             continue
         for entry in entries:
-            path = folder + entry.name
-            if _is_hidden(entry.name):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith(".") or entry.name in SYSTEM_FILES:
                 yield path, HIDDEN
-            elif not _is_utf8(entry.name):
+            elif entry.name.encode(errors="ignore").decode() != entry.name:
                 yield path, "has a name that is not UTF-8"
             elif entry.is_dir(follow_symlinks=False):
-                folders.append(f"{path}/")
+                folders.append(path)
+                yield path, FOLDER
             else:
                 yield path, None if entry.is_file(follow_symlinks=False) else check(entry.path)
 
@@ -292,14 +267,14 @@ def _make_check(directory: Path) -> Check:
                 target = os.path.realpath(target)
             if not target.startswith(inside):
                 return "is a link that leads out of the directory"
-            kind = stat.S_IFMT(os.stat(target).st_mode)
+            kind = stat.filemode(os.stat(target).st_mode)[0]
         except (FileNotFoundError, NotADirectoryError):
             return "is a broken link" if is_link else "does not exist"
         except OSError as error:
             is_circle = error.errno == errno.ELOOP
             return "is a link that runs in a circle" if is_circle else f"cannot be read: {error.strerror}"
-        if is_link and kind == stat.S_IFDIR:
+        if is_link and kind == "d":
             return "is a link to a directory, which is not followed"
-        return None if kind == stat.S_IFREG else f"is {KINDS.get(kind, 'something else')}; expected a file"
+        return None if kind == "-" else f"is {KINDS.get(kind, 'something else')}; expected a file"
 
     return check

@@ -3,24 +3,22 @@
 `elpv` and `digits` come from installed packages. All other names are data sets of torchvision, which downloads them.
 """
 
-import csv
 import difflib
 import inspect
-import io
 import re
 import shutil
 import unicodedata
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from tarfile import TarError
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from pipeline import logs
@@ -50,14 +48,12 @@ LABEL_WIDTH = {"CLEVRClassification": 2, "GTSRB": 2}  # digits, of labels withou
 FAILURES = (OSError, RuntimeError, ValueError, EOFError, HTTPException, TarError, BadZipFile)
 
 
-@dataclass(frozen=True)
-class Item:
-    """An image (a file to copy, or pixels) and its number within its split: train, val, test or ""."""
+class Item(NamedTuple):
+    """An image (a file to copy, or pixels), its label and its split: train, val, test or ""."""
 
     image: Path | Image.Image
     label: str
     split: str
-    number: int
 
 
 def make(name: str, directory: Path, downloads: Path) -> int:
@@ -92,7 +88,7 @@ def elpv(directory: Path) -> int:
         rows.append([path, label, probability or 1.0, f"{probability:.2f}-{kind}", kind])
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, directory / path)
-    return _write_labels(directory, ["path", "label", "weight", "stratum", "subset"], rows)
+    return _write_labels(directory, pd.DataFrame(rows, columns=["path", "label", "weight", "stratum", "subset"]))
 
 
 def _digits() -> Iterator[Item]:
@@ -100,21 +96,16 @@ def _digits() -> Iterator[Item]:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        pixels = np.round(image * 255 / 16).astype(np.uint8)
-        yield Item(Image.fromarray(pixels), str(label), "", number)
+    for image, label in zip(digits.images, digits.target, strict=True):
+        yield Item(Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)), str(label), "")
 
 
 def import_idx(source: Path, directory: Path) -> None:
     """Make a data set of the IDX files in `source`; `directory` is new, and whole or absent."""
     if directory.exists():
         raise FileExistsError(f"{directory}: is there already; expected a new directory")
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        n = export(_from_idx(source), temporary)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _making(directory) as partial:
+        n = export(_from_idx(source), partial)
     logs.log.info("%s: %d images; next: dvc add %s, and dataset.path: %s", directory, n, directory, directory)
 
 
@@ -122,21 +113,23 @@ def _from_idx(source: Path) -> Iterator[Item]:
     read = [(pair, *idx.read(pair)) for pair in idx.find_pairs(source)]
     width = len(str(max(int(labels.max()) for *_, labels in read)))
     for pair, images, labels in read:
-        for number, pixels in enumerate(logs.progress(images, len(images), "images", pair.images.name)):
-            yield Item(Image.fromarray(pixels), f"{labels[number]:0{width}}", pair.split, number)
+        pictures = logs.progress(images, len(images), "images", pair.images.name)
+        for pixels, label in zip(pictures, labels, strict=True):
+            yield Item(Image.fromarray(pixels), f"{label:0{width}}", pair.split)
 
 
 def _from_torchvision(name: str, root: Path) -> Iterator[Item]:
     """Every image: its file where torchvision has one for it, else its pixels."""
     if not root.exists():
-        _download(name, root)
+        with _making(root) as partial:  # torchvision takes any directory that exists for complete
+            for split in TORCHVISION[name]:
+                _load(name, split, partial, download=True)
     for split in TORCHVISION[name]:
         dataset = _load(name, split, root, download=False)
         classes = _class_names(dataset)
         samples = logs.progress(_samples(name, dataset), len(dataset), "images", f"{name} {split}".strip())
-        for number, (image, label) in enumerate(samples):
-            text = classes[label] if classes else f"{label:0{LABEL_WIDTH.get(name, 1)}}"
-            yield Item(image, text, split, number)
+        for image, label in samples:
+            yield Item(image, classes[label] if classes else f"{label:0{LABEL_WIDTH.get(name, 1)}}", split)
 
 
 def _samples(name: str, dataset: Any) -> Iterator[tuple[Path | Image.Image, int]]:  # noqa: ANN401
@@ -155,18 +148,15 @@ def _samples(name: str, dataset: Any) -> Iterator[tuple[Path | Image.Image, int]
         yield image, int(label)
 
 
-def _download(name: str, root: Path) -> None:
-    """Have torchvision download every split; `root` appears only when it is complete.
-
-    Torchvision takes any directory that exists for complete, even if unpacking was interrupted.
-    """
-    partial = root.with_name(f".{name}.partial")
+@contextmanager
+def _making(directory: Path) -> Iterator[Path]:
+    """Yield a new directory beside `directory`; it becomes `directory` only if the block raises nothing."""
+    partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for split in TORCHVISION[name]:
-            _load(name, split, partial, download=True)
-        partial.rename(root)
+        yield partial
+        partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -185,10 +175,9 @@ def _load(name: str, split: str, root: Path, *, download: bool) -> Any:  # noqa:
         return make_dataset(root, **options)
     except FAILURES as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{name}: torchvision cannot make it ({why}); expected {'' if name in NOT_DOWNLOADED else 'a network, or '}"
-            f"its files in {root.with_name(name)}/ as torchvision.datasets.{name} wants them"
-        ) from None
+        expected = f"its files in {root.with_name(name)}/ as torchvision.datasets.{name} wants them"
+        network = "" if name in NOT_DOWNLOADED else "a network, or "
+        raise ValueError(f"{name}: torchvision cannot make it ({why}); expected {network}{expected}") from None
 
 
 def _class_names(dataset: Any) -> list[str]:  # noqa: ANN401
@@ -201,26 +190,26 @@ def _class_names(dataset: Any) -> list[str]:  # noqa: ANN401
 
 def export(items: Iterable[Item], directory: Path) -> int:
     """Write images and labels.csv; returns the number of images. A file's name is its number: safe on every system."""
-    rows = []
-    for item in items:
-        suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ".png"
-        name = f"{item.number:06}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
-        path = "/".join(filter(None, (item.split, safe_name(item.label), name)))
+    rows: list[tuple[str, str, str]] = []
+    n_images = Counter[str]()  # of each split, so far
+    for image, label, split in items:
+        suffix = image.suffix.lower() if isinstance(image, Path) else ".png"
+        name = f"{n_images[split]:06}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
+        path = "/".join(filter(None, (split, safe_name(label), name)))
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(item.image, Path):
-            shutil.copyfile(item.image, directory / path)
+        if isinstance(image, Path):
+            shutil.copyfile(image, directory / path)
         else:
-            item.image.save(directory / path)
-        rows.append([path, item.label, item.split])
-    n_columns = 3 if any(split for *_, split in rows) else 2
-    return _write_labels(directory, ["path", "label", "split"][:n_columns], [row[:n_columns] for row in sorted(rows)])
+            image.save(directory / path)
+        rows.append((path, label, split))
+        n_images[split] += 1
+    table = pd.DataFrame(sorted(rows), columns=["path", "label", "split"])
+    return _write_labels(directory, table if any(table["split"]) else table.drop(columns="split"))
 
 
-def _write_labels(directory: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
-    write_text(directory / "labels.csv", table.getvalue())
-    return len(rows)
+def _write_labels(directory: Path, table: pd.DataFrame) -> int:
+    write_text(directory / "labels.csv", table.to_csv(index=False, lineterminator="\n"))
+    return len(table)
 
 
 def safe_name(label: str) -> str:

@@ -5,8 +5,8 @@ Units (see dataset.units) are kept together, except by `method: given`, where th
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,15 +16,11 @@ from pipeline.files import digest
 from pipeline.params import Splitting
 
 UNTIED = "add images, or raise split.test_fraction and split.val_fraction"
-TIED = (
-    "a class needs three groups (by group, equal bytes or near-duplicates), one for each split: add images of other "
-    "groups"
-)
+TIED = "a class needs three groups (by group, equal bytes or near-duplicates), one for each split: add other groups"
 RANKED = ("test", "val", "train")  # where tied images disagree, the first of these counts
 
 
-@dataclass(frozen=True)
-class Leak:
+class Leak(NamedTuple):
     """Tied images in more than one of train, val and test: what ties them, and the split of each by its image_id."""
 
     tie: str
@@ -38,10 +34,9 @@ def draw(labels: Labels, units: list[list[int]], options: Splitting, seed: int) 
         return Split(seed, labels.image_id, _by_hash(labels, units, options, seed))
     given = labels.given_split if options.method == "given" else [""] * len(labels.image_id)
     if options.method == "given" and not any(given):
-        raise ValueError(
-            "params.yaml: split.method: found given, but the data set gives no split to any image; expected a `split` "
-            "column in its labels.csv, or train/, val/ and test/ with the classes below; or choose stratified or hash"
-        )
+        expected = "a `split` column in its labels.csv, or train/, val/ and test/ with the classes below"
+        problem = "found given, but the data set gives no split to any image"
+        raise ValueError(f"params.yaml: split.method: {problem}; expected {expected}; or choose stratified or hash")
     return Split(seed, labels.image_id, _stratified(labels, units, given, options, seed))
 
 
@@ -174,23 +169,21 @@ def find_leaks(labels: Labels, split: Split) -> list[Leak]:
 
 def check_classes(split: Split, labels: Labels) -> None:
     """ValueError that names every class without an image in train, val or test."""
-    counts = [Counter(split.split[labels.label == index]) for index in range(len(labels.class_names))]
-    absent = [[name for name in ("train", "val", "test") if not count[name]] for count in counts]
-    if not any(absent):
-        return
-    n_units, problems, advice = count_units(labels, make_units(labels)), [], set()
-    for index, name in enumerate(labels.class_names):
-        if not absent[index]:
-            continue
-        n_images = counts[index].total()
+    absent = {}
+    for index in range(len(labels.class_names)):
+        splits = set(split.split[labels.label == index])
+        if missed := [name for name in ("train", "val", "test") if name not in splits]:
+            absent[index] = " and ".join(missed)
+    n_units, problems, advice = count_units(labels, make_units(labels)) if absent else Counter(), [], set()
+    for index, missed in absent.items():
+        n_images = np.count_nonzero(labels.label == index)
         is_tied = n_units[index] < 3 <= n_images
         tied = f" in {n_units[index]} groups that stay together" if is_tied else ""
-        problems.append(f"class {name!r} has {n_images} images{tied}, none of them in {' and '.join(absent[index])}")
+        problems.append(f"class {labels.class_names[index]!r} has {n_images} images{tied}, none of them in {missed}")
         advice.add(TIED if is_tied else UNTIED)
-    raise ValueError(
-        f"split, seed {split.seed}: {'; '.join(problems)}; {'; '.join(sorted(advice))}; or merge the class with "
-        "another, or leave it out"
-    )
+    if problems:
+        listed = "; ".join([*problems, *sorted(advice)])
+        raise ValueError(f"split, seed {split.seed}: {listed}; or merge the class with another, or leave it out")
 
 
 def small_classes(splits: Sequence[Split], labels: Labels, least: int) -> dict[str, int]:

@@ -5,7 +5,6 @@ A cut point is a node of the traced graph behind which one value is alive, so th
 """
 
 import inspect
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, cast
 
@@ -27,7 +26,11 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
     from torchvision.models.feature_extraction import NodePathTracer
 
     network = backbone.module
-    functions, leaves = _untraced(backbone.name)
+    functions, leaves = (), []
+    if backbone.name.startswith("timm/"):  # what torch.fx cannot trace
+        from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+        functions, leaves = tuple(get_notrace_functions()), get_notrace_modules()
     tracer = NodePathTracer(autowrap_functions=functions, leaf_modules=[*leaves, *_mode_readers(network)])
     was_training = network.training
     try:
@@ -37,9 +40,8 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
         _fold_numbers(graph, two, three)
     # Tracing calls the network's forward with proxies instead of tensors, which can raise errors of any type
     except Exception as error:
-        raise ValueError(
-            f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({one_line(error)})"
-        ) from None
+        problem = f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all"
+        raise ValueError(f"{problem} ({one_line(error)})") from None
     finally:
         network.train(was_training)
     return {
@@ -51,7 +53,24 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
 
 def divide(network: nn.Module, cuts: list[fx.Node]) -> list[nn.Module]:
     """The pieces between the nodes `cuts`, which stand in order."""
-    return [fx.GraphModule(network, graph) for graph in _pieces(cuts)]
+    graph, copies, waiting, pieces = fx.Graph(), {}, list(cuts), []
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a get_attr node
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in cuts[0].graph.nodes:
+        if node.op == "get_attr":
+            continue
+        copies[node] = graph.node_copy(node, copied)
+        while waiting and node is waiting[0]:
+            graph.output(copies[node])
+            pieces.append(fx.GraphModule(network, graph))
+            waiting.pop(0)
+            graph = fx.Graph()
+            copies = {node: graph.placeholder("boundary")}
+    return [*pieces, fx.GraphModule(network, graph)]
 
 
 def tensors_read(network: nn.Module, node: fx.Node) -> set[int]:
@@ -84,15 +103,6 @@ class Meter(fx.Interpreter):
         self.values[n] = value.to("meta") if is_tensor else value if _is_number(value) else None
         self.flops[n] = self._counter.get_total_flops()
         return value
-
-
-def _untraced(name: str) -> tuple[tuple[Any, ...], list[type[nn.Module]]]:
-    """Functions and modules of timm that torch.fx cannot trace."""
-    if not name.startswith("timm/"):
-        return (), []
-    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
-    return tuple(get_notrace_functions()), get_notrace_modules()
 
 
 def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
@@ -151,24 +161,3 @@ def _cut_nodes(network: nn.Module, graph: fx.Graph) -> list[fx.Node]:
         if alive == {i} and node.op != "placeholder" and not before & behind[i]:
             cuts.append(node)
     return cuts
-
-
-def _pieces(cuts: list[fx.Node]) -> Iterator[fx.Graph]:
-    graph, copies, waiting = fx.Graph(), {}, list(cuts)
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a get_attr node
-            copies[node] = graph.node_copy(node)
-        return copies[node]
-
-    for node in cuts[0].graph.nodes:
-        if node.op == "get_attr":
-            continue
-        copies[node] = graph.node_copy(node, copied)
-        while waiting and node is waiting[0]:
-            graph.output(copies[node])
-            yield graph
-            waiting.pop(0)
-            graph = fx.Graph()
-            copies = {node: graph.placeholder("boundary")}
-    yield graph

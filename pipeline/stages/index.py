@@ -14,7 +14,6 @@ import pandas as pd
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images, Labels
 from pipeline.files import write_json
 from pipeline.ingest import indexing, inventory, listing
 from pipeline.ingest.inventory import Inventory
@@ -40,7 +39,7 @@ def main() -> None:
     for warning in found.summary["warnings"]:
         logs.log.warning("%s: %s", directory, warning)
     check(found, params.dataset, set(listed.images["label"]))
-    write_tables(found, is_grouped=params.dataset.near_duplicates == "group")
+    write_tables(found.kept, is_grouped=params.dataset.near_duplicates == "group")
     logs.log.info("indexed %d images, rejected %d", len(found.kept), len(found.rejected))
 
 
@@ -53,40 +52,26 @@ def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
     if len(unreadable) > options.max_rejected_fraction * n_all:
         path, reason = unreadable[0]
         first = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in f"{options.path}/{path}")
-        raise ValueError(
-            f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in "
-            f"{where}; repair or remove them, or raise dataset.max_rejected_fraction"
-        )
+        problem = f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in {where}"
+        raise ValueError(f"{problem}; repair or remove them, or raise dataset.max_rejected_fraction")
     if disputed and options.on_conflict == "error":
         path, reason = found.conflicts[0]
-        raise ValueError(
-            f"{len(disputed)} images have other labels than images with the same bytes, first {options.path}/{path} "
-            f"({reason}); all are in {where}; correct the labels, or leave all of them out: dataset.on_conflict: drop"
-        )
+        problem = f"{len(disputed)} images have other labels than images with the same bytes"
+        advice = "correct the labels, or leave all of them out: dataset.on_conflict: drop"
+        raise ValueError(f"{problem}, first {options.path}/{path} ({reason}); all are in {where}; {advice}")
     if lost := classes - set(found.kept["label"]):
         raise ValueError(f"{options.path}: no image of class {min(lost)!r} can be used; see {where}")
     if len(classes) < 2:
         raise ValueError(f"{options.path}: one class only ({min(classes)}); expected two or more")
 
 
-def write_tables(found: Inventory, *, is_grouped: bool) -> None:
+def write_tables(kept: pd.DataFrame, *, is_grouped: bool) -> None:
     """Write images.csv and labels.csv."""
-    kept, class_names = found.kept, sorted(set(found.kept["label"]))
-    image_id, sha256 = list(kept["path"]), list(kept["sha256"])
-    manifest.write_images(Images(image_id, sha256, [*map(int, kept["width"])], [*map(int, kept["height"])]))
-    labels = Labels(
-        image_id=image_id,
-        sha256=sha256,
-        label=kept["label"].map(class_names.index).to_numpy(),
-        weight=kept["weight"].astype(float).to_numpy(),
-        group=list(kept["group"]),
-        near_duplicate_group=found.near_duplicate_group if is_grouped else [""] * len(kept),
-        stratum=list(kept["stratum"]),
-        subset=list(kept["subset"]),
-        given_split=list(kept["split"]),
-        class_names=class_names,
-    )
-    manifest.write_labels(labels)
+    table = kept.rename(columns={"path": "image_id", "split": "given_split"})
+    if not is_grouped:
+        table["near_duplicate_group"] = ""
+    manifest.write_images(manifest.make_images(table))
+    manifest.write_labels(manifest.make_labels(table))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.device import choose_device
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
-from pipeline.params import STORE_DTYPES, FeatureOptions, Params, Strategy, load_params
+from pipeline.params import STORE_DTYPES, Params, Strategy, load_params
 from pipeline.training import heads
 
 
@@ -26,11 +26,11 @@ def main() -> None:
     engine.check_precision("features.precision", params.features.precision, device)
     backbone = backbones.load(params.backbone, params.features.image_size)
     base = plan_backbone(backbone, params)
-    strategies = {}
+    strategies, value_bytes = {}, np.dtype(STORE_DTYPES[params.features.store_dtype]).itemsize
     for name in params.fine_tune.run:
         recipe, key = params.fine_tune.strategies[name], f"fine_tune.strategies.{name}"
         engine.check_precision(f"{key}.precision", recipe.precision, device)
-        strategies[name] = plan_strategy(backbone, base, recipe, params.features, f"{key}.freeze_until")
+        strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
     plans.write(base, "backbone")
     logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
     for name, plan in strategies.items():
@@ -63,16 +63,13 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
     )
 
 
-def plan_strategy(
-    backbone: Backbone, base: BackbonePlan, recipe: Strategy, features: FeatureOptions, key: str
-) -> StrategyPlan:
+def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, value_bytes: int, key: str) -> StrategyPlan:
     """Resolve the freeze boundary and measure prefix and suffix; ValueError, naming `key`, if it is behind the base."""
     prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, base.pool, key)
     pixels = _black_image(backbone)
     with torch.no_grad():
         activation = prefix.module(pixels)
     is_cached = recipe.boundary_cache == "on" and prefix.boundary != cuts.NONE
-    value_bytes = np.dtype(STORE_DTYPES[features.store_dtype]).itemsize
     return StrategyPlan(
         recipe=recipe,
         boundary=prefix.boundary,

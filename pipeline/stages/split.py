@@ -8,6 +8,7 @@ Byte-identical images and images of one group stay together. The order of the fi
 """
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,18 @@ def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[s
     """What a reader of the results should know about the splits."""
     given, notes = set(labels.given_split), []
     if options.method != "given" and given != {""}:
-        notes.append(
-            f"the data set gives splits, which `split.method: {options.method}` ignores; to use them, set it to given"
-        )
+        ignored = f"the data set gives splits, which `split.method: {options.method}` ignores"
+        notes.append(f"{ignored}; to use them, set it to given")
     for name in ("test", "val"):
         if options.method == "given" and name not in given:
             source = "train and images without a split" if "" in given else "train"
             hint = "; to test on the given val, rename it to test" if name == "test" and "val" in given else ""
             notes.append(f"the data set has no image in {name}: drawn by seed from {source}{hint}")
     if few := splits.small_classes(drawn, labels, MIN_TRAINING_IMAGES):
-        notes.append(
-            f"classes with fewer than {MIN_TRAINING_IMAGES} images to train on: "
-            f"{', '.join(f'{name} ({n})' for name, n in few.items())}; add images, or merge classes; "
-            "`class_weights: balanced` gives all classes the same influence on training"
-        )
+        listed = ", ".join(f"{name} ({n})" for name, n in few.items())
+        advice = "`class_weights: balanced` gives all classes the same influence on training"
+        found = f"classes with fewer than {MIN_TRAINING_IMAGES} images to train on: {listed}"
+        notes.append(f"{found}; add images, or merge classes; {advice}")
     return notes
 
 
@@ -88,9 +87,8 @@ def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: 
     """The content of reports/splits.json."""
     sizes = {str(split.seed): {name: len(split.rows(name)) for name in SPLIT_NAMES} for split in drawn}
     shown = [
-        {"tie": leak.tie, "name": leak.name, "n": len(leak.splits)}
-        | {"parts": dict([*leak.splits.items()][:SHOWN_IMAGES])}
-        for leak in leaks[:SHOWN_LEAKS]
+        {"tie": tie, "name": name, "n": len(split_of), "parts": dict(islice(split_of.items(), SHOWN_IMAGES))}
+        for tie, name, split_of in leaks[:SHOWN_LEAKS]
     ]
     return {"method": options.method, "sizes": sizes, "notes": notes, "n_leaks": len(leaks), "leaks": shown}
 
@@ -98,20 +96,15 @@ def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: 
 def warn_or_fail(leaks: list[Leak], options: Splitting) -> None:
     """ValueError that lists the first leaks, or the same as a warning if params.yaml allows leakage."""
     listed = []
-    for leak in leaks[:5]:
-        named = f" {leak.name!r}" if leak.tie == "group" else ""
-        one_of_each = {name: image for image, name in reversed(leak.splits.items())}
-        files = ", ".join(f"{image} ({name})" for name, image in sorted(one_of_each.items()))
-        listed.append(f"{leak.tie}{named}: {files}")
-    found = (
-        f"split: {len(leaks)} sets of images that belong together are in several splits: {'; '.join(listed)}; all are "
-        f"in {REPORT}"
-    )
+    for tie, name, split_of in leaks[:5]:
+        one_of_each = {name: image for image, name in reversed(split_of.items())}
+        files = ", ".join(f"{image} ({split})" for split, image in sorted(one_of_each.items()))
+        listed.append(f"{tie} {name!r}: {files}" if tie == "group" else f"{tie}: {files}")
+    found = f"{len(leaks)} sets of images that belong together are in several splits: {'; '.join(listed)}"
+    advice = "put each set into one split (`unused` leaves an image out), or set split.allow_leakage: true"
     if not options.allow_leakage:
-        raise ValueError(
-            f"{found}; put each set into one split (`unused` leaves an image out), or set split.allow_leakage: true"
-        )
-    logs.log.warning("%s", found)
+        raise ValueError(f"split: {found}; all are in {REPORT}; {advice}")
+    logs.log.warning("split: %s; all are in %s", found, REPORT)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ class _Directory:
     n_bytes: int
     last_use: float
 
-    def is_unused(self, days: float) -> bool:
-        return time.time() - self.last_use >= days * DAY
+    @property
+    def days_unused(self) -> float:
+        return (time.time() - self.last_use) / DAY
 
     @property
     def shards(self) -> list[Path]:
@@ -39,8 +40,7 @@ class _Directory:
         return sorted([*self.path.glob("*.damaged"), *abandoned])
 
     def line(self, contents: str = "") -> str:
-        days = (time.time() - self.last_use) / DAY
-        age = f"used {days:.0f} days ago" if days >= 1 else "used today"
+        age = f"used {self.days_unused:.0f} days ago" if self.days_unused >= 1 else "used today"
         return f"{self.path.name}  {contents}{_size(self.n_bytes)}, {age}"
 
 
@@ -58,10 +58,8 @@ def _directories() -> list[_Directory]:
             if isinstance(key, dict) and digest(key)[:32] == name:
                 last_use = _size_and_time(path / "key.json")[1]
                 is_current = key["schema"] == store.SCHEMA and not aside
-                unreadable = (
-                    "set aside, its rows were computed again" if aside else "of another version of this pipeline"
-                )
-                description = _describe(key) if is_current else unreadable
+                other = "set aside, its rows were computed again" if aside else "of another version of this pipeline"
+                description = _describe(key) if is_current else other
         found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use))
     return sorted(found, key=lambda directory: -directory.last_use)
 
@@ -119,7 +117,7 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
     if not days >= 0:
         raise ValueError(f"--days: found {days:g}, expected 0 or more")
     directories = _directories()
-    unused = [directory for directory in directories if directory.is_unused(days)]
+    unused = [directory for directory in directories if directory.days_unused >= days]
     left_overs = [path for directory in directories if directory not in unused for path in directory.left_overs]
     if not unused and not left_overs:
         print(f"{store.root()}: nothing to remove")
@@ -134,7 +132,7 @@ def collect_garbage(days: float, *, is_asked: bool) -> None:
             return
     except (EOFError, RuntimeError):  # RuntimeError: there is no standard input at all
         raise ValueError("gc asks before it removes anything, and nobody answered; expected --yes") from None
-    still_unused = {directory.path for directory in _directories() if directory.is_unused(days)}
+    still_unused = {directory.path for directory in _directories() if directory.days_unused >= days}
     for directory in unused:
         if directory.path in still_unused:  # no run has used it since
             _remove(directory.path)

@@ -239,7 +239,7 @@ def test_a_file_that_crashes_the_decoder_is_refused_and_the_others_are_read(
     examine, main = decoding.examine, os.getpid()
     fatal = {(tmp_path / "many" / name).read_bytes() for name in crashing}
 
-    def crash(content: bytes) -> decoding.Decoded:
+    def crash(content: bytes) -> tuple[Image.Image, str, str, int]:
         if content in fatal:
             assert os.getpid() != main
             os.kill(os.getpid(), signal.SIGKILL)

@@ -86,7 +86,7 @@ def test_near_duplicates_are_listed_in_pairs_and_grouped_with_their_copies():
         {"a": "a.png", "b": "b.png", "bits": 2},
     ]
     assert found.summary["n_near_duplicates"] == 2
-    assert found.near_duplicate_group == ["near_1", "near_1", "near_1", "near_3", "", "near_3", ""]
+    assert list(found.kept["near_duplicate_group"]) == ["near_1", "near_1", "near_1", "near_3", "", "near_3", ""]
     (warning,) = found.summary["warnings"][1:]
     assert warning == (
         "1 of the 2 nearest pairs of near-duplicates are labelled differently, first a.png (cat) and b.png (dog)"
@@ -107,4 +107,4 @@ def test_files_with_the_extension_of_another_format_are_named_and_kept():
 
 def test_a_summary_of_nothing_is_a_summary():
     found = taken(("a.png", "cat", BAD))
-    assert (found.summary["n_images"], found.summary["width"], found.near_duplicate_group) == (0, {}, [])
+    assert (found.summary["n_images"], found.summary["width"], list(found.kept["near_duplicate_group"])) == (0, {}, [])
