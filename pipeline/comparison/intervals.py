@@ -146,7 +146,8 @@ def spread_of(by_run: Sequence[Influence], rows: Sequence[np.ndarray], unit: np.
     effective, n_units = float(share.sum() ** 2 / (share**2).sum()), int(np.count_nonzero(share))
     extra = float(np.mean([metric.extra_variance for metric in by_run]))
     variance = float((moved**2).sum()) * n_units / max(n_units - 1, 1) + extra
-    return Spread(effective * variance, effective, n_units, len(np.unique(np.concatenate(rows))))
+    n_images = int(np.count_nonzero(np.bincount(np.concatenate(rows))))
+    return Spread(effective * variance, effective, n_units, n_images)
 
 
 def sum_by(by_run: Sequence[np.ndarray], index: Sequence[np.ndarray]) -> np.ndarray:

@@ -68,9 +68,10 @@ def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, u
     """
     fold = folds(unit[rows])
     loss = -candidates.true_log_probability.astype(np.float64) * weight[rows]
+    loss[~np.isfinite(loss).all(axis=1)] = np.inf  # a candidate that diverged is never chosen
     others = [fold != k if fold.any() else fold == k for k in range(fold.max() + 1)]  # a single unit chooses for itself
     by_fold = np.stack([loss[:, other].sum(axis=1) for other in others])
-    best = np.nan_to_num(by_fold, nan=np.inf, posinf=np.inf).argmin(axis=1)[fold]  # never a candidate that diverged
+    best = by_fold.argmin(axis=1)[fold]
     n, has_scores = np.arange(len(rows)), candidates.positive_log_probability.shape[1] > 0
     scores = candidates.positive_log_probability[best, n][:, None] if has_scores else np.zeros((len(rows), 0))
     return Outcomes(
