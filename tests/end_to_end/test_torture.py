@@ -733,6 +733,7 @@ def test_every_good_image_reaches_the_features_through_dvc(tmp_path: Path) -> No
     params["backbone"].update({"name": "timm/test_resnet", "weights": "random"})
     params["features"].update({"views": 1, "image_size": 32})
     params["evaluation"]["views"] = ["identity"]
+    params["fine_tune"]["run"] = []
     yaml.dump(params, repository / "params.yaml")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "GIT", "PYTHON"))}
     environment |= {

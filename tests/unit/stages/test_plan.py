@@ -120,8 +120,7 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
     backbone = backbones.Backbone("torchvision/toy", Network(), tiny.preprocessing, "", 5, None)
     base = plan.plan_backbone(backbone, params)
     tuned, whole = (
-        plan.plan_strategy(backbone, base, params.fine_tune.strategies[name], 4, "key")
-        for name in ("tuned", "whole")
+        plan.plan_strategy(backbone, base, params.fine_tune.strategies[name], 4, "key") for name in ("tuned", "whole")
     )
     first, second = 2 * 3 * 4 * SIZE**2, 2 * 4 * 5 * SIZE**2  # two per multiply-add
     assert base.flops_per_image == first + second
