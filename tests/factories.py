@@ -392,7 +392,7 @@ def study_params(path: Path) -> None:
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
     document["features"].update({"views": 1, "image_size": 64})
-    document["evaluation"]["views"] = 1
+    document["evaluation"]["views"] = ["identity"]
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
     yaml.dump(document, path)
