@@ -149,8 +149,8 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
     if not runs:
         return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
     caption = (
-        f"{_n(len(runs), 'run')}. Solid: validation, cross-fitted where there are no epochs. Dotted: training. Dot: the "
-        "epoch that validation selected."
+        f"{_n(len(runs), 'run')}. Solid: validation, cross-fitted where there are no epochs. Dotted: training. Dot: "
+        "the epoch that validation selected."
     )
     return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
 
