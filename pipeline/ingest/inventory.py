@@ -22,12 +22,12 @@ class Inventory:
     """The content of a data set.
 
     `kept`: a row per usable image, with the columns of Listing.images and Inspected, and `near_duplicate_group`, a name
-    that is empty for an image without near-duplicates. `rejected`: (path, reason); of these, `conflicts` are images
-    with the same bytes but different labels.
+    that is empty for an image without near-duplicates. `unreadable` and `conflicts` (images with the same bytes but
+    different labels): (path, reason) of the images that are rejected.
     """
 
     kept: pd.DataFrame
-    rejected: list[tuple[str, str]]
+    unreadable: list[tuple[str, str]]
     conflicts: list[tuple[str, str]]
     summary: dict[str, Any]
 
@@ -36,7 +36,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
     """Combine what was listed with what was found in the files; images with conflicting labels are rejected."""
     found = listing.images.join(pd.DataFrame(inspected))
     is_readable = found["reason"] == ""
-    rejected = [*listing.rejected, *found.loc[~is_readable, ["path", "reason"]].itertuples(index=False, name=None)]
+    unreadable = [*listing.rejected, *found.loc[~is_readable, ["path", "reason"]].itertuples(index=False, name=None)]
     readable = found[is_readable]
     is_disputed = readable.groupby("sha256")["label"].transform("nunique") > 1
     disputed = _equal_images(readable[is_disputed])
@@ -46,7 +46,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
     kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
     summary = {
         "n_images": len(kept),
-        "n_rejected": len(rejected) + len(conflicts),
+        "n_rejected": len(unreadable) + len(conflicts),
         "n_distinct": kept["sha256"].nunique(),
         "classes": _counts(kept["label"]),
         "width": _range(kept["width"]),
@@ -61,7 +61,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
         "n_near_duplicates": n_near_duplicates,
         "warnings": [*listing.warnings, *_misnamed(kept), *_differently_labelled(kept, pairs)],
     }
-    return Inventory(kept, sorted(rejected + conflicts), conflicts, summary)
+    return Inventory(kept, sorted(unreadable), conflicts, summary)
 
 
 def _equal_images(images: pd.DataFrame) -> list[dict[str, str]]:

@@ -33,30 +33,28 @@ def main() -> None:
     names = list(listed.images["path"])
     inspected = indexing.inspect(directory, names, params.runtime.workers, is_verifying=is_verifying)
     found = inventory.take(listed, inspected, params.dataset.near_duplicate_distance)
-    rejected = pd.DataFrame(found.rejected, columns=["path", "reason"])
+    rejected = pd.DataFrame(sorted(found.unreadable + found.conflicts), columns=["path", "reason"])
     manifest.write_csv(REPORTS / "rejected.csv", rejected)
     write_json(REPORTS / "summary.json", found.summary)
     for warning in found.summary["warnings"]:
         logs.log.warning("%s: %s", directory, warning)
     check(found, params.dataset, set(listed.images["label"]))
     write_tables(found.kept, is_grouped=params.dataset.near_duplicates == "group")
-    logs.log.info("indexed %d images, rejected %d", len(found.kept), len(found.rejected))
+    logs.log.info("indexed %d images, rejected %d", len(found.kept), len(rejected))
 
 
 def check(found: Inventory, options: Dataset, classes: set[str]) -> None:
     """ValueError if too many images cannot be read, labels conflict, or a class has no image left."""
     where = REPORTS / "rejected.csv"
-    disputed = set(found.conflicts)
-    unreadable = [row for row in found.rejected if row not in disputed]
-    n_all = len(found.kept) + len(found.rejected)
+    unreadable, n_all = found.unreadable, found.summary["n_images"] + found.summary["n_rejected"]
     if len(unreadable) > options.max_rejected_fraction * n_all:
         path, reason = unreadable[0]
         first = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in f"{options.path}/{path}")
         problem = f"{len(unreadable)} of {n_all} images cannot be read, first {first} ({reason}); all are in {where}"
         raise ValueError(f"{problem}; repair or remove them, or raise dataset.max_rejected_fraction")
-    if disputed and options.on_conflict == "error":
+    if found.conflicts and options.on_conflict == "error":
         path, reason = found.conflicts[0]
-        problem = f"{len(disputed)} images have other labels than images with the same bytes"
+        problem = f"{len(found.conflicts)} images have other labels than images with the same bytes"
         advice = "correct the labels, or leave all of them out: dataset.on_conflict: drop"
         raise ValueError(f"{problem}, first {options.path}/{path} ({reason}); all are in {where}; {advice}")
     if lost := classes - set(found.kept["label"]):

@@ -97,7 +97,7 @@ def warn_or_fail(leaks: list[Leak], options: Splitting) -> None:
     """ValueError that lists the first leaks, or the same as a warning if params.yaml allows leakage."""
     listed = []
     for tie, name, split_of in leaks[:5]:
-        one_of_each = {name: image for image, name in reversed(split_of.items())}
+        one_of_each = {split: image for image, split in reversed(split_of.items())}
         files = ", ".join(f"{image} ({split})" for split, image in sorted(one_of_each.items()))
         listed.append(f"{tie} {name!r}: {files}" if tie == "group" else f"{tie}: {files}")
     found = f"{len(leaks)} sets of images that belong together are in several splits: {'; '.join(listed)}"
