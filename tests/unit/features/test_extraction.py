@@ -436,7 +436,7 @@ def test_rows_that_come_out_otherwise_are_set_aside_with_one_warning_and_all_are
     loaded.clear()
     fill(make_computation(), paths, rows)
     assert loaded == []
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_rows_that_come_out_as_they_are_stored_stay(paths: dict[str, Path], loaded: list[list[Row]]) -> None:
@@ -521,7 +521,7 @@ def test_a_rank_whose_rows_another_sets_aside_stops_with_one_line(
     ):
         fill(replace(plain, runner=replace(plain.runner, run=run)), paths, rows)
     assert "\n" not in str(caught.value)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     store = fill(plain, paths, rows)
     assert store.missing(rows) == []
 
