@@ -361,6 +361,7 @@ STUDY_OUTPUTS = (  # and reports/*.json
     "reports/confusion",
     "reports/data",
     "reports/label_suspects.csv",
+    "reports/label_suspects.json",
     "reports/runs/feature_extraction",
     "reports/runs/partial_freeze/seed_0",
 )

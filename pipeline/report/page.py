@@ -49,7 +49,7 @@ def write() -> None:
 def assemble() -> Json:
     """Everything that the template shows; ValueError for an output that is missing or not the one in dvc.lock."""
     stages = provenance.read_lock()
-    files = [f"reports/{name}" for name in ("confusion", "data", "label_suspects.csv", *(f"{n}.json" for n in NAMES))]
+    files = [f"reports/{name}" for name in ("confusion", "data", "label_suspects.csv", "label_suspects.json", *(f"{n}.json" for n in NAMES))]
     provenance.check(stages, [manifest.IMAGES.as_posix(), manifest.LABELS.as_posix(), *files])
     params, labels, features = load_params(), manifest.read_labels(), hdf5.read_features()
     if features.sha256 != labels.sha256:
@@ -103,6 +103,7 @@ def assemble() -> Json:
         "conflicts": gallery.groups(summary["conflicts"], album),
         "near": gallery.groups([[pair["a"], pair["b"]] for pair in summary["near_duplicates"]], album),
         "suspects": gallery.suspects(_csv("label_suspects.csv"), album),
+        "caution": _json("label_suspects.json")["caution"],
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "stages": stages,

@@ -243,6 +243,7 @@ def test_what_is_not_an_output_may_be_missing(root: Path, change: Callable[[], N
         "reports/data",
         "reports/splits.json",
         "reports/label_suspects.csv",
+        "reports/label_suspects.json",
         "reports/runs/partial_freeze/seed_0",
     ],
 )
