@@ -444,7 +444,7 @@ def study_run(name: str, seed: int, labels: Labels, split: np.ndarray, random: n
         | {"val_loss": 0.6 - 0.1 * epoch, "val_accuracy": 0.8}
         for epoch in range(3)
     ]
-    selected = {"strength": 0.1, "val_nll": {"1.0": 0.7, "0.1": 0.6, "0.01": 0.65}}
+    selected = {"strength": 0.1, "at_end": None, "val_nll": {"1.0": 0.7, "0.1": 0.6, "0.01": 0.65}}
     spent = cost(trainable_params=51, train_flops=10**9 if is_head else 10**11, base_passes=8, cached_bytes=1536)
     described = {"cost": spent, "chosen": selected if is_head else {"epoch": 2}, "curve": [] if is_head else curve}
     val, test = found

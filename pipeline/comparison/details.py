@@ -198,18 +198,15 @@ def operating_points(
 def positive_class(labels: Labels, options: Compare) -> int | None:
     """The index of `compare.positive_class`, by default that of the rarer class; ValueError for an unknown class.
 
-    None where there are not two classes.
+    None where there are not two classes: then an error for a class that is named.
     """
-    if len(labels.class_names) != 2:
-        return None
+    choices = labels.class_names if len(labels.class_names) == 2 else []
     if options.positive_class is None:
-        return int(np.bincount(labels.label, minlength=2).argmin())
-    if options.positive_class not in labels.class_names:
-        raise ValueError(
-            f"params.yaml: compare.positive_class: found {options.positive_class}, expected null or one of "
-            f"{', '.join(labels.class_names)}"
-        )
-    return labels.class_names.index(options.positive_class)
+        return int(np.bincount(labels.label, minlength=2).argmin()) if choices else None
+    if options.positive_class not in choices:
+        expected = " or ".join(["null", *choices])
+        raise ValueError(f"params.yaml: compare.positive_class: found {options.positive_class}, expected {expected}")
+    return choices.index(options.positive_class)
 
 
 def per_unit(

@@ -102,7 +102,7 @@ def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     reason = _reason(found, strategies)
     if not found.is_decided:
         reason += f" {_undecided(found, strategies)}"
-    reason += of_runs(len(strategies[found.strategy]["seeds"]))
+    reason += of_runs(dict(strategies), len(strategies[found.strategy]["seeds"]), "val")
     return f"**Recommendation: {found.strategy}** ({rule}). {reason}\n\n{_tested(found.strategy, strategies)}"
 
 

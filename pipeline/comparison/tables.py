@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.comparison.paired import MIN_SEEDS_FOR_T
+from pipeline.comparison.paired import CORRECTED_T, MIN_SEEDS_FOR_T
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 
 Json = dict[str, Any]
@@ -81,12 +81,14 @@ def unit_name(details: Json) -> str:
 def compared_on(details: Json) -> str:
     """The seeds, and with fewer than five of them that the result is about these runs."""
     seeds = details["common_seeds"]
-    return f"Compared on seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.{of_runs(len(seeds))}"
+    about = of_runs(details["strategies"], len(seeds), "test")
+    return f"Compared on seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.{about}"
 
 
-def of_runs(n: int) -> str:
-    """What a result from fewer than five runs of each strategy is about; with more an empty text."""
-    if n >= MIN_SEEDS_FOR_T:
+def of_runs(strategies: Json, n: int, split: str) -> str:
+    """What a result of n runs of each strategy is about; an empty text where the variance over the seeds is in it."""
+    methods = {one["vs_baseline"][split]["method"] for one in strategies.values() if one.get("vs_baseline")}
+    if n >= MIN_SEEDS_FOR_T and methods <= {CORRECTED_T}:
         return ""
     these = f"these {n} runs" if n > 1 else "this one run"
     return f" This is a result of {these} of each strategy: runs with other training seeds may differ."

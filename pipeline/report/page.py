@@ -49,7 +49,8 @@ def write() -> None:
 def assemble() -> Json:
     """Everything that the template shows; ValueError for an output that is missing or not the one in dvc.lock."""
     stages = provenance.read_lock()
-    files = [f"reports/{name}" for name in ("confusion", "data", "label_suspects.csv", "label_suspects.json", *(f"{n}.json" for n in NAMES))]
+    suspects = ("label_suspects.csv", "label_suspects.json")
+    files = [f"reports/{name}" for name in ("confusion", "data", *suspects, *(f"{n}.json" for n in NAMES))]
     provenance.check(stages, [manifest.IMAGES.as_posix(), manifest.LABELS.as_posix(), *files])
     params, labels, features = load_params(), manifest.read_labels(), hdf5.read_features()
     if features.sha256 != labels.sha256:

@@ -75,6 +75,9 @@ def read_checked(name: str, split: Split) -> Run:
     """Read a run; ValueError if it is damaged, not finite, or about other images than the split."""
     try:
         run = read_run(name, split.seed)
+        candidates, expected = run.candidates, (len(run.candidates.names), len(run.val.rows))
+        if not candidates.predicted.shape == candidates.true_log_probability.shape == expected:
+            raise ValueError("candidates that are not of the validation images")
     except (SafetensorError, LookupError, TypeError, ValueError):
         raise ValueError(f"{RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro") from None
     for role, predictions in (("val", run.val), ("test", run.test)):

@@ -54,7 +54,7 @@ def main() -> None:
     else:
         pairs, load, largest_rounding = [], load_images(images, backbone, params), 0.0
     network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
-    example = next(load([[(int(val[0]), 0)] * BATCH[device.type]]))
+    example = next(load([[(int(val[0]), eval_views[0])] * BATCH[device.type]]))
     evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
     place(network, device)
     task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, evaluation_engine)

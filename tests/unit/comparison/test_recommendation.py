@@ -32,13 +32,13 @@ def words(
     def strategy(name: str) -> dict[str, Any]:
         accuracy = float(np.mean(runs[name][0].predicted == LABEL))
         figure = {"value": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "sd": None}
-        difference = {"difference": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004}
+        difference = {"difference": 0.02, "low": 0.01, "high": 0.03, "p_value": 0.0004, "method": "sign-flip"}
         return {
             "val": {"metrics": {"accuracy": figure}, "n": [N], "n_units": [N // images_per_unit]},
             "seeds": [0],
             "test": {"metrics": {"accuracy": figure}},
             "cost": {"train_flops": FLOPS[name]},
-            "vs_baseline": None if name == baseline else {"test": difference},
+            "vs_baseline": None if name == baseline else {"val": difference, "test": difference},
         }
 
     return recommendation.in_words(found, {name: strategy(name) for name in runs})

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 from pipeline.comparison import tables
+from pipeline.comparison.paired import CORRECTED_T, SIGN_FLIP
 from tests.factories import FORTY, FULL_RUNS, HEAD_RUNS, forty_details
 
 
@@ -34,8 +35,11 @@ def test_one_seed_has_no_deviation_and_a_loss_has_its_sign():
 
 
 def test_from_five_seeds_on_the_result_is_of_the_strategies():
-    assert tables.of_runs(5) == ""
-    assert tables.compared_on({"common_seeds": [1, 2, 3, 4, 5]}) == "Compared on seeds 1, 2, 3, 4, 5."
+    assert tables.of_runs({}, 5, "test") == ""
+    by_seed, by_unit = ({"a": {"vs_baseline": {"test": {"method": method}}}} for method in (CORRECTED_T, SIGN_FLIP))
+    seeds = {"common_seeds": [1, 2, 3, 4, 5]}
+    assert tables.compared_on(seeds | {"strategies": by_seed}) == "Compared on seeds 1, 2, 3, 4, 5."
+    assert "This is a result of these 5 runs" in tables.compared_on(seeds | {"strategies": by_unit})
 
 
 def test_sizes_are_counted_in_units_where_a_unit_is_more_than_an_image():

@@ -189,7 +189,7 @@ def head_only() -> None:
 def one_strength() -> None:
     for path in Path("reports/runs/feature_extraction").glob("*/run.json"):
         described = json.loads(path.read_text())
-        del described["chosen"]["val_nll"]
+        described["chosen"]["val_nll"] = {"0.1": 0.6}
         write_json(path, described)
     compare.main()
     factories.study_lock()
