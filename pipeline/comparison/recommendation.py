@@ -18,6 +18,7 @@ from pipeline.comparison.paired import Study
 from pipeline.comparison.tables import of_runs, p_value, percent, points, sampled, teraflops
 from pipeline.params import HEAD_ALL_SEEDS
 
+MOST_IMAGES = 100_000  # a larger number is not worth stating
 Json = dict[str, Any]
 
 
@@ -139,7 +140,12 @@ def _undecided(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     images = "no number of images would, if the difference is what it seems"
     if found.images_needed is not None:
         units = f" images ({round(per_image * found.images_needed):,} units)" if per_image < 1 else ""
-        images = f"about {found.images_needed:,}{units} would (80 % power)"
+        about = (
+            f"about {found.images_needed:,}{units}"
+            if found.images_needed <= MOST_IMAGES
+            else f"more than {MOST_IMAGES:,}"
+        )
+        images = f"{about} would (80 % power)"
     may_be_better = [
         f"{rival.strategy} (up to {100 * rival.high:+.1f} points from {found.best})" for rival in found.rivals
     ]
