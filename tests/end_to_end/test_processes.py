@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
+from pipeline.features.views import AUGMENTED
 from tests.factories import REPOSITORY
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("processes")]
@@ -32,6 +33,7 @@ from torch import nn
 from pipeline import logs
 from pipeline.dataset.decoding import sha256
 from pipeline.features import extraction
+from pipeline.features.views import AUGMENTED
 from pipeline.network.backbones import Backbone
 from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize
@@ -61,10 +63,11 @@ def main():
     prefix = Prefix(nn.Sequential(Normalize(geometry), network), backbone, "all", "none")
     computation = extraction.prepare(prefix, augmentation, factories.feature_options(), torch.device("cpu"))
     share = extraction.share_of_environment()
-    rows = [(name, view) for name in paths for view in range(2)]
+    views = [0, AUGMENTED + 1]
+    rows = [(name, view) for name in paths for view in views]
     store = extraction.fill(computation, paths, rows, options["workers"], math.inf, share)
     if share.world_size == 1:
-        extraction.assemble(store, list(paths), 2, factories.provenance(), Path(options["out"]))
+        extraction.assemble(store, list(paths), views, [0], factories.provenance(), Path(options["out"]))
 
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -307,7 +310,7 @@ def test_a_dead_rank_costs_its_own_rows_only(driver: Driver, images: Path, expec
     os.kill(dying.pid, signal.SIGKILL)
     assert dying.status() == -signal.SIGKILL
     found = {row for rows in driver.kept("ranks").values() for row in rows}
-    assert {(name, view) for name in shares[0] for view in range(VIEWS)} <= found
+    assert {(name, view) for name in shares[0] for view in (0, AUGMENTED + 1)} <= found
     assert len(found) < N_IMAGES * VIEWS
     assert driver.run("ranks")[0] == 0
     assert driver.features("ranks") == expected
