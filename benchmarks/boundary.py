@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks.common import LITE, Line, choose, run
 from pipeline.dataset import manifest
-from pipeline.features import extraction
+from pipeline.features import engine, extraction
 from pipeline.features.store import Store
-from pipeline.network import backbones, cuts, engine
+from pipeline.network import backbones, cuts
 from pipeline.network.cuts import Prefix
 from pipeline.params import Strategy, load_params
 from pipeline.stages import fine_tune

@@ -21,8 +21,9 @@ from torch import nn
 
 from benchmarks.common import LITE, RESNET50, Line, Workspace, choose, run, workspace
 from pipeline.dataset import manifest
+from pipeline.features import engine
 from pipeline.features.views import Sample, load_batches
-from pipeline.network import backbones, engine
+from pipeline.network import backbones
 from pipeline.network.device import BATCH
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import load_params

@@ -5,8 +5,8 @@ Start with dvc.yaml, then stages/, then the packages from the top down: each imp
     params, logs, files     params.yaml; logging and exit codes; files that are whole or absent
     dataset                 what every stage knows of the data: tables, units, decoding
     ingest                  how data come in: sources, listing, indexing, duplicates, splits
-    network                 the pretrained network: weights, cut points, where and how it runs
-    features                views of images, the feature store, features.h5
+    network                 the pretrained network: weights, cut points, cost, device
+    features                views of images, engines, the feature store, features.h5
     training                heads, the fit loop, saved networks and runs
     comparison              metrics, intervals, tests, the recommendation, the tables
     report                  reports/report.html

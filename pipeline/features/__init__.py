@@ -1,4 +1,4 @@
-"""From image files to cached features: views, the HDF5 files, the feature store, and filling it.
+"""From image files to cached features: views, the engines that run frozen networks, HDF5 files, the feature store.
 
 Nothing here knows of labels or splits.
 """

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 PIPELINE = Path(__file__).parents[1]
-MODULES = ("dataset/decoding.py", "network/*.py", "features/views.py", "features/extraction.py")
+MODULES = ("dataset/decoding.py", "network/*.py", "features/engine.py", "features/views.py", "features/extraction.py")
 
 
 @cache

@@ -20,13 +20,12 @@ import torch
 from PIL import features as pillow
 
 from pipeline.dataset.manifest import Images
-from pipeline.features import hdf5
+from pipeline.features import engine, hdf5
 from pipeline.features.code import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.store import Key, Store
 from pipeline.features.views import AUGMENTED, Sample, load_batches
 from pipeline.logs import progress
-from pipeline.network import engine
 from pipeline.network.cuts import Prefix
 from pipeline.network.device import BATCH
 from pipeline.network.preprocessing import Preprocessing

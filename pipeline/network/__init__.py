@@ -1,4 +1,4 @@
-"""The pretrained network: its weights and preprocessing, the cut points, and the engines that run it.
+"""The pretrained network: its weights and preprocessing, the cut points, what it costs, and the device it runs on.
 
-What is computed with it for many images, and stored, is in features; what is trained is in training.
+How a frozen part of it runs over many images, and what is stored, is in features; what is trained is in training.
 """

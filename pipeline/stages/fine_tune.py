@@ -16,10 +16,10 @@ from torch import nn
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images
-from pipeline.features import extraction
+from pipeline.features import engine, extraction
 from pipeline.features.extraction import Share
 from pipeline.features.views import Sample, evaluation_views, load_batches, training_views
-from pipeline.network import backbones, cuts, engine, plans
+from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import Prefix
 from pipeline.network.device import BATCH, choose_device, place

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pipeline import logs
-from pipeline.network import backbones, cuts, engine, plans
+from pipeline.features import engine
+from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.device import choose_device
 from pipeline.network.flops import flops_per_image

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.dataset import manifest
-from pipeline.network import backbones, cuts, engine
+from pipeline.features import engine
+from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import CutPoint
 from pipeline.network.device import BATCH, choose_device

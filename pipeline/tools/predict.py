@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pipeline.dataset import decoding
+from pipeline.features import engine
 from pipeline.features.views import evaluation_views, make_views
-from pipeline.network import engine
 from pipeline.network.device import choose_device
 from pipeline.training import heads, models
 

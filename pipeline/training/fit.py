@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.features import engine
 from pipeline.logs import progress
-from pipeline.network import engine
 from pipeline.network.device import BATCH, autocast
 from pipeline.params import Strategy
 from pipeline.training.heads import loss_weight, mean_log_probability

@@ -45,7 +45,7 @@ def test_a_copy_has_the_digest_of_the_pipeline(package: Path) -> None:
         ("network/cuts.py", "x.flatten(2).mean(2)", "x.flatten(2).amax(2)"),
         ("network/device.py", '"cpu": 8', '"cpu": 16'),
         ("network/device.py", "allow_tf32 = False", "allow_tf32 = True"),
-        ("network/engine.py", '"fp32": "f32"', '"fp32": "bf16"'),
+        ("features/engine.py", '"fp32": "f32"', '"fp32": "bf16"'),
         ("network/backbones.py", '/ config["crop_pct"]', '* config["crop_pct"]'),
         ("network/weights.py", '"module.", ', ""),
         ("dataset/decoding.py", '"white")', '"black")'),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.network import backbones, cuts, engine, tracing
-from pipeline.network.engine import Runner
+from pipeline.features import engine
+from pipeline.features.engine import Runner
+from pipeline.network import backbones, cuts, tracing
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 

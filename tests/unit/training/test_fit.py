@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.vgg import make_layers
 
-from pipeline.network import backbones, cuts, engine
+from pipeline.features import engine
+from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone
 from pipeline.network.device import place
 from pipeline.network.preprocessing import Normalize, Preprocessing

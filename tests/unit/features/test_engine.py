@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.network import engine
+from pipeline.features import engine
 
 CPU = torch.device("cpu")
 ENGINES = ["torch", "openvino"]
@@ -121,7 +121,7 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(n
         engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.network.engine._core"])
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.features.engine._core"])
 def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
@@ -164,7 +164,7 @@ def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: 
     assert np.array_equal(alone, first[:1])
 
 
-@pytest.mark.parametrize("first", ["network.engine", "features.extraction"])
+@pytest.mark.parametrize("first", ["features.engine", "features.extraction"])
 def test_openvino_sends_nothing_whichever_module_comes_first(first: str) -> None:
     code = f"import sys, pipeline.{first}; print(*(n for n in sys.modules if n.startswith('openvino_telemetry.')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
@@ -175,7 +175,7 @@ def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
     code = """
 import faulthandler, signal, time, torch
 from torch import nn
-from pipeline.network import engine
+from pipeline.features import engine
 cpu, x = torch.device("cpu"), torch.zeros(2, 3, 8, 8)
 faulthandler.enable()  # which gives signals a stack
 signal.signal(signal.SIGALRM, lambda *_: None)  # Python's handlers run on it
