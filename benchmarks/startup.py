@@ -18,11 +18,12 @@ TORCH = ("torch.fx", "torch.utils.flop_counter", "safetensors.torch")
 HEAD = ("scipy.optimize", "threadpoolctl")
 NEEDED = {
     "fetch": ("PIL.Image",),
-    "index": ("pandas", "PIL.Image", "scipy.fft", "scipy.sparse.csgraph"),
+    "index": ("pandas", "PIL.Image", "scipy.fft", "scipy.sparse.csgraph", "scipy.spatial"),
     "split": ("pandas", "networkx"),
     "plan": (*TORCH, *HEAD),
     "extract": (*TORCH, "pandas", "h5py", "PIL.Image"),
     "train_head": (*TORCH, *HEAD, "pandas", "h5py"),
+    "references": ("torch", "pandas", "h5py", "safetensors.numpy", "scipy.special", "sklearn.neighbors"),
     "fine_tune": (*TORCH, *HEAD, "pandas", "h5py", "PIL.Image"),
     "label_suspects": ("torch", *HEAD, "pandas", "h5py", "networkx"),
     "compare": (

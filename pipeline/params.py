@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 PARAMS = Path("params.yaml")
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
 HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # the same over all its seeds, in reports
+REFERENCES = ("majority_class", "nearest_class_mean", "k_nearest_neighbours")  # classifiers that are no strategies
 
 
 def _distinct(values: tuple) -> tuple:
@@ -52,6 +53,7 @@ Strengths = Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(
 Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Margin = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
 Symmetry = Literal[
     "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
@@ -74,14 +76,15 @@ class Dataset(Record):
     max_rejected_fraction: Share
     on_conflict: Literal["error", "drop"]
     near_duplicates: Literal["report", "group"]
-    near_duplicate_distance: Annotated[int, Field(ge=0, le=10)]
+    near_duplicate_correlation: Annotated[float, Field(ge=0.9, le=1)]
 
 
 class Splitting(Record):
     """How images are split; the fractions are of all images."""
 
-    method: Literal["stratified", "hash", "given"]
+    method: Literal["stratified", "hash", "given", "folds"]
     seeds: Annotated[Seeds, Field(min_length=1)]
+    partition_seed: Natural
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     allow_leakage: bool
@@ -164,6 +167,12 @@ class HeadOptions(Record):
         return self
 
 
+class ReferenceOptions(Record):
+    """The reference classifiers on the cached features."""
+
+    neighbours: Annotated[tuple[Count, ...], AfterValidator(_distinct), Field(min_length=1)]
+
+
 class SuspectOptions(Record):
     """How probably wrong labels are found."""
 
@@ -213,14 +222,26 @@ class FineTune(Record):
     strategies: dict[Name, Strategy]
 
 
+class Margins(Record):
+    """By metric, the difference that does not matter in practice: fractions, and nats for the NLL."""
+
+    accuracy: Margin
+    balanced_accuracy: Margin
+    macro_f1: Margin
+    auroc: Margin
+    nll: Positive
+
+
 class Compare(Record):
     """How strategies are compared, and the largest regressions allowed in a pull request."""
 
     baseline: Name
-    practical_margin: BelowOne
+    metric: Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll"]
+    practical_margin: Margins
     confidence: Annotated[float, Field(ge=0.5, lt=1)]
     positive_class: Text | None
     specificity: Annotated[float, Field(gt=0, lt=1)]
+    guard_by: Literal["bound", "difference"]
     guard: dict[str, NonNegative]
 
 
@@ -243,6 +264,7 @@ class Params(Record):
     evaluation: Evaluation
     threads: Count
     head: HeadOptions
+    references: ReferenceOptions
     label_suspects: SuspectOptions
     fine_tune: FineTune
     compare: Compare
@@ -258,16 +280,26 @@ class Params(Record):
         guarded = (
             f"a strategy of fine_tune.strategies, {HEAD_ONLY} or {HEAD_ALL_SEEDS}, then keys of reports/details.json"
         )
-        share = self.split.test_fraction + self.split.val_fraction
+        seeds, is_folds = self.split.seeds, self.split.method == "folds"
+        test_fraction = 1 / len(seeds) if is_folds else self.split.test_fraction
+        share = test_fraction + self.split.val_fraction
+        unnumbered = is_folds and (len(seeds) < 2 or sorted(seeds) != [*range(len(seeds))])
+        left_out = is_folds and run and set(self.fine_tune.seeds) != set(seeds)
         ends_late = self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none")
         base = f"found `cut: {self.features.cut}` and `pool: {self.features.pool}`"
         needs = "a cut before the network's own dense layers (python -m pipeline cuts NAME) and `pool: none`"
-        taken = {HEAD_ONLY, HEAD_ALL_SEEDS} & strategies.keys()
+        reserved = (HEAD_ONLY, HEAD_ALL_SEEDS, *REFERENCES)
         baselines = f"{HEAD_ONLY} or an entry of fine_tune.run"
         for is_wrong, problem in (
             (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
+            (unnumbered, f"split.seeds: found {[*seeds]}; with `method: folds` expected the K folds, 0 to K - 1"),
+            (
+                left_out,
+                f"fine_tune.seeds: found {[*self.fine_tune.seeds]}; with `split.method: folds` expected all of "
+                f"split.seeds, {[*seeds]}, so that every unit is tested once",
+            ),
             (ends_late, f"features: {base}; `head.kind: pretrained` needs {needs}"),
-            (taken, f"fine_tune.strategies: the names {HEAD_ONLY} and {HEAD_ALL_SEEDS} are taken by the head alone"),
+            (strategies.keys() & {*reserved}, f"fine_tune.strategies: the names {', '.join(reserved)} are reserved"),
             (unknown, f"fine_tune.run: found {unknown}, expected some of {', '.join(strategies)}"),
             (unsplit, f"fine_tune.seeds: found {unsplit}, expected some of split.seeds"),
             (run and not self.fine_tune.seeds, "fine_tune.seeds: found [], expected a seed, or `run: []`"),

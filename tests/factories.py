@@ -21,13 +21,23 @@ from pipeline.comparison.outcomes import Outcomes, of_predictions
 from pipeline.comparison.paired import Study
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
+from pipeline.dataset.units import unit_of
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.store import Key, Store, root
 from pipeline.files import write_json, write_text
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.params import Augmentation, BackboneChoice, Compare, FeatureOptions, HeadOptions, Strategy
+from pipeline.params import (
+    REFERENCES,
+    Augmentation,
+    BackboneChoice,
+    Compare,
+    FeatureOptions,
+    HeadOptions,
+    Margins,
+    Strategy,
+)
 from pipeline.training.models import Card
 from pipeline.training.runs import Candidates, Cost, Predictions, Run, make_candidates, save_run
 
@@ -152,7 +162,8 @@ def labels(n: int, n_classes: int = 2, **columns: Any) -> Labels:
     text = dict.fromkeys(("group", "near_duplicate_group", "stratum", "subset", "given_split"), [""] * n)
     numbers = {"label": np.arange(n) % n_classes, "weight": np.ones(n)}
     classes = [f"class {index}" for index in range(n_classes)]
-    plain: dict[str, Any] = {"image_id": names, "sha256": names, "class_names": classes, **text, **numbers}
+    digests = [decoding.sha256(name.encode()) for name in names]
+    plain: dict[str, Any] = {"image_id": names, "sha256": digests, "class_names": classes, **text, **numbers}
     return Labels(**plain | columns)
 
 
@@ -319,20 +330,30 @@ HEAD_RUNS = [
 FULL_RUNS = [run_wrong_on("full", 0, [8], 9 * 10**12), run_wrong_on("full", 1, [17], 10 * 10**12)]
 COMPARE = Compare(
     baseline="feature_extraction",
-    practical_margin=0.01,
+    metric="accuracy",
+    practical_margin=Margins(accuracy=0.01, balanced_accuracy=0.01, macro_f1=0.01, auroc=0.01, nll=0.05),
     confidence=0.95,
     positive_class=None,
     specificity=0.9,
+    guard_by="bound",
     guard={},
 )
+ALWAYS_CAT = [run_wrong_on("majority_class", seed, [*range(1, 40, 2)], 0) for seed in (0, 1)]
+
+
+def forty_data(labels: Labels = FORTY, n_folds: int = 0, **options: Any) -> details.Data:
+    """What the figures of FORTY share, without near-duplicates."""
+    none = np.zeros(len(labels.label), bool)
+    chosen = COMPARE.model_copy(update=options)
+    return details.Data(labels, unit_of(labels), chosen, {0: none, 1: none}, n_folds)
 
 
 def forty_details(
     head: Sequence[Run] = HEAD_RUNS, full: Sequence[Run] = FULL_RUNS, labels: Labels = FORTY, **options: Any
 ) -> dict[str, Any]:
     """details.json, before rounding, of HEAD_RUNS and FULL_RUNS."""
-    runs = {"feature_extraction": head, "full": full}
-    return details.assemble(runs, head, labels, {"val": 16, "test": 24}, COMPARE.model_copy(update=options))
+    runs, references = {"feature_extraction": head, "full": full}, {"majority_class": ALWAYS_CAT[: len(head)]}
+    return details.assemble(runs, head, references, forty_data(labels, **options), {"val": 16, "test": 24})
 
 
 def card(**changes: Any) -> Card:
@@ -358,6 +379,7 @@ N_STUDY = 24
 STUDY_OUTPUTS = (  # and reports/*.json
     "data/images.csv",
     "data/labels.csv",
+    "data/near_duplicates.csv",
     "reports/confusion",
     "reports/data",
     "reports/label_suspects.csv",
@@ -379,8 +401,10 @@ def make_study(root: Path) -> None:
         for seed in (0, 1):
             split = np.array(["train", "val", "test"])[(np.arange(N_STUDY) // 3 + seed) % 3]
             manifest.write_split(Split(seed, labels.image_id, split))
-            for name in ("feature_extraction", "partial_freeze") if seed == 0 else ("feature_extraction",):
+            fine_tuned = ("partial_freeze", *REFERENCES) if seed == 0 else ()
+            for name in ("feature_extraction", *fine_tuned):
                 save_run(study_run(name, seed, labels, split, random))
+        write_text(manifest.NEAR_DUPLICATES, "a,b,correlation\n")
         compare.main()
         study_reports(labels)
 
@@ -466,11 +490,11 @@ def study_reports(labels: Labels) -> None:
         "exact_duplicates": [names[:2]],
         "n_exact_duplicates": 1,
         "conflicts": [names[2:4]],
-        "near_duplicates": [{"a": names[4], "b": "../../secret.png", "bits": 3}],
         "n_near_duplicates": 1,
         "warnings": [HOSTILE[0]],
     }
     write_json(Path("reports/data/summary.json"), summary)
+    write_text(Path("reports/data/near_duplicates.csv"), f"a,b,correlation\n{names[4]},../../secret.png,0.9987\n")
     write_text(Path("reports/data/rejected.csv"), f'path,reason\n"{HOSTILE[0]}",truncated\n')
     suspects = f'rank,image_id,label,suggested,self_confidence\n1,{names[5]},"{HOSTILE[0]}","{HOSTILE[1]}",0.02\n'
     write_text(Path("reports/label_suspects.csv"), suspects)
@@ -478,6 +502,7 @@ def study_reports(labels: Labels) -> None:
     write_json(Path("reports/label_suspects.json"), quality)
     leaks = [{"tie": "group", "name": HOSTILE[0], "n": 2, "parts": {names[0]: "train", names[1]: "test"}}]
     splits = {"method": "stratified", "sizes": {"0": {"train": 8, "val": 8, "test": 8, "unused": 0}}, "notes": []}
+    splits |= {"n_near_duplicates": 1, "n_straddling": [1], "straddling": [], "n_followers": []}
     write_json(Path("reports/splits.json"), splits | {"n_leaks": 1, "leaks": leaks})
     write_json(Path("reports/timings/extract.json"), {"wall_seconds": 75.2, "peak_memory_bytes": 10**9})
     shutil.copytree(REPOSITORY / ".dvc/plots", ".dvc/plots", ignore=shutil.ignore_patterns("*.html"))

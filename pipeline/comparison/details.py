@@ -17,7 +17,7 @@ from pipeline.comparison.intervals import Interval
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.dataset.manifest import Labels
-from pipeline.dataset.units import FEW_UNITS, unit_of
+from pipeline.dataset.units import FEW_UNITS
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, Compare
 from pipeline.training.runs import Cost, Predictions, Run
 
@@ -25,6 +25,25 @@ SPLITS = ("val", "test")
 SUBSET_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
 MAX_GROUPS = 50  # groups with figures of their own: those with the most test images
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What all figures share. `twins`: by seed, bool (n_images,) of test images with a near-duplicate in train or val.
+
+    `n_folds`: of the partition whose folds the seeds are, 0 where each seed is a split of its own. The test images of
+    folds are pooled: each is predicted once, by the run that never saw it, and the pool counts as one run.
+    """
+
+    labels: Labels
+    unit: np.ndarray
+    options: Compare
+    twins: Mapping[int, np.ndarray]
+    n_folds: int = 0
+
+    def pooled(self, runs: Sequence[Outcomes]) -> list[Outcomes]:
+        """Outcomes of folds as those of one run."""
+        return [outcomes.pooled(runs)] if self.n_folds else [*runs]
 
 
 @dataclass(frozen=True)
@@ -40,64 +59,68 @@ class Judged:
 def assemble(
     runs: Mapping[str, Sequence[Run]],
     every_head: Sequence[Run],
-    labels: Labels,
+    references: Mapping[str, Sequence[Run]],
+    data: Data,
     n_train: Mapping[str, float],
-    options: Compare,
 ) -> Json:
     """details.json: the strategies on their common seeds, the head on all of its seeds, and the recommendation.
 
-    `n_train`: images, mean over the common seeds, that were used before judging on `val` (train), and on `test` (train
-    and validation).
+    `references`: the reference classifiers on the common seeds. `n_train`: images, mean over the common seeds, that
+    were used before judging on `val` (train), and on `test` (train and validation).
     """
-    unit, positive = unit_of(labels), positive_class(labels, options)
-    by_key = {(run.strategy, run.seed): run for these in (*runs.values(), every_head) for run in these}
-    judged = {key: judge(run, labels, unit) for key, run in by_key.items()}
-    groups = {
-        name: [judged[run.strategy, run.seed] for run in these]
-        for name, these in (*runs.items(), (HEAD_ALL_SEEDS, every_head))
+    options, labels = data.options, data.labels
+    positive = positive_class(labels, options)
+    every = {**runs, HEAD_ALL_SEEDS: every_head, **references}
+    by_key = {(run.strategy, run.seed): run for these in every.values() for run in these}
+    judged = {key: judge(run, labels, data.unit) for key, run in by_key.items()}
+    groups = {name: [judged[run.strategy, run.seed] for run in these] for name, these in every.items()}
+    described = {name: describe(these, data) for name, these in groups.items()}
+    beside = {name: described.pop(name) for name in references}
+    trained = dict.fromkeys(SPLITS, 0.0) if data.n_folds else n_train
+    studies = {split: Study(labels.label, labels.weight, data.unit, trained[split], options.metric) for split in SPLITS}
+    by_split = {
+        split: {
+            name: data.pooled([one.test for one in these]) if split == "test" else [one.val for one in these]
+            for name, these in groups.items()
+        }
+        for split in SPLITS
     }
-    described = {name: describe(these, labels, unit, options) for name, these in groups.items()}
-    studies = {split: Study(labels.label, labels.weight, unit, n_train[split]) for split in SPLITS}
-    compared = {name: groups[name] for name in runs}
-    for name, differences in against_baseline(compared, options.baseline, studies).items():
+    for name, differences in against_baseline([*runs], options.baseline, by_split, studies).items():
         described[name]["vs_baseline"] = differences
     chosen = recommendation.recommend(
-        {name: [one.val for one in these] for name, these in compared.items()},
+        {name: by_split["val"][name] for name in runs},
         {name: described[name]["cost"]["train_flops"] for name in runs},
         studies["val"],
-        options.practical_margin,
+        getattr(options.practical_margin, options.metric),
         options.confidence,
+        {name: by_split["val"][name] for name in references},
     )
     return {
         "baseline": options.baseline,
+        "metric": options.metric,
         "common_seeds": [run.seed for run in runs[HEAD_ONLY]],
+        "folds": data.n_folds,
         "class_names": labels.class_names,
-        "has_groups": len(np.unique(unit)) < len(unit),
+        "has_groups": len(np.unique(data.unit)) < len(data.unit),
         "positive_class": None if positive is None else labels.class_names[positive],
         "stated_specificity": options.specificity,
         "notes": notes(described),
-        "recommendation": recommendation.as_json(chosen, described),
+        "recommendation": recommendation.as_json(chosen, described, beside),
         "strategies": described,
+        "references": beside,
     }
 
 
 def judge(run: Run, labels: Labels, unit: np.ndarray) -> Judged:
     """Metrics of one run on validation (cross-fitted) and test, its temperature and cost, and what was selected."""
-    n_classes = len(labels.class_names)
     val = outcomes.cross_fitted(run.val.rows, run.candidates, labels.weight, unit)
     test = outcomes.of_predictions(run.test, labels.label)
-    figures = {}
-    for split, found in (("val", val), ("test", test)):
-        data = labels.label[found.rows], labels.weight[found.rows]
-        n_units = len(np.unique(unit[found.rows]))
-        figures[split] = {"n": len(found.rows), "n_units": n_units, **metrics.score(found, *data, n_classes)}
     rows = run.val.rows
     temperature = metrics.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
-    data = labels.label[test.rows], labels.weight[test.rows]
-    figures["test"]["ece_scaled"] = metrics.expected_calibration_error(_scaled(run.test, temperature), *data)
     scores = {
         "seed": run.seed,
-        **figures,
+        "val": _score(val, labels, unit),
+        "test": _score(test, labels, unit, _scaled(run.test, temperature)),
         "temperature": temperature,
         "cost": run.cost.model_dump(),
         "chosen": run.chosen,
@@ -107,28 +130,47 @@ def judge(run: Run, labels: Labels, unit: np.ndarray) -> Judged:
     return Judged(run, val, test, scores)
 
 
-def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options: Compare) -> Json:
+def _score(found: Outcomes, labels: Labels, unit: np.ndarray, scaled: np.ndarray | None = None) -> Json:
+    """Metrics of some outcomes, and their numbers; `scaled`: probabilities after temperature scaling."""
+    data = labels.label[found.rows], labels.weight[found.rows]
+    figures = {"n": len(found.rows), "n_units": len(np.unique(unit[found.rows]))}
+    figures |= metrics.score(found, *data, len(labels.class_names))
+    return figures | ({} if scaled is None else {"ece_scaled": metrics.expected_calibration_error(scaled, *data)})
+
+
+def describe(judged: Sequence[Judged], data: Data) -> Json:
     """One strategy in details.json, without differences from the baseline."""
     kept = intervals.distinct(judged, lambda one: intervals.digest_of(one.test))
-    data = labels.label, labels.weight, unit
+    labels, unit = data.labels, data.unit
+    arrays = labels.label, labels.weight, unit
+    tests = data.pooled([one.test for one in kept])
+    scaled = [_scaled(one.run.test, one.scores["temperature"]) for one in kept]
+    scores = {split: [one.scores[split] for one in judged] for split in SPLITS}
+    if data.n_folds:  # the pool is in the order of its rows
+        order = np.argsort(np.concatenate([one.test.rows for one in kept]), kind="stable")
+        scaled = [np.concatenate(scaled)[order]]
+        scores["test"] = [_score(tests[0], labels, unit, scaled[0])]
+    runs = {"val": [one.val for one in kept], "test": tests}
     splits: Json = {}
-    for split in SPLITS:
-        found = intervals.metric_intervals([getattr(one, split) for one in kept], *data, len(labels.class_names))
+    for split, these in runs.items():
+        found = intervals.metric_intervals(these, *arrays, len(labels.class_names))
         if split == "test":
-            scaled = [_scaled(one.run.test, one.scores["temperature"]) for one in kept]
-            found["ece_scaled"] = intervals.ece_interval([one.test.rows for one in kept], scaled, *data)
-        values = {name: [one.scores[split][name] for one in kept] for name in found}
+            found["ece_scaled"] = intervals.ece_interval([one.rows for one in these], scaled, *arrays)
+        judged_once = scores[split] if len(these) < len(kept) else [one.scores[split] for one in kept]
         splits[split] = {
-            "n": [one.scores[split]["n"] for one in judged],
-            "n_units": [one.scores[split]["n_units"] for one in judged],
-            "metrics": {name: _figure(values[name], interval) for name, interval in found.items()},
+            "n": [one["n"] for one in scores[split]],
+            "n_units": [one["n_units"] for one in scores[split]],
+            "n_distinct_units": len(np.unique(np.concatenate([unit[one.rows] for one in these]))),
+            "metrics": {
+                name: _figure([one[name] for one in judged_once], interval) for name, interval in found.items()
+            },
         }
     splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
-    splits["test"] |= break_down(kept, labels, unit)
+    splits["test"] |= break_down(tests, labels, unit)
+    splits["test"]["without_twins"] = without_twins(kept, data)
     images = [(outcomes.of_predictions(one.run.val, labels.label), one.test) for one in kept]
-    positive = positive_class(labels, options)
-    splits["test"]["operating_points"] = operating_points(images, *data, positive, options.specificity)
-    splits["test"]["per_unit"] = per_unit(images, labels, unit, options)
+    splits["test"]["operating_points"] = operating_points(images, *arrays, positive_class(labels, data.options), data)
+    splits["test"]["per_unit"] = per_unit(images, data)
     return {
         "seeds": [one.run.seed for one in judged],
         "distinct_runs": len(kept),
@@ -140,15 +182,35 @@ def describe(judged: Sequence[Judged], labels: Labels, unit: np.ndarray, options
     }
 
 
-def break_down(judged: Sequence[Judged], labels: Labels, unit: np.ndarray) -> Json:
+def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
+    """Test metrics without the images that have a near-duplicate in train or validation; None if there are none.
+
+    `n` and `n_twins` are numbers of images, means over the seeds, and sums over folds.
+    """
+    is_twin = [data.twins[one.run.seed][one.test.rows] for one in judged]
+    kept = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
+    if not np.concatenate(is_twin).any() or not all(len(one.rows) for one in kept):
+        return None
+    labels, n_classes = data.labels, len(data.labels.class_names)
+    estimates = intervals.metric_intervals(kept, labels.label, labels.weight, data.unit, n_classes)
+    n_twins = sum(map(np.count_nonzero, is_twin))
+    return {
+        "n": round(np.mean([len(one.rows) for one in kept])),
+        "n_twins": round(n_twins / len(kept)),
+        "metrics": _estimates(
+            estimates, SUBSET_METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
+        ),
+    }
+
+
+def break_down(tests: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> Json:
     """Test figures by class, confidence, subset and group, and the confusion matrix, over all runs."""
-    rows = np.concatenate([one.test.rows for one in judged])
-    predicted = np.concatenate([one.test.predicted for one in judged])
-    probability = np.concatenate([one.test.known_probability for one in judged])
+    rows = np.concatenate([test.rows for test in tests])
+    predicted = np.concatenate([test.predicted for test in tests])
+    probability = np.concatenate([test.known_probability for test in tests])
     label, weight = labels.label[rows], labels.weight[rows]
     sizes = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
     largest = {group for group, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MAX_GROUPS]}
-    tests = [one.test for one in judged]
     return {
         "classes": _by_class(tests, labels),
         "confusion": metrics.confusion(predicted, label, len(labels.class_names)).tolist(),
@@ -165,17 +227,18 @@ def operating_points(
     weight: np.ndarray,
     unit: np.ndarray,
     positive: int | None,
-    specificity: float,
+    data: Data,
 ) -> Json | None:
     """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
 
     `runs` are validation and test. The threshold is the lowest probability of the class `positive` at which validation
-    has at least this specificity. None where there are not two classes, or a split has one only.
+    has at least the specificity `compare.specificity`. None where there are not two classes, or a split has one only.
     """
-    if positive is None or any(len(np.unique(label[one.rows])) < 2 for run in runs for one in run):
-        return None
     tests, found = [test for _, test in runs], {}
-    thresholds = [_threshold(val, positive, label, weight, specificity) for val, _ in runs]
+    judged = [val for val, _ in runs] + data.pooled(tests)
+    if positive is None or any(len(np.unique(label[one.rows])) < 2 for one in judged):
+        return None
+    thresholds = [_threshold(val, positive, label, weight, data.options.specificity) for val, _ in runs]
     by_threshold = {
         "default": (0.5, [test.predicted == positive for test in tests]),
         "chosen": (
@@ -189,6 +252,8 @@ def operating_points(
             chosen = [label[test.rows] == own for test in tests]
             rows = [test.rows[mask] for test, mask in zip(tests, chosen, strict=True)]
             hits = [one[mask] == (own == positive) for one, mask in zip(is_positive, chosen, strict=True)]
+            if data.n_folds:
+                rows, hits = [np.concatenate(rows)], [np.concatenate(hits)]
             shares = [influence.mean(hit, weight[row]) for hit, row in zip(hits, rows, strict=True)]
             estimate = intervals.interval(shares, rows, unit)
             found[name][figure] = estimate and asdict(estimate)
@@ -209,14 +274,13 @@ def positive_class(labels: Labels, options: Compare) -> int | None:
     return choices.index(options.positive_class)
 
 
-def per_unit(
-    runs: Sequence[tuple[Outcomes, Outcomes]], labels: Labels, unit: np.ndarray, options: Compare
-) -> Json | None:
+def per_unit(runs: Sequence[tuple[Outcomes, Outcomes]], data: Data) -> Json | None:
     """Test figures with one vote per unit: probabilities are averaged over its images, and units count alike.
 
     `runs` are validation and test. Units whose images have several labels are left out. None where every unit is one
     image, or none is left.
     """
+    labels, unit = data.labels, data.unit
     rows = np.unique(np.concatenate([test.rows for _, test in runs]))
     votes = [
         (outcomes.by_unit(val, labels.label, unit), outcomes.by_unit(test, labels.label, unit)) for val, test in runs
@@ -225,14 +289,14 @@ def per_unit(
     if n_units == len(rows) or not all(len(test.rows) for _, test in votes):
         return None
     label = outcomes.unit_labels(labels.label, unit)
-    data = label, np.ones(len(label)), np.arange(len(label))
+    arrays = label, np.ones(len(label)), np.arange(len(label))
     voting = np.unique(np.concatenate([test.rows for _, test in votes]))
-    estimates = intervals.metric_intervals([test for _, test in votes], *data, n_classes)
+    estimates = intervals.metric_intervals(data.pooled([test for _, test in votes]), *arrays, n_classes)
     return {
         "n_units": len(voting),
         "n_left_out": n_units - len(voting),
         "metrics": _estimates(estimates, (*SUBSET_METRICS, "brier"), label[voting], n_classes),
-        "operating_points": operating_points(votes, *data, positive_class(labels, options), options.specificity),
+        "operating_points": operating_points(votes, *arrays, positive_class(labels, data.options), data),
     }
 
 
@@ -240,23 +304,34 @@ def notes(strategies: Mapping[str, Json]) -> list[str]:
     """Warnings that belong beside the figures."""
     found = []
     for split, title in (("val", "validation"), ("test", "test")):
-        fewest = min(n for strategy in strategies.values() for n in strategy[split]["n_units"])
+        fewest = min(strategy[split]["n_distinct_units"] for strategy in strategies.values())
         if fewest < FEW_UNITS:
             found.append(
-                f"the {title} split has {fewest} units (groups, or images that belong to none): with fewer than "
+                f"there are {fewest} different {title} units (groups, or images that belong to none): with fewer than "
                 f"{FEW_UNITS}, intervals are rough"
             )
+    twins = [clean["n_twins"] for one in strategies.values() if (clean := one["test"]["without_twins"])]
+    if twins:
+        found.append(
+            f"up to {max(twins):,} test images have a near-duplicate in train or validation, so test figures may be "
+            "too good; a table below leaves them out; `dataset.near_duplicates: group` keeps them in one split"
+        )
     return found
 
 
 def against_baseline(
-    judged: Mapping[str, Sequence[Judged]], baseline: str, studies: Mapping[str, Study]
+    names: Sequence[str],
+    baseline: str,
+    runs: Mapping[str, Mapping[str, Sequence[Outcomes]]],
+    studies: Mapping[str, Study],
 ) -> dict[str, Json]:
-    """Every other strategy on the same seeds and images; p-values are corrected over the strategies (Holm)."""
-    found: dict[str, Json] = {name: {} for name in judged if name != baseline}
-    for split in SPLITS:
-        runs = {name: [getattr(one, split) for one in these] for name, these in judged.items()}
-        differences = {name: paired.compare(runs[name], runs[baseline], studies[split]) for name in found}
+    """Every other strategy on the same seeds and images; p-values are corrected over the strategies (Holm).
+
+    `runs`: outcomes by split and strategy.
+    """
+    found: dict[str, Json] = {name: {} for name in names if name != baseline}
+    for split, by_name in runs.items():
+        differences = {name: paired.compare(by_name[name], by_name[baseline], studies[split]) for name in found}
         p_values = paired.holm([difference.p_value for difference in differences.values()])
         for (name, difference), p_value in zip(differences.items(), p_values, strict=True):
             corrected = {"p_value": p_value, "p_value_uncorrected": difference.p_value}

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.comparison.outcomes import Outcomes
 
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of which one may decide: compare.metric
 TOP_5_ABOVE = 10  # classes: with fewer, the top-5 accuracy says little
 
 
@@ -35,14 +36,7 @@ def linearise(
     outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int
 ) -> dict[str, Influence | None]:
     """All metrics of metrics.score but `ece`, as far as the outcomes allow; None where a metric is undefined."""
-    predicted, pseudo = outcomes.predicted, _unit_weight(label, weight, unit, n_classes)
-    found = {
-        "accuracy": mean(predicted == label, weight),
-        "balanced_accuracy": _balanced_accuracy(predicted, label, weight, pseudo),
-        "macro_f1": _macro_f1(predicted, label, weight, pseudo),
-        "auroc": _auroc(outcomes.scores, label, weight, outcomes.fold, n_classes),
-        "nll": mean(-outcomes.true_log_probability, weight, np.inf),
-    }
+    found = {name: of(name, outcomes, label, weight, unit, n_classes) for name in METRICS}
     probability = outcomes.probability
     if probability is not None:
         squared_error = (probability**2).sum(axis=1) - 2 * np.exp(outcomes.true_log_probability) + 1
@@ -50,6 +44,22 @@ def linearise(
         if n_classes > TOP_5_ABOVE:
             found["top5_accuracy"] = mean(is_among_top(probability, label, 5), weight)
     return found
+
+
+def of(
+    metric: str, outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int
+) -> Influence | None:
+    """One of METRICS; None where it is undefined."""
+    predicted = outcomes.predicted
+    match metric:
+        case "accuracy":
+            return mean(predicted == label, weight)
+        case "nll":
+            return mean(-outcomes.true_log_probability, weight, np.inf)
+        case "auroc":
+            return _auroc(outcomes.scores, label, weight, outcomes.fold, n_classes)
+    by_class = {"balanced_accuracy": _balanced_accuracy, "macro_f1": _macro_f1}[metric]
+    return by_class(predicted, label, weight, _unit_weight(label, weight, unit, n_classes))
 
 
 def is_among_top(score: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:

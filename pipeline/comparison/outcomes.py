@@ -6,6 +6,7 @@ candidate is chosen on the other folds and judged on this one (Varma & Simon 200
 cross-validation for model selection").
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,19 @@ def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, u
         fold=fold,
         probability=None,
     )
+
+
+def pooled(runs: Sequence[Outcomes]) -> Outcomes:
+    """The test outcomes of all folds of a partition as those of one run: each image once, in the order of the rows.
+
+    Errors of cross-validation may be pooled so: Bayle, Bayle, Janson & Mackey 2020, "Cross-validation confidence
+    intervals for test error". The AUROC, which ranks what one network predicts, stays within folds.
+    """
+    fold = np.repeat(np.arange(len(runs)), [len(run.rows) for run in runs])
+    *values, probability = zip(*(vars(run).values() for run in runs), strict=True)
+    rows, predicted, true, scores, _ = map(np.concatenate, values)
+    known = None if any(one is None for one in probability) else np.concatenate(probability)
+    return Outcomes(rows, predicted, true, scores, fold, known)[np.argsort(rows, kind="stable")]
 
 
 def by_unit(outcomes: Outcomes, label: np.ndarray, unit: np.ndarray) -> Outcomes:

@@ -1,13 +1,15 @@
-"""Paired comparison of two strategies on the same images: intervals, tests, one-sided bounds.
+"""Paired comparison of two strategies on the same images: intervals, tests, one-sided bounds, sample sizes.
 
 As in intervals.py, what was sampled is the unit. A pair is a run of each of the two strategies with the same seed. From
 five seeds on that test on different images, the variance is that over the seeds (Nadeau & Bengio 2003); with fewer it
-is that over the test units of these runs.
+is that over the test units of these runs. The metric is any of influence.METRICS, linearised: of each unit, the sum of
+its images' influences on the difference.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import special, stats
@@ -15,17 +17,27 @@ from statsmodels.stats.multitest import multipletests
 
 from pipeline.comparison import influence, resampling
 from pipeline.comparison.influence import Influence
-from pipeline.comparison.intervals import CONFIDENCE, PSEUDO_UNITS, digest_of, distinct, spread_of, sum_by, with_weight
+from pipeline.comparison.intervals import (
+    CONFIDENCE,
+    PSEUDO_UNITS,
+    Spread,
+    digest_of,
+    distinct,
+    spread_of,
+    sum_by,
+    with_weight,
+)
 from pipeline.comparison.outcomes import Outcomes
 
 MIN_SEEDS_FOR_T = 5
 CROSS_FITTED = 1.07  # standard error of a cross-fitted difference: folds choose for one another; found by simulation
+POWER = 0.8  # with which `units_needed` units show a difference
 MCNEMAR, SIGN_FLIP, CORRECTED_T = "exact McNemar", "sign-flip permutation by unit", "corrected t over seeds"
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all pairs of runs share: label, weight, unit (n_images,) of all images, and `n_train` images per seed.
+    """What all pairs of runs share: label, weight, unit (n_images,) of all images, the metric, `n_train` images a seed.
 
     `n_train` counts images that train and validate; 0: the variance over seeds is not used.
     """
@@ -34,17 +46,23 @@ class Study:
     weight: np.ndarray
     unit: np.ndarray
     n_train: float = 0
+    metric: str = "accuracy"
+
+    @property
+    def n_classes(self) -> int:
+        """Every class occurs in the labels of all images."""
+        return int(self.label.max()) + 1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy minus that of the baseline, on the same images of the common seeds.
+    """The metric minus that of the baseline, on the same images of the common seeds.
 
     `by_seed` has one difference per distinct pair of runs, and `seeds` is their number. `method` names the test.
     """
 
-    baseline_accuracy: float
-    accuracy: float
+    baseline_value: float
+    value: float
     difference: float
     low: float
     high: float
@@ -54,60 +72,56 @@ class Difference:
     seeds: int
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """A difference with a one-sided bound on either side, and the number of units that shows a difference `margin`."""
+
+    difference: float
+    low: float
+    high: float
+    units_needed: int
+
+
 def compare(runs: Sequence[Outcomes], baseline: Sequence[Outcomes], study: Study) -> Difference:
     """The difference from the baseline, its interval and p-value; runs[i] and baseline[i] are of the same images.
 
-    From five seeds on that test on different images: the corrected resampled t-test. Else one distinct pair of runs
-    whose units are single images of equal weight is tested by McNemar's exact test (McNemar 1947, "Note on the sampling
-    error of the difference between correlated proportions"), everything else by flipping the signs of the units'
-    differences. ValueError if two paired runs are of other images.
+    From five seeds on that test on different images: the corrected resampled t-test. Else the accuracy of one distinct
+    pair of runs whose units are single images of equal weight is tested by McNemar's exact test (McNemar 1947, "Note on
+    the sampling error of the difference between correlated proportions"), everything else by flipping the signs of the
+    units' contributions. ValueError if two paired runs are of other images, or the metric is undefined for one.
     """
     pairs = _pairs(runs, baseline, study)
-    if (standard_error := pairs.standard_error_over_seeds()) is not None:
-        t = -abs(pairs.difference) / standard_error
+    if pairs.standard_error_over_seeds is not None:
+        t = -abs(pairs.difference) / pairs.standard_error_over_seeds
         method, p_value = CORRECTED_T, float(2 * special.stdtr(len(pairs.rows) - 1, t))
-    elif len(pairs.rows) == 1 and np.ptp(pairs.differences[0].share) == 0 and pairs.has_single_images():
-        method, p_value = MCNEMAR, exact_mcnemar(pairs.ours[0], pairs.theirs[0])
+    elif len(pairs.rows) == 1 and study.metric == "accuracy" and pairs.has_equal_single_images():
+        is_correct = (with_weight(one, study.weight).predicted == study.label[pairs.rows[0]] for one in pairs.first)
+        method, p_value = MCNEMAR, exact_mcnemar(*is_correct)
     else:
         method, p_value = SIGN_FLIP, resampling.sign_flip(pairs.by_unit())
     low, high = (pairs.bound(probability) for probability in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    ours, theirs = (float(np.mean([one.value for one in these])) for these in (pairs.ours, pairs.theirs))
     by_seed = [difference.value for difference in pairs.differences]
-    return Difference(
-        baseline_accuracy=pairs.accuracy(pairs.theirs),
-        accuracy=pairs.accuracy(pairs.ours),
-        difference=pairs.difference,
-        low=low,
-        high=high,
-        p_value=p_value,
-        method=method,
-        by_seed=by_seed,
-        seeds=len(by_seed),
-    )
+    return Difference(theirs, ours, pairs.difference, low, high, p_value, method, by_seed, len(by_seed))
 
 
 def lower_bound(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study, confidence: float) -> float:
-    """One-sided lower bound of accuracy(runs) - accuracy(others) at this confidence (0 to 1)."""
+    """One-sided lower bound of metric(runs) - metric(others) at this confidence (0 to 1)."""
     return _pairs(runs, others, study).bound(1 - confidence)
 
 
-def images_needed(
-    runs: Sequence[Outcomes],
-    others: Sequence[Outcomes],
-    study: Study,
-    margin: float,
-    confidence: float,
-    power: float = 0.8,
-) -> int | None:
-    """Images per seed with which lower_bound would be above -margin with probability `power`.
+def contrast(
+    runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study, confidence: float, margin: float
+) -> Contrast:
+    """The difference, its one-sided bounds at this confidence, and how many units would show a difference `margin`.
 
-    Assumes that the observed difference is the true one. None if it is not above -margin: then no number is enough.
+    So many units show, with power 0.8, that a strategy which is truly better by `margin` is better. Their number
+    depends on how often the two runs differ, not on which of them is ahead.
     """
     pairs = _pairs(runs, others, study)
-    if pairs.difference + margin <= 0:
-        return None
-    n_images = float(np.mean([len(rows) for rows in pairs.rows]))
-    reach = float(special.ndtri(confidence) + special.ndtri(power)) / (pairs.difference + margin)
-    return max(1, math.ceil(n_images * pairs.estimate()[1] ** 2 * reach**2))
+    reach = float(special.ndtri(confidence) + special.ndtri(POWER)) / margin
+    needed = pairs.second_moment * pairs.spread.n_units / pairs.spread.n_effective * reach**2
+    return Contrast(pairs.difference, pairs.bound(1 - confidence), pairs.bound(confidence), max(1, math.ceil(needed)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -123,12 +137,13 @@ def exact_mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Distinct pairs of runs: their rows, which predictions of either strategy are correct, and the differences."""
+    """Distinct pairs of runs: their rows, the metric of either strategy, and its differences; `first`: one pair."""
 
     study: Study
+    first: tuple[Outcomes, Outcomes]
     rows: list[np.ndarray]
-    ours: list[np.ndarray]
-    theirs: list[np.ndarray]
+    ours: list[Influence]
+    theirs: list[Influence]
     differences: list[Influence]
     is_cross_fitted: bool
 
@@ -136,36 +151,41 @@ class _Pairs:
     def difference(self) -> float:
         return float(np.mean([difference.value for difference in self.differences]))
 
-    def accuracy(self, is_correct: Sequence[np.ndarray]) -> float:
-        return float(np.mean([one.share @ each for one, each in zip(self.differences, is_correct, strict=True)]))
+    @cached_property
+    def spread(self) -> Spread:
+        return spread_of(self.differences, self.rows, self.study.unit)
 
-    def has_single_images(self) -> bool:
-        return all(len(np.unique(self.study.unit[rows])) == len(rows) for rows in self.rows)
+    @property
+    def second_moment(self) -> float:
+        """The mean square of a unit's difference, with two more units, one in favour of either strategy.
+
+        A pseudo-unit differs by one of its images (Agresti & Min 2005, "Simple improved confidence intervals for
+        comparing matched proportions"), but by at least the 0.2 units of intervals.PSEUDO_UNITS, chosen by simulation.
+        """
+        n, pseudo = self.spread.n_effective, max((self.spread.n_units / self.spread.n_images) ** 2, PSEUDO_UNITS)
+        return (n * (self.spread.variance + self.difference**2) + pseudo) / (n + 2)
+
+    def has_equal_single_images(self) -> bool:
+        rows = self.rows[0]
+        return np.ptp(self.study.weight[rows]) == 0 and len(np.unique(self.study.unit[rows])) == len(rows)
 
     def by_unit(self) -> np.ndarray:
         """The contribution of each unit to the difference, over all seeds."""
-        columns = zip(self.differences, self.ours, self.theirs, strict=True)
-        values = [one.share * (ours.astype(float) - theirs) for one, ours, theirs in columns]
+        values = [one.influence + one.share * one.value for one in self.differences]
         summed = sum_by(values, [self.study.unit[rows] for rows in self.rows])
         return np.where(np.abs(summed) > 1e-14, summed, 0.0)  # shares that cancel leave a rounding error
 
     def estimate(self) -> tuple[float, float, float]:
-        """Centre of the interval, standard error, and degrees of freedom: over seeds, or else over units.
-
-        Over units, with two more units, one in favour of either strategy. A pseudo-unit differs by one of its images
-        (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions"), but by at least
-        the 0.2 units of intervals.PSEUDO_UNITS, chosen by simulation.
-        """
-        if (standard_error := self.standard_error_over_seeds()) is not None:
-            return self.difference, standard_error, len(self.rows) - 1
+        """Centre of the interval, standard error, and degrees of freedom: over seeds, or else over units."""
+        if self.standard_error_over_seeds is not None:
+            return self.difference, self.standard_error_over_seeds, len(self.rows) - 1
         wider = CROSS_FITTED if self.is_cross_fitted else 1.0
-        spread = spread_of(self.differences, self.rows, self.study.unit)
-        n = spread.n_effective
+        n = self.spread.n_effective
         centre = n * self.difference / (n + 2)
-        pseudo = max((spread.n_units / spread.n_images) ** 2, PSEUDO_UNITS)
-        variance = ((n * (spread.variance + self.difference**2) + pseudo) / (n + 2) - centre**2) / (n + 2)
-        return centre, wider * math.sqrt(variance), spread.degrees
+        variance = (self.second_moment - centre**2) / (n + 2)
+        return centre, wider * math.sqrt(variance), self.spread.degrees
 
+    @cached_property
     def standard_error_over_seeds(self) -> float | None:
         """That of Nadeau & Bengio 2003, "Inference for the generalization error", section 5: splits overlap.
 
@@ -183,18 +203,34 @@ class _Pairs:
     def bound(self, probability: float) -> float:
         """The value below which the true difference lies with this probability."""
         centre, standard_error, degrees = self.estimate()
-        return min(max(centre + float(special.stdtrit(degrees, probability)) * standard_error, -1.0), 1.0)
+        largest = max(one.top for one in self.ours)
+        found = centre + float(special.stdtrit(degrees, probability)) * standard_error
+        return min(max(found, -largest), largest)
 
 
 def _pairs(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study) -> _Pairs:
-    found = _Pairs(study, [], [], [], [], any(run.fold.any() for run in (*runs, *others)))
-    for pair in distinct(zip(runs, others, strict=True), lambda pair: digest_of(pair[0]) + digest_of(pair[1])):
+    pairs = distinct(zip(runs, others, strict=True), lambda pair: digest_of(pair[0]) + digest_of(pair[1]))
+    is_cross_fitted = any(run.probability is None and run.fold.any() for run in (*runs, *others))
+    found = _Pairs(study, pairs[0], [], [], [], [], is_cross_fitted)
+    for pair in pairs:
         if not np.array_equal(pair[0].rows, pair[1].rows):
             raise ValueError("two runs are of other images, or in another order; expected pairs on the same images")
         rows = with_weight(pair[0], study.weight).rows
-        ours, theirs = (with_weight(run, study.weight).predicted == study.label[rows] for run in pair)
+        ours, theirs = (_measure(with_weight(run, study.weight), study) for run in pair)
+        moved = ours.influence - theirs.influence
         found.rows.append(rows)
         found.ours.append(ours)
         found.theirs.append(theirs)
-        found.differences.append(influence.mean(ours.astype(float) - theirs, study.weight[rows], bottom=-1.0))
+        found.differences.append(Influence(ours.value - theirs.value, moved, ours.share, ours.top))
+    return found
+
+
+def _measure(run: Outcomes, study: Study) -> Influence:
+    data = study.label[run.rows], study.weight[run.rows], study.unit[run.rows]
+    found = influence.of(study.metric, run, *data, study.n_classes)
+    if found is None:
+        raise ValueError(
+            f"params.yaml: compare.metric: {study.metric} is undefined for these predictions (AUROC needs two classes, "
+            "both in every fifth of the validation units); choose another metric, or raise split.val_fraction"
+        )
     return found

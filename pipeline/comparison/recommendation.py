@@ -1,9 +1,11 @@
-"""The recommended strategy, by a rule on the validation images, and its explanation in words.
+"""The recommended strategy, by one rule on the validation images, and its explanation in words.
 
-The rule: the cheapest strategy (training FLOPs) that is, with the given one-sided confidence, at most the margin below
-the best strategy in validation accuracy. The question is undecided if a cheaper strategy is shown neither worse nor not
-worse, or if a more expensive one may be better than the best by more than the margin; then the number of images that
-would decide it is estimated. Test figures do not enter the choice.
+The rule. The *confidence set* holds every strategy that no other one is shown to beat, in the decision metric on
+cross-fitted validation; with the given confidence it contains the best (multiple comparisons with the best: Hsu 1996,
+"Multiple comparisons: theory and methods", chapter 4; one-sided bounds, corrected for the number of strategies by
+Bonferroni). The cheapest strategy of the set, in training FLOPs, is recommended. The choice is *settled* once it is
+shown, with the same bounds, to be at most the margin worse than every other strategy of the set; until then, and with
+fewer than 10 distinct validation units, it is *provisional*. Test figures do not enter the choice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,43 +17,46 @@ import numpy as np
 from pipeline.comparison import paired
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
-from pipeline.comparison.tables import of_runs, p_value, percent, points, sampled, teraflops
+from pipeline.comparison.tables import METRIC_NAMES, amount, of_runs, p_value, range_of, sampled, shown, teraflops
+from pipeline.dataset.units import FEW_UNITS
 from pipeline.params import HEAD_ALL_SEEDS
 
-MOST_IMAGES = 100_000  # a larger number is not worth stating
+MOST_UNITS = 100_000  # a larger number is not worth stating
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A strategy compared with the best: its accuracy minus the best one's, with a one-sided bound on either side."""
+class Rival:
+    """Another strategy: its metric minus that of the recommended one, with the bounds that the rule uses.
+
+    `beaten_by`: a strategy that is shown to be better, which rules this one out; None if it is in the set.
+    """
 
     strategy: str
     difference: float
     low: float
     high: float
-    finding: str  # "not worse" | "worse" | "undecided"
-    images_needed: int | None  # of validation, per seed, where undecided; None if no number is enough
+    beaten_by: str | None
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`is_decided` unless a strategy cheaper than `strategy` may be as good, or one of the `rivals` may be better.
+    """The recommended `strategy`, whether the choice is settled, and what else validation says.
 
-    `verdicts` are about the strategies cheaper than the best, `rivals` about the more expensive ones that may be better
-    than it by more than the margin; both sorted by cost. `n_val`: validation images per seed. `images_needed` would
-    decide everything that is undecided; None if no number is enough.
+    `rivals` are all other strategies, by cost. `n_units`: distinct validation units, over all seeds. `units_needed`
+    would show a true difference of the margin with 80 % power; None: more than 100,000, or nothing to compare.
+    `not_beaten`: the reference classifiers that the strategy is not shown to beat.
     """
 
     strategy: str
-    best: str
-    is_decided: bool
+    is_settled: bool
+    metric: str
     margin: float
     confidence: float
-    images_needed: int | None
-    n_val: int
-    verdicts: list[Verdict]
-    rivals: list[Verdict]
+    n_units: int
+    units_needed: int | None
+    rivals: list[Rival]
+    not_beaten: list[str]
 
 
 def recommend(
@@ -60,126 +65,145 @@ def recommend(
     study: Study,
     margin: float,
     confidence: float,
+    references: Mapping[str, Sequence[Outcomes]],
 ) -> Recommendation:
-    """Apply the rule to the validation predictions of each strategy's runs, all with the same seeds."""
-    accuracy = {name: _accuracy(these, study) for name, these in runs.items()}
-    best = min(runs, key=lambda name: (-accuracy[name], train_flops[name]))
-    by_cost = sorted((name for name in runs if name != best), key=train_flops.__getitem__)
-    cheaper = [name for name in by_cost if train_flops[name] < train_flops[best]]
-    verdicts, rivals = [], []
-    for name in by_cost:
-        low = paired.lower_bound(runs[name], runs[best], study, confidence)
-        high = -paired.lower_bound(runs[best], runs[name], study, confidence)
-        if name not in cheaper:
-            if high > margin:
-                needed = paired.images_needed(runs[best], runs[name], study, margin, confidence)
-                rivals.append(Verdict(name, accuracy[name] - accuracy[best], low, high, "undecided", needed))
-            continue
-        finding, needed = "not worse" if low >= -margin else "worse", None
-        if low < -margin <= high:  # if the observed difference is the true one, more images would decide
-            finding = "undecided"
-            needed = paired.images_needed(runs[name], runs[best], study, margin, confidence)
-            needed = needed or paired.images_needed(runs[best], runs[name], study, -margin, confidence)
-        verdicts.append(Verdict(name, accuracy[name] - accuracy[best], low, high, finding, needed))
-    chosen = next((verdict.strategy for verdict in verdicts if verdict.finding == "not worse"), best)
-    before = verdicts[: cheaper.index(chosen)] if chosen in cheaper else verdicts
-    counts = [verdict.images_needed for verdict in (*before, *rivals) if verdict.finding == "undecided"]
-    needed = None if None in counts else max((n for n in counts if n), default=None)
-    n_val = round(np.mean([len(run.rows) for run in runs[best]]))
-    return Recommendation(chosen, best, not counts, margin, confidence, needed, n_val, verdicts, rivals)
+    """Apply the rule to the validation outcomes of each strategy's runs, all with the same seeds.
 
+    `references`: outcomes of classifiers that cost nothing, for the same seeds; they are never recommended.
+    """
+    sign = -1.0 if study.metric == "nll" else 1.0  # of what is better
+    by_cost = sorted(runs, key=train_flops.__getitem__)
+    level = 1 - (1 - confidence) / max(len(runs) - 1, 1)
+    contrasts = {
+        (name, other): paired.contrast(runs[name], runs[other], study, level, margin)
+        for number, other in enumerate(by_cost)
+        for name in by_cost[number + 1 :]
+    }
 
-def as_json(recommendation: Recommendation, strategies: Mapping[str, Json]) -> Json:
-    """The record and its explanation; `strategies` as in details.json."""
-    return {**asdict(recommendation), "text": in_words(recommendation, strategies)}
+    def between(name: str, other: str) -> tuple[float, float, float]:
+        """The difference name - other and its bounds."""
+        if (name, other) in contrasts:
+            found = contrasts[name, other]
+            return found.difference, found.low, found.high
+        found = contrasts[other, name]
+        return -found.difference, -found.high, -found.low
 
+    def is_better(name: str, other: str) -> bool:
+        """Whether `name` is shown to be better."""
+        _, low, high = between(name, other)
+        return low > 0 if sign > 0 else high < 0
 
-def in_words(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    """Two paragraphs: the choice by validation, and the result of the chosen strategy on the test images."""
-    rule = (
-        f"the cheapest strategy whose cross-fitted validation accuracy is, with {100 * found.confidence:g} % "
-        f"confidence, at most {_points(found.margin)} below the best"
+    beaten_by = {
+        name: next((other for other in by_cost if other != name and is_better(other, name)), None) for name in by_cost
+    }
+    chosen = next(name for name in by_cost if beaten_by[name] is None)
+    rivals = [Rival(name, *between(name, chosen), beaten_by[name]) for name in by_cost if name != chosen]
+    in_set = [rival for rival in rivals if rival.beaten_by is None]
+    n_units = len(np.unique(np.concatenate([study.unit[run.rows] for run in runs[chosen]])))
+    is_close = all((rival.high if sign > 0 else -rival.low) <= margin for rival in in_set)
+    needed = [
+        one.units_needed for pair, one in contrasts.items() if chosen in pair and {*pair} & {r.strategy for r in in_set}
+    ] or [one.units_needed for pair, one in contrasts.items() if chosen in pair]
+    units_needed = max(needed, default=MOST_UNITS + 1)
+    return Recommendation(
+        strategy=chosen,
+        is_settled=is_close and n_units >= FEW_UNITS and len(runs) > 1,
+        metric=study.metric,
+        margin=margin,
+        confidence=confidence,
+        n_units=n_units,
+        units_needed=units_needed if units_needed <= MOST_UNITS else None,
+        rivals=rivals,
+        not_beaten=[
+            name
+            for name, these in references.items()
+            if paired.lower_bound(*((runs[chosen], these) if sign > 0 else (these, runs[chosen])), study, confidence)
+            <= 0
+        ],
     )
-    reason = _reason(found, strategies)
-    if not found.is_decided:
-        reason += f" {_undecided(found, strategies)}"
-    reason += of_runs(dict(strategies), len(strategies[found.strategy]["seeds"]), "val")
-    return f"**Recommendation: {found.strategy}** ({rule}). {reason}\n\n{_tested(found.strategy, strategies)}"
 
 
-def _reason(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    accuracy = {name: strategies[name]["val"]["metrics"]["accuracy"]["value"] for name in strategies}
-    if found.strategy != found.best:
-        verdict = next(verdict for verdict in found.verdicts if verdict.strategy == found.strategy)
-        cost, most = (teraflops(strategies[name]["cost"]["train_flops"]) for name in (found.strategy, found.best))
+def as_json(recommendation: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> Json:
+    """The record and its explanation; `strategies` and `references` as in details.json."""
+    return {**asdict(recommendation), "text": in_words(recommendation, strategies, references)}
+
+
+def in_words(found: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> str:
+    """Paragraphs: a warning if there is one, the choice by validation, and its result on the test images."""
+    paragraphs = [
+        _not_beaten(found, strategies, references),
+        _choice(found, strategies) + of_runs(dict(strategies), len(strategies[found.strategy]["seeds"]), "val"),
+        _tested(found, strategies),
+    ]
+    return "\n\n".join(filter(None, paragraphs))
+
+
+def _not_beaten(found: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> str:
+    if not found.not_beaten:
+        return ""
+    listed = ", ".join(f"{name} ({_value(references[name], found.metric)})" for name in found.not_beaten)
+    return (
+        f"**First: {found.strategy} is not shown to beat what costs nothing.** On validation it has "
+        f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}; the reference classifiers "
+        f"have: {listed}."
+    )
+
+
+def _choice(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    names = [name for name in strategies if name != HEAD_ALL_SEEDS]
+    own = f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}"
+    n_val = sampled({found.strategy: strategies[found.strategy]}, "val")
+    if len(names) == 1:
         return (
-            f"{found.best} is best on validation, {100 * accuracy[found.best]:.1f} %; {found.strategy} is "
-            f"{100 * verdict.difference:+.1f} points from it, at worst {100 * verdict.low:+.1f}, and trains with "
-            f"{cost} TFLOPs in place of {most}."
+            f"**Recommendation: {found.strategy}**, because nothing was compared with it: fine_tune.run is empty. "
+            f"Its {own} on the {n_val}."
         )
-    best = f"It is best on validation, {100 * accuracy[found.best]:.1f} %"
-    if len(strategies.keys() - {HEAD_ALL_SEEDS}) == 1:
-        return f"{best}; nothing was compared with it, fine_tune.run is empty."
-    if not found.verdicts:
-        return f"{best}, and none is cheaper."
-    worse = [verdict.strategy for verdict in found.verdicts if verdict.finding == "worse"]
-    return f"{best}; shown worse by more than the margin: {', '.join(worse)}." if worse else f"{best}."
+    cost = strategies[found.strategy]["cost"]["train_flops"]
+    state = "settled" if found.is_settled else "provisional"
+    beaten = [rival for rival in found.rivals if rival.beaten_by]
+    left = [rival for rival in found.rivals if not rival.beaten_by]
+    is_first = all(strategies[rival.strategy]["cost"]["train_flops"] >= cost for rival in beaten)
+    why = "it is the cheapest strategy" if is_first else "it is the cheapest strategy left"
+    text = f"**Recommendation: {found.strategy}, {state}.** "
+    text += f"Train {found.strategy}: {why}, with {teraflops(cost)} TFLOPs of training, that could be the best. "
+    if beaten:
+        text += f"Shown to be worse than another strategy: {_listed(beaten, found)}. "
+    if found.is_settled:
+        no_better = f"no other strategy is better by more than {amount(found.margin, found.metric)}"
+        text += f"With {100 * found.confidence:g} % confidence, {no_better}"
+        return f"{text}{': ' + _listed(left, found) if left else ''}. This is by the {n_val}."
+    if left:
+        text += f"The {n_val} cannot tell it from: {_listed(left, found)}. "
+    if found.n_units < FEW_UNITS:
+        text += f"With {found.n_units} distinct validation units, fewer than {FEW_UNITS}, no choice is settled. "
+    needed = f"about {found.units_needed:,}" if found.units_needed else f"more than {MOST_UNITS:,}"
+    return (
+        f"{text}It is settled when none of them can be better by more than {amount(found.margin, found.metric)}: "
+        f"{needed} validation units would show a true difference of that size (80 % power). There are "
+        f"{found.n_units:,}. More images, more seeds, or `split.method: folds` give more."
+    )
 
 
-def _undecided(found: Recommendation, strategies: Mapping[str, Json]) -> str:
-    """Which cheaper strategies may be as good, which more expensive ones better, and how many images would decide."""
-    chosen_flops = strategies[found.strategy]["cost"]["train_flops"]
-    may_be_as_good = [
-        f"{verdict.strategy} ({100 * verdict.difference:+.1f} points from {found.best}, between "
-        f"{100 * verdict.low:+.1f} and {100 * verdict.high:+.1f})"
-        for verdict in found.verdicts
-        if verdict.finding == "undecided" and strategies[verdict.strategy]["cost"]["train_flops"] < chosen_flops
-    ]
-    val = strategies[found.best]["val"]
-    per_image = sum(val["n_units"]) / sum(val["n"])
-    images = "no number of images would, if the difference is what it seems"
-    if found.images_needed is not None:
-        units = f" images ({round(per_image * found.images_needed):,} units)" if per_image < 1 else ""
-        about = (
-            f"about {found.images_needed:,}{units}"
-            if found.images_needed <= MOST_IMAGES
-            else f"more than {MOST_IMAGES:,}"
-        )
-        images = f"{about} would (80 % power)"
-    may_be_better = [
-        f"{rival.strategy} (up to {100 * rival.high:+.1f} points from {found.best})" for rival in found.rivals
-    ]
-    questions = [
-        f"whether something {what}: {'; '.join(these)}"
-        for what, these in (
-            ("cheaper is as good", may_be_as_good),
-            (f"dearer is better by more than {_points(found.margin)}", may_be_better),
-        )
-        if these
-    ]
-    n_val = sampled({found.best: strategies[found.best]}, "val")
-    return f"**The {n_val} cannot decide** {'; or '.join(questions)}; {images}."
+def _listed(rivals: Sequence[Rival], found: Recommendation) -> str:
+    """`partial_freeze (+1.0 points, between -1.3 and +3.3)`: differences from the recommended strategy."""
+    return "; ".join(f"{one.strategy} ({range_of(asdict(one), found.metric, ', between {} and {}')})" for one in rivals)
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
+def _value(strategy: Json, metric: str) -> str:
+    return shown(strategy["val"]["metrics"][metric]["value"], metric)
 
 
-def _tested(name: str, strategies: Mapping[str, Json]) -> str:
-    strategy = strategies[name]
-    text = f"On the test images {name} has an accuracy of {percent(strategy['test']['metrics']['accuracy'])} %"
-    if strategy["vs_baseline"]:
-        difference = strategy["vs_baseline"]["test"]
-        return f"{text}, {points(difference)} points from the baseline (p {_p(difference['p_value'])})."
-    return f"{text}; it is the baseline."
-
-
-def _p(value: float) -> str:
-    text = p_value(value)
-    return text if text.startswith("<") else f"= {text}"
-
-
-def _accuracy(runs: Sequence[Outcomes], study: Study) -> float:
-    """Mean over the seeds."""
-    hits = [(run.predicted == study.label[run.rows], study.weight[run.rows]) for run in runs]
-    return float(np.mean([np.average(hit, weights=weight) for hit, weight in hits]))
+def _tested(found: Recommendation, strategies: Mapping[str, Json]) -> str:
+    strategy = strategies[found.strategy]
+    figure = strategy["test"]["metrics"][found.metric]
+    interval = f"{shown(figure['low'], found.metric)} to {shown(figure['high'], found.metric)}"
+    text = (
+        f"On the test images, which took no part in the choice, {found.strategy} has {METRIC_NAMES[found.metric]} "
+        f"{shown(figure['value'], found.metric)} ({interval})"
+    )
+    if not strategy["vs_baseline"]:
+        return f"{text}; it is the baseline."
+    difference = strategy["vs_baseline"]["test"]
+    p = p_value(difference["p_value"])
+    equal = "" if p.startswith("<") else "= "
+    return f"{text}; difference from the baseline {range_of(difference, found.metric)} (p {equal}{p})."

@@ -7,26 +7,40 @@ from pipeline.comparison.paired import CORRECTED_T, MIN_SEEDS_FOR_T
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 
 Json = dict[str, Any]
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "nll": "NLL",
+}
 PER_UNIT = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced accuracy, %", "auroc": "AUROC, %"}
 
 
 def as_markdown(details: Json) -> str:
-    """comparison.md: notes, the table, figures per unit, operating points, and the recommendation in words."""
-    strategies, baseline = details["strategies"], details["baseline"]
+    """comparison.md: the recommendation in words, notes, the table, figures per unit, and operating points."""
+    strategies, baseline, metric = details["strategies"], details["baseline"], details["metric"]
     compared = {name: strategy for name, strategy in strategies.items() if name != HEAD_ALL_SEEDS}
     methods = tested(details)
-    differences = f" Difference from {baseline}; {methods}" if methods else ""
+    differences = f" Difference in {METRIC_NAMES[metric]} from {baseline}; {methods}" if methods else ""
+    name = METRIC_NAMES[metric]
+    columns = ["strategy", "n", "candidates", f"validation {name}, cross-fitted", "accuracy"]
+    columns += [name] if metric != "accuracy" else []
+    columns += [f"difference from {baseline}", "p", "balanced accuracy", "NLL (nats)"]
+    columns += ["trained parameters", "training TFLOPs"]
     lines = [
+        f"{details['recommendation']['text']}\n",
         *(f"**Note:** {note}.\n" for note in details["notes"]),
-        f"Test accuracy in %, weighted by the images' weights, on {sampled(strategies, 'test')} a seed, with its 95 % "
-        f"interval over {unit_name(details)}s; ± is the standard deviation over n seeds. {compared_on(details)} "
-        "Validation accuracy is cross-fitted: each fifth of the validation units is predicted by the candidate (epoch, "
-        f"regularization strength) that the other fifths choose.{differences}",
+        f"Test accuracy in %, weighted by the images' weights, on {sampled(strategies, 'test')}{per_seed(details)}, "
+        f"with its 95 % interval over {unit_name(details)}s; ± is the standard deviation over n seeds. "
+        f"{compared_on(details)} Validation figures are cross-fitted: each fifth of the validation units is predicted "
+        f"by the candidate (epoch, regularization strength) that the other fifths choose.{differences} Rows in italics "
+        "are reference classifiers, which cost nothing and are never recommended.",
         "",
-        f"| strategy | n | candidates | validation accuracy, cross-fitted | accuracy | difference from {baseline} | p "
-        "| balanced accuracy | NLL (nats) | trained parameters | training TFLOPs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(_cells(name, strategy))} |" for name, strategy in compared.items()),
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(_cells(f'*{name}*', one, metric))} |" for name, one in details["references"].items()),
+        *(f"| {' | '.join(_cells(name, strategy, metric))} |" for name, strategy in compared.items()),
         "",
         _all_seeds(strategies[HEAD_ALL_SEEDS]),
         "",
@@ -35,14 +49,30 @@ def as_markdown(details: Json) -> str:
         columns = list(rows[0][1])
         lines += [f"{title}:", "", f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
         lines += [*(f"| {name} | {' | '.join(cells.values())} |" for name, cells in rows), ""]
-    return "\n".join([*lines, details["recommendation"]["text"]]) + "\n"
+    return "\n".join(lines)
 
 
 def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """Tables of figures per unit and of operating points, where they exist: a title, and the cells by strategy."""
+    """Tables without twins, per unit and of operating points, where they exist: a title, and the cells by strategy."""
     compared = {name: one["test"] for name, one in details["strategies"].items() if name != HEAD_ALL_SEEDS}
     voted = {name: test["per_unit"] for name, test in compared.items() if test.get("per_unit")}
+    clean = {name: test["without_twins"] for name, test in compared.items() if test.get("without_twins")}
     tables = []
+    if clean:
+        first = next(iter(clean.values()))
+        title = (
+            f"Test accuracy and balanced accuracy, in %, with and without the {first['n_twins']:,} test images of "
+            f"{first['n_twins'] + first['n']:,} that have a near-duplicate in train or validation"
+        )
+        rows = {
+            name: {
+                f"{METRIC_NAMES[key]}, {which}": _share(figures[key]) if key in figures else ""
+                for key in ("accuracy", "balanced_accuracy")
+                for which, figures in (("all", compared[name]["metrics"]), ("without", one["metrics"]))
+            }
+            for name, one in clean.items()
+        }
+        tables.append((title, [*rows.items()]))
     if voted:
         first = next(iter(voted.values()))
         left_out = f"; {first['n_left_out']} with several labels are left out" if first["n_left_out"] else ""
@@ -78,9 +108,16 @@ def unit_name(details: Json) -> str:
     return "unit" if details["has_groups"] else "image"
 
 
+def per_seed(details: Json) -> str:
+    """Whether sample sizes are of one seed, or of all folds together."""
+    return "" if details["folds"] else " a seed"
+
+
 def compared_on(details: Json) -> str:
-    """The seeds, and with fewer than five of them that the result is about these runs."""
+    """The seeds or folds, and with fewer than five seeds that the result is about these runs."""
     seeds = details["common_seeds"]
+    if details["folds"]:
+        return f"The {details['folds']} folds of one partition: each unit is tested once, by a run that never saw it."
     about = of_runs(details["strategies"], len(seeds), "test")
     return f"Compared on seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.{about}"
 
@@ -106,9 +143,23 @@ def percent(figure: Json) -> str:
     return f"{100 * figure['value']:.1f}{spread} ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
 
 
-def points(difference: Json) -> str:
-    """`+1.4 (-0.3 to +3.1)`, in percentage points."""
-    return f"{100 * difference['difference']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+def shown(value: float | None, metric: str) -> str:
+    """`85.0 %`, or `0.348 nats`; a dash where there is no value."""
+    if value is None:
+        return "\u2013"
+    return f"{value:.3f} nats" if metric == "nll" else f"{100 * value:.1f} %"
+
+
+def amount(size: float, metric: str) -> str:
+    """A difference without sign: `2 points`, or `0.05 nats`."""
+    return f"{size:g} nats" if metric == "nll" else f"{100 * size:g} point{'' if size == 0.01 else 's'}"
+
+
+def range_of(difference: Json, metric: str, ends: str = " ({} to {})") -> str:
+    """`+1.4 points (-0.3 to +3.1)`: a difference and its bounds."""
+    scale, digits, unit = (1, 3, "nats") if metric == "nll" else (100, 1, "points")
+    value, low, high = (f"{scale * difference[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{value} {unit}{ends.format(low, high)}"
 
 
 def p_value(value: float) -> str:
@@ -122,16 +173,17 @@ def teraflops(flops: int) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _cells(name: str, strategy: Json) -> list[str]:
+def _cells(name: str, strategy: Json, metric: str) -> list[str]:
     figures, cost = strategy["test"]["metrics"], strategy["cost"]
     difference = strategy["vs_baseline"] and strategy["vs_baseline"]["test"]
     return [
         name,
         f"{strategy['distinct_runs']}",
         f"{strategy['n_candidates']}",
-        f"{100 * strategy['val']['metrics']['accuracy']['value']:.1f}",
+        shown(strategy["val"]["metrics"][metric]["value"], metric).removesuffix(" %"),
         percent(figures["accuracy"]),
-        points(difference) if difference else "",
+        *([shown(figures[metric]["value"], metric).removesuffix(" %")] if metric != "accuracy" else []),
+        range_of(difference, metric).replace(" points", "").replace(" nats", "") if difference else "",
         p_value(difference["p_value"]) if difference else "",
         f"{100 * figures['balanced_accuracy']['value']:.1f}",
         f"{figures['nll']['value']:.3f}",

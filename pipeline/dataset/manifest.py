@@ -16,6 +16,7 @@ from pipeline.files import write_text
 
 IMAGES = Path("data/images.csv")
 LABELS = Path("data/labels.csv")
+NEAR_DUPLICATES = Path("data/near_duplicates.csv")
 SPLITS = Path("data/splits")
 SPLIT_NAMES = ("train", "val", "test", "unused")
 
@@ -99,6 +100,11 @@ def make_labels(table: pd.DataFrame) -> Labels:
     columns["label"] = table["label"].map(class_names.index).to_numpy(np.int64)
     columns["weight"] = table["weight"].astype(float).to_numpy()
     return Labels(**columns, class_names=class_names)
+
+
+def read_near_duplicates(path: Path = NEAR_DUPLICATES) -> pd.DataFrame:
+    """Read near_duplicates.csv: pairs of image_id `a` and `b`, as text."""
+    return _read(path, ["a", "b"], "index")
 
 
 def write_split(split: Split, directory: Path = SPLITS) -> None:

@@ -1,101 +1,69 @@
-"""Find images that occur twice: near-duplicates by a perceptual hash.
+"""Find near-duplicates: images that show the same picture, resized, recompressed or a little brighter.
 
-The hash is the usual one of 64 bits: which of the 8 x 8 lowest frequencies (discrete cosine transform of 32 x 32 grey
-pixels) are above their median. It ignores colour and hardly depends on size, compression or small changes.
+A picture is reduced to 32 x 32 grey pixels, of which the 63 lowest frequencies but the mean (discrete cosine transform)
+are kept, scaled to length 1: its *signature*. The scalar product of two signatures is their correlation. It ignores
+colour, brightness and contrast, and hardly depends on size and compression. `python -m benchmarks.near_duplicates`
+measures how many copies it finds, and how many different images it takes for copies.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from scipy.fft import dct
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import KDTree
 
 SIDE, KEPT = 32, 8  # px of the reduced picture, and frequencies kept of each direction
 COSINES = np.asarray(dct(np.eye(SIDE), axis=0, norm="ortho"))[:KEPT]
-SAMPLED = 4  # rows and columns of the picture that are averaged for each of these pixels
 FLAT = 1.0  # standard deviation (grey levels) of these frequencies below which a picture counts as flat
-BLOCK = 2**17  # pairs of rows that are compared at a time, so that they fit the processor's cache
+SCALE = 32767  # of a signature as int16
+LENGTH = KEPT**2 - 1  # of a signature
+N_PARTNERS = 10  # near-duplicates of each picture that are found: the most similar ones
 
 
 def reduced(image: Image.Image) -> np.ndarray:
-    """The 32 x 32 grey pixels (uint8) of an 8-bit image (L or RGB) that are hashed."""
-    sampled = image.resize((SIDE * SAMPLED, SIDE * SAMPLED), Image.Resampling.NEAREST)
-    return np.asarray(sampled.reduce(SAMPLED).convert("L"))
+    """The 32 x 32 grey pixels (uint8) of an 8-bit image (L or RGB) from which its signature is made."""
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0).convert("L"))
 
 
-def perceptual_hashes(pixels: Sequence[np.ndarray]) -> list[int | None]:
-    """The 64 bits for each result of `reduced`; None for a flat picture, which would resemble every other one."""
+def signatures(pixels: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+    """The signature (63,) int16 of each result of `reduced`; None for a flat picture, which resembles every other."""
     if not pixels:
         return []
-    # Rounded, because noise in the last digit would decide the bit of a frequency that is absent
-    low = np.round(COSINES @ np.stack(pixels).astype(np.float64) @ COSINES.T, 2).reshape(len(pixels), -1)
-    is_flat = np.square(low[:, 1:]).sum(axis=1) < (FLAT * SIDE) ** 2
-    bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
-    values = bits.view(">u8").ravel().tolist()
-    return [None if flat else value for flat, value in zip(is_flat.tolist(), values, strict=True)]
+    low = (COSINES @ np.stack(pixels).astype(np.float64) @ COSINES.T).reshape(len(pixels), -1)[:, 1:]
+    length = np.linalg.norm(low, axis=1)
+    scaled = np.round(SCALE * low / np.maximum(length, 1e-9)[:, None]).astype(np.int16)
+    return [None if size < FLAT * SIDE else row for size, row in zip(length, scaled, strict=True)]
 
 
-def near(hashes: np.ndarray, bits: int, n_closest: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Pairs of pictures whose hashes (n,) uint64 have a Hamming distance of at most `bits`.
+def near(signature: np.ndarray, correlation: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of pictures whose signatures (n, 63) int16 correlate by at least `correlation`.
 
-    Hashes that differ in b bits agree in at least one of b + 1 bands, so only rows that agree in a band are compared
-    (Manku, Jain and Das Sarma 2007). Equal hashes are compared once, however many pictures have them.
+    Of each picture the ten most similar partners are found. Pictures with the same signature count as one, and each is
+    a pair with the first of them.
 
-    Returns the component (n,) int64 of each picture (pictures connected by pairs share a number); the `n_closest` pairs
-    (a, b) with their Hamming distance, (k, 3) int64, the nearest first, where the first of pictures with equal hashes
-    represents all; and the number of all pairs.
+    Returns the pairs (k, 2) int64, each with the smaller row first, and their correlation (k,) float64, the most
+    similar first; and the component (n,) int64 of each picture (pictures connected by pairs share a number).
     """
-    distinct, member, count = np.unique(hashes, return_inverse=True, return_counts=True)
-    first = np.unique(member, return_index=True)[1]
-    connected = np.arange(len(distinct))
-    closest, n_pairs = _equal_pairs(member, n_closest), int((count * (count - 1) // 2).sum())
-    for a, b, distance in _close_pairs(distinct, bits):
-        n_pairs += int((count[a] * count[b]).sum())
-        connected = _connect(connected, a, b)
-        best = np.argsort(distance, kind="stable")[:n_closest]
-        pairs = np.sort([first[a[best]], first[b[best]]], axis=0)
-        closest = _nearest(np.concatenate([closest, np.column_stack([*pairs, distance[best]])]), n_closest)
-    return connected[member], closest, n_pairs
-
-
-def _equal_pairs(member: np.ndarray, n: int) -> np.ndarray:
-    """The first `n` pairs of successive rows with equal hashes, at distance 0."""
-    order = np.argsort(member, kind="stable")
-    left = np.flatnonzero(member[order][:-1] == member[order][1:])
-    return _nearest(np.column_stack([order[left], order[left + 1], np.zeros(len(left), np.int64)]), n)
-
-
-def _nearest(pairs: np.ndarray, n: int) -> np.ndarray:
-    return pairs[np.lexsort(pairs.T[[1, 0, 2]])][:n]
-
-
-def _close_pairs(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of pairs of rows (a, b) with their distances; each pair occurs once."""
-    width = min(64 // (bits + 1), max(1, len(hashes).bit_length() - 6))  # narrow enough for groups of some dozens
-    bands = [np.uint64(sum(1 << band + i * (bits + 1) for i in range(width))) for band in range(bits + 1)]
-    for number, band in enumerate(bands):
-        order = np.argsort(hashes & band, kind="stable")
-        value, key = hashes[order], (hashes & band)[order]
-        bounds = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1], [True]]))
-        several = np.flatnonzero(np.diff(bounds) > 1)
-        for start, end in zip(bounds[several].tolist(), bounds[several + 1].tolist(), strict=True):
-            rows = max(1, BLOCK // (end - start))
-            for top in range(start, end - 1, rows):
-                differing = value[top : min(top + rows, end), None] ^ value[None, top:end]
-                a, b = np.nonzero(np.bitwise_count(differing) <= bits)
-                differing, a, b = differing[a, b], a + top, b + top
-                is_new = a < b
-                for earlier in bands[:number]:  # in which the pair was found already
-                    is_new &= differing & earlier != 0
-                if is_new.any():
-                    yield order[a[is_new]], order[b[is_new]], np.bitwise_count(differing[is_new])
-
-
-def _connect(connected: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = connected[a], connected[b]
-    if (a == b).all():
-        return connected
-    edges = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(connected),) * 2)
-    return connected_components(edges, directed=False)[1].astype(np.int64)[connected]
+    n = len(signature)
+    if not n:
+        return np.zeros((0, 2), np.int64), np.zeros(0), np.zeros(0, np.int64)
+    _, first, member = np.unique(signature, axis=0, return_index=True, return_inverse=True)
+    order = np.sort(first)  # the first picture of each signature, in the order of the rows
+    same = np.column_stack([first[member.ravel()], np.arange(n)])
+    same = same[same[:, 0] != same[:, 1]]
+    points = signature[order].astype(np.float64)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    # |a - b|^2 = 2 - 2 a b for vectors of length 1
+    nearest = KDTree(points).query(points, N_PARTNERS + 1, distance_upper_bound=np.sqrt(2 * (1 - correlation)) + 1e-9)
+    partner = np.asarray(nearest[1])
+    a, b = np.nonzero((partner < len(points)) & (partner != np.arange(len(points))[:, None]))
+    found = np.unique(np.sort(np.column_stack([a, partner[a, b]]), axis=1), axis=0)
+    value = np.concatenate([np.ones(len(same)), np.einsum("ij,ij->i", points[found[:, 0]], points[found[:, 1]])])
+    pairs = np.concatenate([same, order[found]]).astype(np.int64)
+    edges = coo_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(n, n))
+    by_similarity = np.lexsort((pairs[:, 1], pairs[:, 0], -value.round(9)))
+    component = connected_components(edges, directed=False)[1].astype(np.int64)
+    return pairs[by_similarity], value[by_similarity], component

@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,8 +36,8 @@ TIME_STAMP_NS = 100_000_000  # a file changed so shortly before it is read could
 class Inspected(NamedTuple):
     """One image file, as text; `reason`, unless empty, says why it cannot be used.
 
-    `width`, `height`: px, upright; `mode`: of its pixels, by Pillow's name; `orientation`: EXIF's; `phash`: the
-    perceptual hash (hex), empty for a flat picture.
+    `width`, `height`: px, upright; `mode`: of its pixels, by Pillow's name; `orientation`: EXIF's; `signature`: as
+    in duplicates (base64 of int16), empty for a flat picture.
     """
 
     reason: str = ""
@@ -46,7 +47,7 @@ class Inspected(NamedTuple):
     width: str = ""
     height: str = ""
     orientation: str = ""
-    phash: str = ""
+    signature: str = ""
 
 
 class Stamp(NamedTuple):
@@ -101,17 +102,19 @@ def inspect_file(path: str) -> Inspected:
 
 
 def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
-    """Inspect some files; their hashes are computed together, which is ten times as fast."""
+    """Inspect some files; their signatures are computed together, which is ten times as fast."""
     read = [_decode(path) for path in paths]
-    hashes = iter(duplicates.perceptual_hashes([pixels for _, pixels in read if pixels is not None]))
+    found = iter(duplicates.signatures([pixels for _, pixels in read if pixels is not None]))
     return [
-        inspected if pixels is None or (phash := next(hashes)) is None else inspected._replace(phash=f"{phash:016x}")
+        inspected
+        if pixels is None or (signature := next(found)) is None
+        else inspected._replace(signature=b64encode(signature.tobytes()).decode())
         for inspected, pixels in read
     ]
 
 
 def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
-    """All but the hash, and the pixels that are hashed."""
+    """All but the signature, and the pixels that it is made from."""
     sha256 = ""
     try:
         content = _read(path)

@@ -1,5 +1,6 @@
 """Take stock of a data set: which images are kept or rejected, which occur twice, and a summary for reports."""
 
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pipeline.ingest import duplicates
 from pipeline.ingest.indexing import Inspected
 from pipeline.ingest.listing import Listing, shorten
 
-SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS, SHOWN_NAMES = 20, 20, 50, 20  # at most, in the summary
+SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_NAMES = 20, 20, 20  # at most, in the summary
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,18 @@ class Inventory:
 
     `kept`: a row per usable image, with the columns of Listing.images and Inspected, and `near_duplicate_group`, a name
     that is empty for an image without near-duplicates. `unreadable` and `conflicts` (images with the same bytes but
-    different labels): (path, reason) of the images that are rejected.
+    different labels): (path, reason) of the images that are rejected. `near_duplicates`: pairs of kept images a and b
+    with their correlation, the most similar first; of images with the same bytes, the first stands for all.
     """
 
     kept: pd.DataFrame
+    near_duplicates: pd.DataFrame
     unreadable: list[tuple[str, str]]
     conflicts: list[tuple[str, str]]
     summary: dict[str, Any]
 
 
-def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distance: int) -> Inventory:
+def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_correlation: float) -> Inventory:
     """Combine what was listed with what was found in the files; images with conflicting labels are rejected."""
     found = listing.images.join(pd.DataFrame(inspected))
     is_readable = found["reason"] == ""
@@ -43,7 +46,7 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
     conflicts = [(path, _conflict(path, label, group)) for group in disputed for path, label in group.items()]
     kept = readable[~is_disputed].reset_index(drop=True)
     same = _equal_images(kept)[:SHOWN_GROUPS]
-    kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
+    kept["near_duplicate_group"], pairs = _near_duplicates(kept, near_duplicate_correlation)
     summary = {
         "n_images": len(kept),
         "n_rejected": len(unreadable) + len(conflicts),
@@ -57,11 +60,10 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
         "exact_duplicates": [[*group][:SHOWN_MEMBERS] for group in same],
         "n_exact_duplicates": len(kept) - kept["sha256"].nunique(),
         "conflicts": [[*group][:SHOWN_MEMBERS] for group in disputed[:SHOWN_GROUPS]],
-        "near_duplicates": pairs,
-        "n_near_duplicates": n_near_duplicates,
+        "n_near_duplicates": len(pairs),
         "warnings": [*listing.warnings, *_misnamed(kept), *_differently_labelled(kept, pairs)],
     }
-    return Inventory(kept, sorted(unreadable), conflicts, summary)
+    return Inventory(kept, pairs, sorted(unreadable), conflicts, summary)
 
 
 def _equal_images(images: pd.DataFrame) -> list[dict[str, str]]:
@@ -75,21 +77,21 @@ def _conflict(path: str, label: str, group: dict[str, str]) -> str:
     return f"labelled {label!r}, but {other!r} with the same bytes {group[other]!r}"
 
 
-def _near_duplicates(kept: pd.DataFrame, distance: int) -> tuple[list[str], int, list[dict[str, Any]]]:
-    """The group of each row of `kept` by name, the number of pairs, and the nearest of them.
+def _near_duplicates(kept: pd.DataFrame, correlation: float) -> tuple[list[str], pd.DataFrame]:
+    """The group of each row of `kept` by name, and the pairs, as in Inventory.
 
-    Flat pictures have no hash and no group. Of images with the same bytes the first is compared, for all.
+    Flat pictures have no signature and no group. Of images with the same bytes the first is compared, for all.
     """
-    hashed = kept[(kept["phash"] != "") & ~kept["sha256"].duplicated()]
-    hashes = np.array([int(phash, 16) for phash in hashed["phash"]], np.uint64)
-    component, closest, n_pairs = duplicates.near(hashes, distance, SHOWN_PAIRS)
-    path, sha256 = hashed["path"].tolist(), hashed["sha256"].tolist()
-    pairs = [{"a": path[a], "b": path[b], "bits": bits} for a, b, bits in closest.tolist()]
+    compared = kept[(kept["signature"] != "") & ~kept["sha256"].duplicated()]
+    raw = b"".join(map(b64decode, compared["signature"]))
+    found, value, component = duplicates.near(np.frombuffer(raw, "<i2").reshape(-1, duplicates.LENGTH), correlation)
+    path, sha256 = compared["path"].to_numpy(str), compared["sha256"].tolist()
+    pairs = pd.DataFrame({"a": path[found[:, 0]], "b": path[found[:, 1]], "correlation": value.round(4)})
     members: dict[int, list[str]] = {}
     for digest, number in zip(sha256, component.tolist(), strict=True):
         members.setdefault(number, []).append(digest)
     group_of = {digest: f"near_{min(group)[:12]}" for group in members.values() if len(group) > 1 for digest in group}
-    return [group_of.get(digest, "") for digest in kept["sha256"]], n_pairs, pairs
+    return [group_of.get(digest, "") for digest in kept["sha256"]], pairs
 
 
 def _counts(values: pd.Series) -> dict[str, int]:
@@ -112,11 +114,10 @@ def _misnamed(kept: pd.DataFrame) -> list[str]:
     return [f"{len(wrong)} files have the extension of another format: {shown}"] if wrong else []
 
 
-def _differently_labelled(kept: pd.DataFrame, pairs: list[dict[str, Any]]) -> list[str]:
-    label = dict(zip(kept["path"], kept["label"], strict=True))
-    different = [(pair["a"], pair["b"]) for pair in pairs if label[pair["a"]] != label[pair["b"]]]
-    if not different:
+def _differently_labelled(kept: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    label = kept.set_index("path")["label"]
+    different = pairs[pairs["a"].map(label) != pairs["b"].map(label)]
+    if different.empty:
         return []
-    first = " and ".join(f"{path} ({label[path]})" for path in different[0])
-    found = f"{len(different)} of the {len(pairs)} nearest pairs of near-duplicates"
-    return [f"{found} are labelled differently, first {first}"]
+    first = " and ".join(f"{path} ({label[path]})" for path in different.iloc[0][["a", "b"]])
+    return [f"{len(different)} of {len(pairs)} pairs of near-duplicates are labelled differently, first {first}"]

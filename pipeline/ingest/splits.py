@@ -32,6 +32,8 @@ def draw(labels: Labels, units: list[list[int]], options: Splitting, seed: int) 
     """Draw one split by `options.method`; ValueError if the data set should give it and does not."""
     if options.method == "hash":
         return Split(seed, labels.image_id, _by_hash(labels, units, options, seed))
+    if options.method == "folds":
+        return Split(seed, labels.image_id, _fold(labels, units, options, seed))
     given = labels.given_split if options.method == "given" else [""] * len(labels.image_id)
     if options.method == "given" and not any(given):
         expected = "a `split` column in its labels.csv, or train/, val/ and test/ with the classes below"
@@ -56,6 +58,25 @@ def _stratified(labels: Labels, units: list[list[int]], given: list[str], option
         shares = {"val": options.val_fraction / (1 - options.test_fraction)}  # of the images that are not test
     if shares := {name: share for name, share in shares.items() if name not in split}:
         _draw_units(labels, pool, shares, seed, split)
+    return split
+
+
+def _fold(labels: Labels, units: list[list[int]], options: Splitting, number: int) -> np.ndarray:
+    """One fold of a partition into as many folds as there are seeds is test; validation is drawn from the others.
+
+    The folds are drawn one after the other, each from the units that no fold before it has.
+    """
+    n_folds, pool = len(options.seeds), units
+    fold = np.full(len(labels.image_id), n_folds - 1)
+    for k in range(n_folds - 1):
+        drawn = np.full(len(fold), "train", dtype="<U6")
+        _draw_units(labels, pool, {"test": 1 / (n_folds - k)}, options.partition_seed, drawn)
+        fold[drawn == "test"] = k
+        pool = [unit for unit in pool if drawn[unit[0]] == "train"]
+    split = np.where(fold == number, "test", "train").astype("<U6")
+    rest = [unit for unit in units if fold[unit[0]] != number]
+    share = options.val_fraction * n_folds / (n_folds - 1)  # of the images that are not test
+    _draw_units(labels, rest, {"val": share}, options.partition_seed + number, split)
     return split
 
 
@@ -130,23 +151,31 @@ def _fill(labels: Labels, units: list[list[int]], names: Sequence[str], seed: in
 
 
 def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> np.ndarray:
-    """The digest of an image's group, or else of its bytes, and the seed decide on its split, whatever others do.
+    """The seed and the key of a unit decide on its split, whatever other units there are.
 
-    So an added image moves no other from one split to another. Where it ties images of several splits, those of the
-    highest one (test, val, train) stay, and the others become unused.
+    The key is the name of the unit's group, or else the smallest digest of its images. So an added image moves no image
+    of another unit; it may move its own unit, where it joins one.
     """
-    borders = {"test": options.test_fraction, "val": options.test_fraction + options.val_fraction, "train": 1.0}
-
-    def split_of(row: int) -> str:
-        key = ["group", labels.group[row]] if labels.group[row] else ["image", labels.sha256[row]]
-        place = int(digest([seed, *key])[:12], 16) / 16**12
-        return next(name for name, border in borders.items() if place < border)
-
-    split = np.array([split_of(row) for row in range(len(labels.image_id))], dtype="<U6")
+    split = np.empty(len(labels.image_id), dtype="<U6")
     for unit in units:
-        highest = _highest(split[unit])
-        split[[row for row in unit if split[row] != highest]] = "unused"
+        groups = sorted({labels.group[row] for row in unit} - {""})
+        key = ["group", groups[0]] if groups else ["image", min(labels.sha256[row] for row in unit)]
+        split[unit] = _place(key, options, seed)
     return split
+
+
+def count_followers(labels: Labels, split: Split, options: Splitting) -> int:
+    """With `hash`: images that their own group or digest would put into another split than their unit's."""
+    own = [
+        ["group", group] if group else ["image", sha] for group, sha in zip(labels.group, labels.sha256, strict=True)
+    ]
+    return sum(_place(key, options, split.seed) != name for key, name in zip(own, split.split.tolist(), strict=True))
+
+
+def _place(key: list[str], options: Splitting, seed: int) -> str:
+    borders = {"test": options.test_fraction, "val": options.test_fraction + options.val_fraction, "train": 1.0}
+    place = int(digest([seed, *key])[:12], 16) / 16**12
+    return next(name for name, border in borders.items() if place < border)
 
 
 def _highest(names: np.ndarray) -> str:
@@ -167,12 +196,12 @@ def find_leaks(labels: Labels, split: Split) -> list[Leak]:
     return leaks
 
 
-def check_classes(split: Split, labels: Labels) -> None:
-    """ValueError that names every class without an image in train, val or test."""
+def check_classes(split: Split, labels: Labels, needed: Sequence[str] = ("train", "val", "test")) -> None:
+    """ValueError that names every class without an image in one of the splits `needed`."""
     absent = {}
     for index in range(len(labels.class_names)):
         splits = set(split.split[labels.label == index])
-        if missed := [name for name in ("train", "val", "test") if name not in splits]:
+        if missed := [name for name in needed if name not in splits]:
             absent[index] = " and ".join(missed)
     n_units, problems, advice = count_units(labels, make_units(labels)) if absent else Counter(), [], set()
     for index, missed in absent.items():

@@ -78,8 +78,9 @@ def measured(strategies: Json, split: str) -> list[str]:
     return [name for name in METRICS if any(metrics.get(name, {}).get("value") is not None for metrics in found)]
 
 
-def table(strategies: Json) -> Json:
-    """The main table: its columns, and the cells of each strategy."""
+def table(details: Json) -> Json:
+    """The main table: its columns, and the cells of each reference classifier and each strategy."""
+    strategies = details["references"] | details["strategies"]
     metrics = [name for name in measured(strategies, "test") if name != "ece_scaled"]
     rows = []
     for name, strategy in strategies.items():
@@ -88,22 +89,20 @@ def table(strategies: Json) -> Json:
         if found["accuracy"]["sd"] is not None:
             cells[0]["note"] += f" · sd {100 * found['accuracy']['sd']:.1f}"
         counts = {"seeds": strategy["distinct_runs"], "n_candidates": strategy["n_candidates"]}
-        rows.append({"name": name, **counts, "cells": cells, "difference": difference(strategy)})
+        counts["is_reference"] = name in details["references"]
+        compared = difference(strategy, details["metric"])
+        rows.append({"name": name, **counts, "cells": cells, "difference": compared})
     return {"metrics": [METRICS[name] for name in metrics], "rows": rows}
 
 
-def difference(strategy: Json) -> Json | None:
-    """Difference from the baseline in points, with its interval and p-value, as numbers and text; None for itself."""
+def difference(strategy: Json, metric: str) -> Json | None:
+    """Difference from the baseline, with its interval and p-value, as numbers and text; None for itself."""
     if not strategy["vs_baseline"]:
         return None
     found = strategy["vs_baseline"]["test"]
-    return {
-        "value": found["difference"],
-        "text": f"{100 * found['difference']:+.1f}",
-        "note": f"{100 * found['low']:+.1f}\u2009to\u2009{100 * found['high']:+.1f}",
-        "p_value": found["p_value"],
-        "p": tables.p_value(found["p_value"]),
-    }
+    value, _, note = tables.range_of(found, metric, " | {}\u2009to\u2009{}").partition(" | ")
+    shown = {"value": found["difference"], "text": value, "note": note}
+    return shown | {"p_value": found["p_value"], "p": tables.p_value(found["p_value"])}
 
 
 def minutes(timings: Sequence[Timing], strategies: Json) -> dict[str, str]:

@@ -56,7 +56,7 @@ def assemble() -> Json:
     if features.sha256 != labels.sha256:
         raise ValueError(f"{hdf5.FEATURES}: of other images than {manifest.LABELS}; run: dvc repro")
     details, cost, curves, reliability, splits = (_json(f"{name}.json") for name in NAMES)
-    summary = _json("data/summary.json")
+    summary, near = _json("data/summary.json"), _csv("data/near_duplicates.csv")
     strategies, best = details["strategies"], details["recommendation"]["strategy"]
     names = [name for name in strategies if name != HEAD_ALL_SEEDS]
     seeds = strategies[best]["seeds"]
@@ -73,9 +73,10 @@ def assemble() -> Json:
         "names": names,
         "best": best,
         "details": details,
-        "table_of": evidence.table(strategies),
+        "table_of": evidence.table(details),
         "tested": tables.tested(details),
         "sampled": tables.sampled(strategies, "test"),
+        "per_seed": tables.per_seed(details),
         "unit_name": tables.unit_name(details),
         "further": tables.further(details),
         "timings": timings,
@@ -102,7 +103,8 @@ def assemble() -> Json:
         "rejected": _csv("data/rejected.csv"),
         "exact": gallery.groups(summary["exact_duplicates"], album),
         "conflicts": gallery.groups(summary["conflicts"], album),
-        "near": gallery.groups([[pair["a"], pair["b"]] for pair in summary["near_duplicates"]], album),
+        "near": gallery.groups([[pair["a"], pair["b"]] for pair in near], album),
+        "correlations": [pair["correlation"] for pair in near],
         "suspects": gallery.suspects(_csv("label_suspects.csv"), album),
         "caution": _json("label_suspects.json")["caution"],
         "commit": provenance.commit(),

@@ -1,7 +1,8 @@
 """compare: metrics of every strategy on the test images, their uncertainty, the cost, and a recommendation.
 
-Reads   reports/runs/, data/labels.csv, data/splits/
+Reads   reports/runs/, data/labels.csv, data/near_duplicates.csv, data/splits/
 Writes  reports/metrics/<strategy>.json, comparison.md, details.json
+        reports/outcomes.json     which test images are predicted correctly, for pull requests
         reports/curves.json, reliability.json, cost.json, confusion/<strategy>.json     (DVC plots)
 
 Strategies are compared on the seeds that all of them have. Runs that params.yaml does not list are deleted first:
@@ -16,11 +17,14 @@ import numpy as np
 from safetensors import SafetensorError
 
 from pipeline import logs
-from pipeline.comparison import details, plots, tables
+from pipeline.comparison import details, plots, shared, tables
+from pipeline.comparison.details import Data
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Split
+from pipeline.dataset.twins import find_twins
+from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
-from pipeline.params import HEAD_ONLY, load_params
+from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, REFERENCES, load_params
 from pipeline.training.runs import MODELS, RUNS, Run, read_run
 
 REPORTS = Path("reports")
@@ -39,15 +43,22 @@ def main() -> None:
         name: float(np.mean([np.isin(splits[seed].split, used).sum() for seed in common]))
         for name, used in used_before.items()
     }
-    delete_unlisted({name: set(common) for name in names} | {HEAD_ONLY: set(splits)})
-    runs = {name: [read_checked(name, splits[seed]) for seed in common] for name in names}
+    delete_unlisted({name: set(common) for name in (*names, *REFERENCES)} | {HEAD_ONLY: set(splits)})
+    runs, references = (
+        {name: [read_checked(name, splits[seed]) for seed in common] for name in these} for these in (names, REFERENCES)
+    )
     every_head = [read_checked(HEAD_ONLY, split) for split in splits.values()]
+    pairs = manifest.read_near_duplicates()
+    twins = {seed: find_twins(labels, split, pairs).tested for seed, split in splits.items()}
+    n_folds = len(splits) if params.split.method == "folds" else 0
+    data = Data(labels, unit_of(labels), params.compare, twins, n_folds)
 
-    found = details.round_floats(details.assemble(runs, every_head, labels, n_train, params.compare))
+    found = details.round_floats(details.assemble(runs, every_head, references, data, n_train))
     strategies, table = found["strategies"], tables.as_markdown(found)
     compared = {name: strategies[name] for name in names}
     write_json(REPORTS / "details.json", found)
     write_text(REPORTS / "comparison.md", table)
+    write_json(REPORTS / "outcomes.json", shared.encode({**runs, HEAD_ALL_SEEDS: every_head}, data))
     write_json(REPORTS / "curves.json", details.round_floats(plots.curves(runs, compared)))
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))

@@ -2,7 +2,8 @@
 
 Reads   the directory dataset.path
 Writes  data/images.csv, data/labels.csv
-        reports/data/summary.json, rejected.csv
+        data/near_duplicates.csv     pairs of images, which no stage that computes features or trains reads
+        reports/data/summary.json, rejected.csv, near_duplicates.csv (the 1,000 most similar pairs)
 
 Unchanged files are not read again (data/.index/), except by `python -m pipeline.stages.index --verify`.
 """
@@ -20,6 +21,7 @@ from pipeline.ingest.inventory import Inventory
 from pipeline.params import Dataset, load_params
 
 REPORTS = Path("reports/data")
+SHOWN_PAIRS = 1000
 
 
 def main() -> None:
@@ -32,13 +34,15 @@ def main() -> None:
     listed = listing.find_images(directory)
     names = list(listed.images["path"])
     inspected = indexing.inspect(directory, names, params.runtime.workers, is_verifying=is_verifying)
-    found = inventory.take(listed, inspected, params.dataset.near_duplicate_distance)
+    found = inventory.take(listed, inspected, params.dataset.near_duplicate_correlation)
     rejected = pd.DataFrame(sorted(found.unreadable + found.conflicts), columns=["path", "reason"])
     manifest.write_csv(REPORTS / "rejected.csv", rejected)
+    manifest.write_csv(REPORTS / "near_duplicates.csv", found.near_duplicates[:SHOWN_PAIRS])
     write_json(REPORTS / "summary.json", found.summary)
     for warning in found.summary["warnings"]:
         logs.log.warning("%s: %s", directory, warning)
     check(found, params.dataset, set(listed.images["label"]))
+    manifest.write_csv(manifest.NEAR_DUPLICATES, found.near_duplicates)
     write_tables(found.kept, is_grouped=params.dataset.near_duplicates == "group")
     logs.log.info("indexed %d images, rejected %d", len(found.kept), len(rejected))
 

@@ -1,8 +1,8 @@
 """split: split the images into train, validation and test, once per seed.
 
-Reads   data/labels.csv
+Reads   data/labels.csv, data/near_duplicates.csv
 Writes  data/splits/seed_<s>.csv
-        reports/splits.json     sizes, leaks and notes
+        reports/splits.json     sizes, leaks, near-duplicates in different splits, and notes
 
 Byte-identical images and images of one group stay together. The order of the files does not matter.
 """
@@ -12,9 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import SPLIT_NAMES, Labels, Split
+from pipeline.dataset.twins import find_twins
 from pipeline.dataset.units import FEW_UNITS, make_units
 from pipeline.files import write_json
 from pipeline.ingest import splits
@@ -29,13 +32,14 @@ SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # at most, in the report; its counts are o
 def main() -> None:
     """Write one split per seed; fail if a class has no image in train, val or test, or if images leak."""
     options = load_params().split
-    labels = manifest.read_labels()
+    labels, pairs = manifest.read_labels(), manifest.read_near_duplicates()
     units = make_units(labels)
     drawn = []
     for seed in options.seeds:
         split = splits.draw(labels, units, options, seed)
         drawn.append(split)
-        splits.check_classes(split, labels)
+        # A fold may test no image of a rare class: the folds are judged together
+        splits.check_classes(split, labels, ("train", "val", "test")[: 2 if options.method == "folds" else 3])
         manifest.write_split(split)
         logs.log.info("split %d: %s", seed, ", ".join(f"{n} {name}" for name, n in Counter(split.split).items()))
     by_tie: dict[tuple[str, str], Leak] = {}
@@ -43,8 +47,20 @@ def main() -> None:
         for leak in splits.find_leaks(labels, split):
             by_tie.setdefault((leak.tie, leak.name), leak)
     leaks = list(by_tie.values())
-    notes = make_notes(labels, drawn, options) + few_units(drawn, units)
-    write_json(REPORT, as_report(drawn, leaks, notes, options))
+    straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
+    straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
+    followers = [splits.count_followers(labels, one, options) for one in drawn] if options.method == "hash" else []
+    notes = make_notes(labels, drawn, options) + few_units(drawn, units) + twin_notes(straddling, len(pairs))
+    if any(followers):
+        notes.append(f"up to {max(followers):,} images follow their unit to another split than their own digest gives")
+    report = as_report(drawn, leaks, notes, options)
+    report |= {
+        "n_near_duplicates": len(pairs),
+        "n_straddling": [len(these) for these in straddling],  # of these, in different splits, by seed
+        "straddling": straddling[0][:SHOWN_LEAKS].to_dict("records"),  # with the first seed
+        "n_followers": followers,  # by seed
+    }
+    write_json(REPORT, report)
     for note in notes:
         logs.log.warning("%s", note)
     if leaks:
@@ -81,6 +97,19 @@ def few_units(drawn: list[Split], units: list[list[int]]) -> list[str]:
                 "confidence intervals are rough; add data, or raise split.val_fraction or split.test_fraction"
             )
     return found
+
+
+def twin_notes(straddling: list[pd.DataFrame], n_pairs: int) -> list[str]:
+    """A note on near-duplicates in different splits, by the seed with most of them."""
+    most = max(map(len, straddling))
+    if not most:
+        return []
+    found = f"{most:,} of {n_pairs:,} pairs of near-duplicates lie in different splits"
+    seeds = " with some seed" if len(straddling) > 1 else ""
+    return [
+        f"{found}{seeds}: test figures may be too good. `dataset.near_duplicates: group` keeps them together; "
+        "reports/comparison.md also gives the figures without them"
+    ]
 
 
 def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: Splitting) -> dict[str, Any]:

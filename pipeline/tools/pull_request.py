@@ -1,29 +1,36 @@
 """The Markdown of a pull request: what changed against another revision, the recommendation, and the guard.
 
-DVC compares parameters and metrics. The guard compares reports/details.json on the disk with that of the revision,
-which `git show` reads.
+DVC compares parameters and metrics. The guard compares reports/details.json and reports/outcomes.json on the disk with
+those of the revision, which `git show` reads. By default it is a statement with uncertainty: it fails once a regression
+larger than the tolerance is shown. Test accuracy is compared image by image, where both sides have the same images;
+any other figure by the intervals of both sides, and one without an interval as it is.
 """
 
 import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import vl_convert
+from scipy.special import ndtri
 
+from pipeline.comparison import shared
 from pipeline.comparison.plots import VEGA_LITE
-from pipeline.params import load_params
+from pipeline.comparison.shared import Tested
+from pipeline.params import Compare, load_params
 from pipeline.tools.git import git
 
-DETAILS = Path("reports/details.json")
+DETAILS, OUTCOMES = Path("reports/details.json"), Path("reports/outcomes.json")
+ACCURACY = ".test.metrics.accuracy.value"  # the figure that is compared image by image
 PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json", "reports/confusion")
 HIGHER_IS_BETTER = {
     *("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "auroc", "precision", "recall", "f1"),
-    *("difference", "by_seed", "baseline_accuracy", "vs_baseline"),
+    *("difference", "by_seed", "baseline_value", "vs_baseline"),
 }
 LOWER_IS_BETTER = {
     *("nll", "brier", "ece", "ece_scaled", "temperature", "sd", "val_nll", "largest_rounding"),
@@ -34,85 +41,143 @@ Figures = dict[str, Any]  # by dotted name: the keys of details.json below `stra
 
 
 @dataclass(frozen=True)
+class Side:
+    """What one side of the comparison has: figures, and the tested images, None if it has no outcomes.json."""
+
+    figures: Figures
+    recommendation: str
+    tested: Tested | None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """A guarded figure at the revision and here, None where there is none."""
+    """A guarded figure at the revision and here, None where there is none.
+
+    `shown`: the regression that is shown, compared with the tolerance: a lower bound, or the plain difference. `method`
+    says which.
+    """
 
     name: str
     tolerance: float
     before: float | None
     after: float | None
-
-    @property
-    def worse_by(self) -> float:
-        """The regression: infinite if the figure is gone, 0 if it is new."""
-        if self.before is None or self.after is None:
-            return float("inf") if self.before is not None else 0.0
-        return round((self.before - self.after) * (1 if is_higher_better(self.name) else -1), 9)
+    shown: float
+    method: str
 
     def __str__(self) -> str:
         """In a line."""
-        by = f"by {self.worse_by:g} (tolerance {self.tolerance:g})" if self.after is not None else "is gone"
-        return f"{self.name} {by}"
+        by = f"by at least {self.shown:.4g} ({self.method}; tolerance {self.tolerance:g})"
+        return f"{self.name} {by if self.after is not None else 'is gone'}"
 
     @property
     def holds(self) -> bool:
         """Whether it is within its tolerance."""
-        return self.worse_by <= self.tolerance
+        return self.shown <= self.tolerance
 
 
 def show(revision: str, pictures: Path | None) -> None:
     """Print the Markdown; ValueError if a guarded figure got worse by more than its tolerance."""
-    guard = load_params().compare.guard
+    options = load_params().compare
     if not DETAILS.is_file():
         raise FileNotFoundError(f"{DETAILS}: not found; run: dvc repro")
-    after, recommendation = parse(DETAILS.read_text(encoding="utf-8"), f"{DETAILS}")
-    before, _ = parse(text_at(revision), f"--against {revision}: {DETAILS}")
-    verdicts = judge(before, after, guard)
-    print(as_markdown(revision, recommendation, verdicts))
+    tested = OUTCOMES.read_text(encoding="utf-8") if OUTCOMES.is_file() else None
+    after = parse(DETAILS.read_text(encoding="utf-8"), tested)
+    before = parse(*texts_at(revision), f"--against {revision}: ")
+    verdicts = judge(before, after, options)
+    print(as_markdown(revision, before, after, verdicts))
     if pictures is not None:
         print(draw(revision, pictures))
     if worse := [str(verdict) for verdict in verdicts if not verdict.holds]:
         raise ValueError(f"worse than in {revision}: {'; '.join(worse)}")
 
 
-def text_at(revision: str) -> str:
-    """details.json as git has it at `revision`; ValueError if there is no such commit, or no such file in it."""
+def texts_at(revision: str) -> tuple[str, str | None]:
+    """details.json and, if it is there, outcomes.json as git has them at `revision`; ValueError if there are none."""
     commit = f"{revision}^{{commit}}"
     problem = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
     try:
         git("rev-parse", "--verify", "--quiet", "--end-of-options", commit)
         problem = f"that commit has no {DETAILS}; run `dvc repro` there and commit"
-        return git("show", f"{revision}:./{DETAILS.as_posix()}")
+        found = git("show", f"{revision}:./{DETAILS.as_posix()}")
     except ValueError:
         raise ValueError(f"--against {revision}: {problem}") from None
-
-
-def parse(text: str, source: str) -> tuple[Figures, str]:
-    """Figures of details.json and the text of its recommendation; ValueError, naming `source`, for any other shape."""
     try:
-        details = json.loads(text)
-        strategies, recommendation = dict(details["strategies"]), str(details["recommendation"]["text"])
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{source}: damaged, or of another version; run: dvc repro") from None
-    return dict(_flat(strategies)), recommendation
+        return found, git("show", f"{revision}:./{OUTCOMES.as_posix()}")
+    except ValueError:
+        return found, None
 
 
-def judge(before: Figures, after: Figures, guard: Mapping[str, float]) -> list[Verdict]:
+def parse(details: str, tested: str | None, where: str = "") -> Side:
+    """Figures and recommendation of details.json, and outcomes.json; ValueError, naming the file, for another shape."""
+    path = DETAILS
+    try:
+        found = json.loads(details)
+        strategies, recommendation = dict(found["strategies"]), str(found["recommendation"]["text"])
+        path = OUTCOMES
+        outcomes = shared.decode(json.loads(tested)) if tested is not None else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{where}{path}: damaged, or of another version; run: dvc repro") from None
+    return Side(dict(_flat(strategies)), recommendation, outcomes)
+
+
+def judge(before: Side, after: Side, options: Compare) -> list[Verdict]:
     """A verdict on every guarded figure; a strategy that ran on neither side holds.
 
     ValueError for a name that its strategy has on neither side, and for what is no number or has no better direction.
     """
-    known = {**before, **after}
-    for name in guard:
+    known = {**before.figures, **after.figures}
+    for name in options.guard:
         is_higher_better(name)
         same_strategy = [other for other in known if other.partition(".")[0] == name.partition(".")[0]]
         if same_strategy and name not in known:
             near = ", ".join(difflib.get_close_matches(name, same_strategy, n=3)) or "none"
             raise ValueError(f"compare.guard: {name!r} is not in {DETAILS}; close matches: {near}")
-        for value in (before.get(name), after.get(name)):
+        for value in (before.figures.get(name), after.figures.get(name)):
             if isinstance(value, bool | str):
                 raise ValueError(f"compare.guard: {name} is {value!r} in {DETAILS}; expected a number")
-    return [Verdict(name, tolerance, before.get(name), after.get(name)) for name, tolerance in guard.items()]
+    verdicts = []
+    for name, tolerance in options.guard.items():
+        was, is_now = before.figures.get(name), after.figures.get(name)
+        verdicts.append(Verdict(name, tolerance, was, is_now, *regression(name, before, after, options)))
+    return verdicts
+
+
+def regression(name: str, before: Side, after: Side, options: Compare) -> tuple[float, str]:
+    """The regression of a figure that is shown, and how: infinite if the figure is gone, 0 if it is new."""
+    was, is_now = before.figures.get(name), after.figures.get(name)
+    if was is None or is_now is None:
+        return (float("inf"), "gone") if was is not None else (0.0, "new")
+    difference = round((was - is_now) * (1 if is_higher_better(name) else -1), 9) or 0.0  # never -0.0
+    if options.guard_by == "difference":
+        return difference, "plain difference"
+    if name.endswith(ACCURACY) and before.tested and after.tested:
+        found = shared.regression_bound(before.tested, after.tested, name.removesuffix(ACCURACY), options.confidence)
+        if found:
+            return found[0], f"paired on {found[1]:,} images"
+    stem = name.rpartition(".")[0]
+    ends = [side.figures.get(f"{stem}.{end}") for end in ("low", "high") for side in (before, after)]
+    if not name.endswith(".value") or None in ends:
+        return difference, "plain difference"
+    # Half-widths of independent intervals add up as the sides of a right-angled triangle do
+    low, high = np.array(ends, float).reshape(2, 2)
+    half_width = float(np.hypot(*(high - low))) / 2
+    return difference - half_width * float(ndtri(options.confidence) / ndtri(0.975)), "unpaired, by the intervals"
+
+
+def say_other_images(revision: str, before: Side, after: Side) -> str:
+    """A first line if the two sides tested different images, with both counts; or an empty text."""
+    ours, theirs = after.tested, before.tested
+    if ours is None or theirs is None:
+        missing = revision if theirs is None else "here"
+        return f"It is not known whether both sides tested the same images: {missing} has no {OUTCOMES}."
+    if ours.digest == theirs.digest:
+        return ""
+    n = shared.count_shared(theirs, ours)
+    same = "" if n is None else f"; {n:,} of them are the same"
+    return (
+        f"**The two sides tested different images**: {theirs.n:,} in {revision}, {ours.n:,} here{same}. Figures of the "
+        "two sides are about different images."
+    )
 
 
 def is_higher_better(name: str) -> bool:
@@ -124,24 +189,27 @@ def is_higher_better(name: str) -> bool:
     raise ValueError(f"compare.guard: {name}: is higher or lower better? Expected a name with one of the keys {known}")
 
 
-def as_markdown(revision: str, recommendation: str, verdicts: list[Verdict]) -> str:
-    """Parameters and metrics that differ, the recommendation of here, the guard."""
+def as_markdown(revision: str, before: Side, after: Side, verdicts: list[Verdict]) -> str:
+    """Whether the images differ, parameters and metrics that differ, the recommendation of here, the guard."""
     head = ("file", "name", revision, "here", "change")
     guarded = [
-        (one.name, one.before, one.after, one.tolerance, "holds" if one.holds else "**worse**") for one in verdicts
+        (one.name, one.before, one.after, one.shown, one.method, one.tolerance, "holds" if one.holds else "**worse**")
+        for one in verdicts
     ]
+    columns = ("figure", revision, "here", "regression shown", "how", "tolerance", "")
     sections = [
         f"## Compared with `{revision}`",
+        say_other_images(revision, before, after),
         "### Parameters",
         _table(head, _changes("params", revision)) or "No parameter differs.",
         "### Metrics",
         _table(head, _changes("metrics", revision)) or "No metric differs.",
         "### Recommendation",
-        recommendation,
+        after.recommendation,
         "### Guard",
-        _table(("figure", revision, "here", "tolerance", ""), guarded) or "Nothing is guarded.",
+        _table(columns, guarded) or "Nothing is guarded.",
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def draw(revision: str, directory: Path) -> str:

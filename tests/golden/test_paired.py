@@ -1,7 +1,5 @@
 """Paired comparisons against published figures, closed forms, scipy and statsmodels, and their error rates."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,7 +8,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from pipeline.comparison import intervals
 from pipeline.comparison.influence import mean
 from pipeline.comparison.outcomes import Outcomes
-from pipeline.comparison.paired import compare, holm, images_needed, lower_bound
+from pipeline.comparison.paired import Study, compare, contrast, holm, lower_bound
 from tests.factories import ones_study, outcomes_with
 
 N_TRIALS = 400  # wide bounds below: they hold with a probability of 99.9 % each
@@ -126,20 +124,16 @@ def accuracy_only(runs: list[Outcomes], weight: np.ndarray) -> tuple[float, floa
     return found.low, found.high
 
 
-def test_as_many_images_as_needed_decide_with_the_power_promised():
+def test_as_many_units_as_needed_show_a_difference_of_the_margin_with_the_power_promised():
     random = np.random.default_rng(4)
-    margin, confidence = 0.03, 0.9
+    margin, confidence, n_discordant = 0.04, 0.9, 0.1
 
-    def pilot(n: int) -> tuple[Outcomes, Outcomes]:
-        kind = random.choice(4, n, p=SHARE)
-        hits = random.random((n, 2)) < RIGHT[kind]
-        return outcomes_with(hits[:, 0]), outcomes_with(hits[:, 1])
+    def drawn(n: int, ahead: float) -> tuple[list[Outcomes], list[Outcomes], Study]:
+        kind = random.choice(3, n, p=[(n_discordant + ahead) / 2, (n_discordant - ahead) / 2, 1 - n_discordant])
+        return [outcomes_with(kind != 1)], [outcomes_with(kind != 0)], ones_study(n)
 
-    def of(function: Callable, n: int, *more: float) -> float:
-        ours, theirs = pilot(n)
-        return function([ours], [theirs], ones_study(n), *more)
-
-    # A pilot large enough to know the variance and that there is no difference
-    needed = of(images_needed, 200_000, margin, confidence)
-    is_decided = [of(lower_bound, int(needed), confidence) > -margin for _ in range(1000)]
-    assert np.mean(is_decided) == pytest.approx(0.8, abs=0.04)
+    # A pilot large enough to know how often the two differ; it does not matter which is ahead
+    needed = contrast(*drawn(200_000, 0.0), confidence, margin).units_needed
+    assert contrast(*drawn(200_000, 0.05), confidence, margin).units_needed == pytest.approx(needed, rel=0.03)
+    is_shown = [contrast(*drawn(needed, margin), confidence, margin).low > 0 for _ in range(1000)]
+    assert np.mean(is_shown) == pytest.approx(0.8, abs=0.05)

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from pipeline.comparison.intervals import Interval, metric_intervals
 from pipeline.comparison.outcomes import Outcomes, of_predictions
-from pipeline.comparison.paired import Difference, Study, compare, images_needed
+from pipeline.comparison.paired import Difference, Study, compare, contrast
 from pipeline.comparison.resampling import sign_flip
 from pipeline.training.runs import Predictions
 
@@ -50,7 +50,7 @@ def same(found: dict[str, Interval | None], other: dict[str, Interval | None]) -
 
 def same_difference(found: Difference, other: Difference) -> None:
     assert found.method == other.method
-    for name in ("baseline_accuracy", "accuracy", "difference", "low", "high", "p_value", "by_seed"):
+    for name in ("baseline_value", "value", "difference", "low", "high", "p_value", "by_seed"):
         assert getattr(found, name) == pytest.approx(getattr(other, name), rel=1e-6, abs=1e-7), name
 
 
@@ -73,10 +73,15 @@ def test_differences_contain_the_value_and_lie_in_range(given_answers: Answers):
     assert -1 <= found.low <= found.difference + 1e-12
     assert found.difference - 1e-12 <= found.high <= 1
     assert found.low < found.high
-    assert found.difference == pytest.approx(found.accuracy - found.baseline_accuracy)
+    assert found.difference == pytest.approx(found.value - found.baseline_value)
     assert 0 < found.p_value <= 1
-    needed = images_needed(runs, others, study, 0.01, 0.9)
-    assert (needed is None) == (found.difference + 0.01 <= 0)
+    bounds, reverse = contrast(runs, others, study, 0.9, 0.01), contrast(others, runs, study, 0.9, 0.01)
+    assert bounds.low < bounds.high
+    assert (reverse.difference, reverse.low, reverse.high) == pytest.approx(
+        (-found.difference, -bounds.high, -bounds.low)
+    )
+    assert bounds.units_needed == pytest.approx(reverse.units_needed, abs=1)
+    assert bounds.units_needed >= contrast(runs, others, study, 0.9, 0.02).units_needed >= 1
 
 
 @few

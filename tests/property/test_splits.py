@@ -48,6 +48,7 @@ def sizes(method: str, shares: tuple[float, float], seed: int = 0) -> Splitting:
         {
             "method": method,
             "seeds": (seed,),
+            "partition_seed": 0,
             "test_fraction": shares[0],
             "val_fraction": shares[1],
             "allow_leakage": False,
@@ -224,39 +225,40 @@ def test_classes_get_what_they_miss_by_a_unit_each_and_no_class_loses_its_last(
 
 @settings(deadline=None, max_examples=300)
 @given(tables(min_size=2), SHARES, SEEDS, st.data())
-def test_added_images_move_no_image_to_another_split(
+def test_an_added_image_moves_no_image_of_another_unit(
     table: Table, shares: tuple[float, float], seed: int, data: st.DataObject
 ):
     is_old = data.draw(st.lists(st.booleans(), min_size=len(table), max_size=len(table)).filter(any))
     old = [row for row, is_there in enumerate(is_old) if is_there]
     before, after = (drawn(records(table, rows), shares, seed, "hash") for rows in (old, None))
-    moved = {name: (split, after[name]) for name, split in before.items() if after[name] != split}
-    assert {pair[1] for pair in moved.values()} <= {"unused"}
     for unit in make_units(records(table)):
-        names = [f"{row:03}.png" for row in unit]
-        highest = min((RANKED.index(after[name]) for name in names if after[name] != "unused"), default=None)
-        assert highest is not None, "of tied images some stay"
-        # an image becomes unused only where a new one brought it together with an image of a higher split
-        for name in set(names) & moved.keys():
-            assert highest < RANKED.index(before[name])
+        if all(is_old[row] for row in unit):
+            assert all(after[f"{row:03}.png"] == before[f"{row:03}.png"] for row in unit)
 
 
 @settings(deadline=None)
 @given(tables(), SHARES, SEEDS)
-def test_the_highest_split_of_images_that_are_bridged_keeps_them_and_the_others_are_unused(
+def test_a_unit_goes_where_its_group_or_its_smallest_digest_does_and_no_image_is_unused(
     table: Table, shares: tuple[float, float], seed: int
 ):
-    labels = records(table)
-    own = {}  # where each would go if there were no other
-    for row in range(len(table)):
-        own |= drawn(records(table, [row]), shares, seed, "hash")
+    labels, options = records(table), sizes("hash", shares, seed)
     found = drawn(labels, shares, seed, "hash")
+    assert "unused" not in found.values()
+    n_followers = 0
     for unit in make_units(labels):
-        names = [labels.image_id[row] for row in unit]
-        highest = min((own[name] for name in names), key=RANKED.index)
-        assert {name: found[name] for name in names} == {
-            name: own[name] if own[name] == highest else "unused" for name in names
-        }
+        first = min(unit, key=lambda row: (table[row][1] == "", table[row][1] or table[row][0]))
+        alone = [drawn(records(table, [row]), shares, seed, "hash")[f"{row:03}.png"] for row in (first, *unit)]
+        assert {found[labels.image_id[row]] for row in unit} == {alone[0]}
+        n_followers += sum(own != alone[0] for own in alone[1:])
+    split = draw(labels, make_units(labels), options, seed)
+    assert splits.count_followers(labels, split, options) == n_followers
+
+
+def test_clusters_of_near_duplicates_leave_nothing_unused():
+    table = [(f"image {i}", "", f"near {i // 20}", "x", "") for i in range(2000)]
+    counts = Counter(drawn(records(table), (0.25, 0.1), 0, "hash").values())
+    assert counts["train"] > 1000
+    assert counts["unused"] == 0
 
 
 @settings(deadline=None)
@@ -273,6 +275,52 @@ def test_hash_meets_the_fractions_in_expectation():
     counts = Counter(drawn(records(table), (0.2, 0.1), 3, "hash").values())
     assert abs(counts["test"] / 16000 - 0.2) < 0.015  # four deviations of 12,000 units
     assert abs(counts["val"] / 16000 - 0.1) < 0.011
+
+
+# folds
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables(min_size=8), st.floats(0.05, 0.3), st.integers(2, 6), SEEDS)
+def test_every_unit_is_tested_once_and_never_split(table: Table, val_share: float, n_folds: int, seed: int):
+    labels = records(table)
+    units = make_units(labels)
+    options = sizes("folds", (0.5, val_share)).model_copy(
+        update={"seeds": tuple(range(n_folds)), "partition_seed": seed}
+    )
+    drawn_folds = [draw(labels, units, options, number) for number in range(n_folds)]
+    tested = np.concatenate([fold.rows("test") for fold in drawn_folds])
+    assert sorted(tested) == list(range(len(table)))
+    for fold in drawn_folds:
+        assert all(len(set(fold.split[unit])) == 1 for unit in units)
+        assert set(fold.split) <= {"train", "val", "test"}
+        assert find_leaks(labels, fold) == []
+
+
+def test_folds_have_equal_shares_of_each_class_and_draw_validation_from_the_rest():
+    table = [(f"image {i}", "", "", "xyyyy"[i % 5], "") for i in range(500)]
+    labels = records(table)
+    options = sizes("folds", (0.5, 0.1)).model_copy(update={"seeds": (0, 1, 2, 3, 4)})
+    for number in range(5):
+        fold = draw(labels, make_units(labels), options, number)
+        assert Counter(fold.split) == {"train": 350, "val": 50, "test": 100}
+        assert Counter(labels.label[fold.rows("test")]) == {0: 20, 1: 80}
+        assert Counter(labels.label[fold.rows("val")]) == {0: 10, 1: 40}
+    other = draw(labels, make_units(labels), options.model_copy(update={"partition_seed": 1}), 0)
+    assert (other.split != draw(labels, make_units(labels), options, 0).split).any()
+
+
+def test_folds_of_40_patients_are_of_similar_size():
+    random = np.random.default_rng(0)
+    patients = np.repeat(np.arange(40), random.integers(20, 60, 40))
+    table = [(f"image {i}", f"patient {p}", "", "xy"[p % 2], "") for i, p in enumerate(patients)]
+    labels = records(table)
+    options = sizes("folds", (0.5, 0.1)).model_copy(update={"seeds": (0, 1, 2, 3, 4)})
+    folds = [draw(labels, make_units(labels), options, number) for number in range(5)]
+    shares = [len(fold.rows("test")) / len(table) for fold in folds]
+    assert min(shares) > 0.13
+    assert max(shares) < 0.27
+    assert all(len(fold.rows("val")) for fold in folds)
 
 
 # given

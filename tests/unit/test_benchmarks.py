@@ -13,7 +13,7 @@ from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
 MEASURING = ["boundary", "compare", "extract", "head", "index", "label_suspects", "startup", "store"]
-BENCHMARKS = [*MEASURING, "elpv", "error_rates", "plain_loop"]
+BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "near_duplicates", "plain_loop"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 

@@ -244,15 +244,29 @@ def test_a_pretrained_head_may_have_dropout(dropout: float, tmp_path: Path):
     assert (params.head.kind, params.head.dropout) == ("pretrained", dropout)
 
 
-@pytest.mark.parametrize("name", ["feature_extraction", "feature_extraction_all_seeds"])
-def test_no_fine_tuned_strategy_may_be_called_as_the_head_alone(tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["feature_extraction", "feature_extraction_all_seeds", "majority_class"])
+def test_no_fine_tuned_strategy_may_have_a_reserved_name(tmp_path: Path, name: str):
     document = document_with({})
     strategies = document["fine_tune"]["strategies"]
     strategies[name] = strategies["full_retrain"]
-    with pytest.raises(
-        ValueError, match="strategies: the names feature_extraction and feature_extraction_all_seeds are taken"
-    ):
+    with pytest.raises(ValueError, match=f"strategies: the names .*{name}.* are reserved"):
         load(document, tmp_path)
+
+
+def test_folds_are_numbered_from_0_and_all_of_them_are_fine_tuned(tmp_path: Path):
+    folds = {"split.method": "folds", "split.seeds": [0, 1, 2]}
+    load(document_with({**folds, "fine_tune.seeds": [2, 0, 1]}), tmp_path)
+    load(document_with({**folds, "fine_tune.seeds": [], "fine_tune.run": []}), tmp_path)
+    for seeds, fine_tuned, val_fraction, message in (
+        ([0, 1, 2], [0, 1], 0.1, r"fine_tune.seeds: found \[0, 1\]; .* expected all of split.seeds"),
+        ([0], [0], 0.1, "test_fraction .* expected less than 1"),
+        ([1], [1], 0.1, "test_fraction .* expected less than 1"),
+        ([1, 2], [1, 2], 0.1, "expected the K folds, 0 to K - 1"),
+        ([0, 1], [0, 1], 0.5, r"test_fraction \+ val_fraction: found 1, expected less than 1"),
+    ):
+        change = {"split.seeds": seeds, "fine_tune.seeds": fine_tuned, "split.val_fraction": val_fraction}
+        with pytest.raises(ValueError, match=message):
+            load(document_with({**folds, **change}), tmp_path)
 
 
 def test_a_missing_key_is_named(tmp_path: Path):

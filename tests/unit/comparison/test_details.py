@@ -14,7 +14,7 @@ from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import unit_of
 from pipeline.params import HEAD_ALL_SEEDS
 from pipeline.training.runs import Predictions, Run
-from tests.factories import COMPARE, FORTY, FULL_RUNS, HEAD_RUNS, forty_details, run_wrong_on
+from tests.factories import FORTY, FULL_RUNS, HEAD_RUNS, forty_data, forty_details, run_wrong_on
 
 N = 40
 
@@ -28,7 +28,7 @@ def scores_of(run: Run) -> dict[str, Any]:
 
 
 def describe(runs: Sequence[Run], data: Labels = FORTY) -> dict[str, Any]:
-    return details.describe([judge(run, data) for run in runs], data, unit_of(data), COMPARE)
+    return details.describe([judge(run, data) for run in runs], forty_data(data))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,12 @@ def test_details_hold_every_strategy_and_what_the_head_gives_on_all_seeds(found:
     assert (head["val"]["n"], head["test"]["n"]) == ([8, 8], [16, 16])
     assert [run["seed"] for run in head["runs"]] == [0, 1]
     assert found["strategies"]["full"]["cost"]["train_flops"] == 9_500_000_000_000
-    assert found["recommendation"]["strategy"] == "full"
+    # Eight validation units a seed rule nothing out, so the cheapest is taken, and nothing is settled with 16 units
+    assert (found["recommendation"]["strategy"], found["recommendation"]["is_settled"]) == ("feature_extraction", False)
+    assert found["recommendation"]["n_units"] == 16
+    assert (found["metric"], found["folds"]) == ("accuracy", 0)
+    assert list(found["references"]) == ["majority_class"]
+    assert found["references"]["majority_class"]["test"]["metrics"]["balanced_accuracy"]["value"] == 0.5
 
 
 def test_a_metric_is_the_mean_over_seeds_with_interval_and_deviation(found: dict[str, Any]):
@@ -85,7 +90,7 @@ def test_the_difference_from_the_baseline_is_on_the_same_images_and_corrected_ov
     found = against_baseline(runs, 8)
     assert list(found) == ["full", "other"]
     full, other = found["full"]["test"], found["other"]["test"]
-    assert full["baseline_accuracy"] == pytest.approx((15 / 20 + 16 / 20) / 2)
+    assert full["baseline_value"] == pytest.approx((15 / 20 + 16 / 20) / 2)
     assert full["difference"] == pytest.approx((3 / 20 + 3 / 20) / 2)
     assert full["low"] < full["difference"] < full["high"]
     assert (other["difference"], other["p_value"]) == (0, 1)
@@ -95,8 +100,12 @@ def test_the_difference_from_the_baseline_is_on_the_same_images_and_corrected_ov
 
 def against_baseline(runs: Mapping[str, Sequence[Run]], n_train: int) -> dict[str, Any]:
     judged = {name: [judge(run) for run in these] for name, these in runs.items()}
+    by_split = {
+        split: {name: [getattr(one, split) for one in these] for name, these in judged.items()}
+        for split in ("val", "test")
+    }
     study = Study(FORTY.label, FORTY.weight, np.arange(N), n_train)
-    return details.against_baseline(judged, "feature_extraction", {"val": study, "test": study})
+    return details.against_baseline([*runs], "feature_extraction", by_split, {"val": study, "test": study})
 
 
 def test_another_baseline_reverses_the_difference():
@@ -144,7 +153,7 @@ def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: p
     monkeypatch.setattr(details, "MAX_GROUPS", 3)
     # Tested are images 8 to 31: three of a, one each of the others
     data = replace(FORTY, group=["a" if i in (9, 10, 30) else f"b{i:02}" for i in range(N)])
-    found = details.break_down([judge(run, data) for run in HEAD_RUNS], data, unit_of(data))
+    found = details.break_down([judge(run, data).test for run in HEAD_RUNS], data, unit_of(data))
     assert list(found["groups"]) == ["a", "b08", "b11"]
     assert [row["n"] for row in found["groups"].values()] == [3, 1, 1]
     assert found["n_groups"] == 22

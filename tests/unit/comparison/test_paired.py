@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.comparison.paired import compare, holm, images_needed, lower_bound
+from pipeline.comparison import metrics
+from pipeline.comparison.paired import compare, contrast, holm, lower_bound
 from tests.factories import ones_study, outcomes_with, two_strategies
 
 
@@ -57,7 +58,7 @@ def test_no_difference_is_0_with_p_1_and_a_finite_interval(n_images: int):
 
 def test_always_better_is_a_difference_of_1():
     found = compare([outcomes_with(np.full(30, True))], [outcomes_with(np.full(30, False))], ones_study(30))
-    assert (found.difference, found.accuracy, found.baseline_accuracy, found.high) == pytest.approx((1, 1, 0, 1))
+    assert (found.difference, found.value, found.baseline_value, found.high) == pytest.approx((1, 1, 0, 1))
     assert found.low > 0.8
     assert found.p_value == pytest.approx(2**-29)
 
@@ -149,12 +150,33 @@ def test_a_bound_is_lower_the_more_confidence_it_has():
     assert bounds[2] == pytest.approx(found.low)
 
 
-def test_images_needed_are_more_for_smaller_margins_and_none_for_what_is_worse():
-    runs, others, study = two_strategies(2, 3)
-    loss = -compare(others, runs, study).difference
-    needed = [images_needed(others, runs, study, loss + more, 0.95) for more in (0.1, 0.01, 0.001, 0.0)]
-    assert needed[0] is not None
-    assert needed[1] == pytest.approx(100 * needed[0], rel=0.02)
-    assert needed[2] == pytest.approx(10_000 * needed[0], rel=0.02)
-    assert needed[3] is None
-    assert images_needed(runs, runs, study, 0.01, 0.95) is not None
+def test_units_needed_are_more_for_smaller_margins_and_more_confidence_and_count_units():
+    runs, others, study = two_strategies(2, 1)
+    needed = [contrast(runs, others, study, 0.95, margin).units_needed for margin in (0.1, 0.05, 0.01)]
+    assert needed[1] == pytest.approx(4 * needed[0], abs=4)
+    assert needed[2] == pytest.approx(100 * needed[0], rel=0.02)
+    assert contrast(runs, others, study, 0.99, 0.01).units_needed > needed[2]
+    in_tens = replace(study, unit=study.unit // 10)
+    assert contrast(runs, others, in_tens, 0.95, 0.01).units_needed < needed[2]
+
+
+def test_identical_runs_need_few_units_but_some():
+    runs, _, study = two_strategies(2, 1)
+    found = contrast(runs, runs, study, 0.95, 0.02)
+    assert found.difference == 0
+    assert -0.03 < found.low < 0 < found.high < 0.03
+    assert 1 < found.units_needed < 150
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll"])
+def test_any_metric_is_compared_by_its_value(metric: str):
+    runs, others, study = two_strategies(2, 2)
+    found = compare(runs, others, replace(study, metric=metric))
+    scores = [
+        np.mean([metrics.score(run, study.label[run.rows], study.weight[run.rows], 2)[metric] for run in these])
+        for these in (runs, others)
+    ]
+    assert (found.value, found.baseline_value) == pytest.approx(tuple(scores))
+    assert found.low < found.difference < found.high
+    assert (found.difference < 0) == (metric == "nll")
+    assert found.p_value < 0.05

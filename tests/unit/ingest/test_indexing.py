@@ -68,8 +68,8 @@ def test_a_file_is_described_by_its_content(tmp_path: Path):
     exif[0x0112] = 6
     Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10) * 3).save(path, "JPEG", exif=exif)
     found = indexing.inspect_file(str(path))
-    assert found.phash
-    expected = Inspected("", decoding.sha256(path.read_bytes()), "JPEG", "L", "8", "10", "6", found.phash)
+    assert found.signature
+    expected = Inspected("", decoding.sha256(path.read_bytes()), "JPEG", "L", "8", "10", "6", found.signature)
     assert found == expected
 
 

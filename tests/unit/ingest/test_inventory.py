@@ -1,5 +1,8 @@
 """What is kept, what is rejected, and what is there twice."""
 
+from base64 import b64encode
+
+import numpy as np
 import pandas as pd
 
 from pipeline.ingest.indexing import Inspected
@@ -9,14 +12,19 @@ from pipeline.ingest.listing import OPTIONAL, Listing
 SIZE = ("L", "30", "20", "1")
 
 
-def taken(*entries: tuple[str, str, Inspected], bits: int = 6) -> Inventory:
+def taken(*entries: tuple[str, str, Inspected], correlation: float = 0.997) -> Inventory:
     frame = pd.DataFrame([(path, label) for path, label, _ in entries], columns=["path", "label"]).assign(**OPTIONAL)
     listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"])
-    return take(listing, [inspected for *_, inspected in entries], bits)
+    return take(listing, [inspected for *_, inspected in entries], correlation)
 
 
-def image(sha256: str, phash: int = 0, kind: str = "PNG") -> Inspected:
-    return Inspected("", sha256, kind, *SIZE, f"{phash:016x}" if phash else "")
+def image(sha256: str, degrees: float | None = None, kind: str = "PNG") -> Inspected:
+    """An image whose signature points in this direction; a flat one by default."""
+    if degrees is None:
+        return Inspected("", sha256, kind, *SIZE, "")
+    signature = np.zeros(63, np.int16)
+    signature[:2] = np.round(32767 * np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]))
+    return Inspected("", sha256, kind, *SIZE, b64encode(signature.tobytes()).decode())
 
 
 BAD = Inspected("empty file", "0")
@@ -40,14 +48,13 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
         "exact_duplicates": [],
         "n_exact_duplicates": 0,
         "conflicts": [],
-        "near_duplicates": [],
         "n_near_duplicates": 0,
         "warnings": ["left out"],
     }
 
 
 def test_equal_bytes_of_one_label_are_kept_and_listed():
-    found = taken(*((f"{n}.png", "cat", image("1", 5)) for n in range(3)), ("x.png", "cat", image("2", 2**63)))
+    found = taken(*((f"{n}.png", "cat", image("1", 5)) for n in range(3)), ("x.png", "cat", image("2", 90)))
     assert found.summary["exact_duplicates"] == [["0.png", "1.png", "2.png"]]
     assert found.summary["n_exact_duplicates"] == 2
     assert len(found.kept) == 4
@@ -72,25 +79,24 @@ def test_all_images_of_equal_bytes_and_different_labels_are_rejected():
 
 def test_near_duplicates_are_listed_in_pairs_and_grouped_with_their_copies():
     found = taken(
-        ("a.png", "cat", image("1", 0b1)),
-        ("b.png", "dog", image("2", 0b111)),
-        ("c.png", "cat", image("1", 0b1)),  # a copy of a
-        ("d.png", "cat", image("3", 2**63 - 1)),  # far from all
+        ("a.png", "cat", image("1", 0)),
+        ("b.png", "dog", image("2", 4)),
+        ("c.png", "cat", image("1", 0)),  # a copy of a
+        ("d.png", "cat", image("3", 90)),  # far from all
         ("e.png", "cat", image("4")),  # flat
-        ("f.png", "cat", image("5", 2**63 - 1 - 2**40)),
+        ("f.png", "cat", image("5", 92)),
         ("g.png", "cat", image("4")),
-        bits=2,
+        correlation=float(np.cos(np.radians(5))),
     )
-    assert found.summary["near_duplicates"] == [
-        {"a": "d.png", "b": "f.png", "bits": 1},
-        {"a": "a.png", "b": "b.png", "bits": 2},
-    ]
+    assert found.near_duplicates.to_dict("list") == {
+        "a": ["d.png", "a.png"],
+        "b": ["f.png", "b.png"],
+        "correlation": [0.9994, 0.9976],
+    }
     assert found.summary["n_near_duplicates"] == 2
     assert list(found.kept["near_duplicate_group"]) == ["near_1", "near_1", "near_1", "near_3", "", "near_3", ""]
     (warning,) = found.summary["warnings"][1:]
-    assert warning == (
-        "1 of the 2 nearest pairs of near-duplicates are labelled differently, first a.png (cat) and b.png (dog)"
-    )
+    assert warning == "1 of 2 pairs of near-duplicates are labelled differently, first a.png (cat) and b.png (dog)"
 
 
 def test_files_with_the_extension_of_another_format_are_named_and_kept():

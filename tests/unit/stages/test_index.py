@@ -92,12 +92,16 @@ def test_near_duplicates_are_reported_and_grouped_only_if_so_chosen(choice: str,
     assert '"n_near_duplicates": 1,' in Path("reports/data/summary.json").read_text()
 
 
-def test_near_duplicates_have_at_most_the_chosen_distance(index_with: Index):
+def test_near_duplicates_have_at_least_the_chosen_correlation(index_with: Index):
     Path("set/cat/again.jpg").write_bytes(picture(0, quality=5))
-    index_with(near_duplicates="group", near_duplicate_distance=0)
+    index_with(near_duplicates="group", near_duplicate_correlation=1.0)
     few = [group for group in manifest.read_labels().near_duplicate_group if group]
-    index_with(near_duplicates="group", near_duplicate_distance=10)
+    index_with(near_duplicates="group", near_duplicate_correlation=0.95)
     assert (len(few), len([group for group in manifest.read_labels().near_duplicate_group if group])) == (0, 2)
+    for path in (manifest.NEAR_DUPLICATES, Path("reports/data/near_duplicates.csv")):
+        header, line = path.read_text().splitlines()
+        assert header == "a,b,correlation"
+        assert line.startswith("cat/0.jpg,cat/again.jpg,0.9") or line.startswith("cat/again.jpg,")
 
 
 def test_too_many_bad_files_are_an_error_and_the_list_is_complete(index_with: Index):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
@@ -29,7 +30,7 @@ def set_params(**changes: Any) -> None:
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
     params["split"].update({"seeds": [0, 1], **changes})
-    params["fine_tune"]["seeds"] = [0]
+    params["fine_tune"].update({"seeds": [0], "run": []})
     yaml.dump(params, Path("params.yaml"))
 
 
@@ -38,6 +39,11 @@ def set_labels(n: int = 40, rare: int = 20, **columns: dict[int, str]) -> None:
     made = factories.labels(n, class_names=["x", "y"], label=np.array([int(row >= rare) for row in range(n)]))
     text = {name: [columns[name].get(row, value) for row, value in enumerate(vars(made)[name])] for name in columns}
     manifest.write_labels(replace(made, **text))
+    set_pairs()
+
+
+def set_pairs(*pairs: tuple[str, str]) -> None:
+    manifest.write_csv(manifest.NEAR_DUPLICATES, pd.DataFrame(pairs, columns=["a", "b"]))
 
 
 def report() -> dict[str, Any]:
@@ -75,7 +81,46 @@ def test_a_split_is_written_for_each_seed_and_its_sizes_are_reported():
         assert sum(sizes.values()) == 40
     assert notes() == []
     rest = {"sizes": {}, "notes": []}
-    assert report() | rest == {"method": "stratified", **rest, "n_leaks": 0, "leaks": []}
+    twins = {"n_near_duplicates": 0, "n_straddling": [0, 0], "straddling": [], "n_followers": []}
+    assert report() | rest == {"method": "stratified", **rest, "n_leaks": 0, "leaks": [], **twins}
+
+
+def test_near_duplicates_in_different_splits_are_counted_and_listed():
+    set_params()
+    set_labels()
+    pairs = [(f"{row:03}.png", f"{row + 1:03}.png") for row in range(0, 40, 2)]
+    set_pairs(*pairs)
+    split.main()
+    first = manifest.read_split(0, manifest.read_labels().image_id)
+    split_of = dict(zip(first.image_id, first.split, strict=True))
+    apart = [{"a": a, "b": b} for a, b in pairs if split_of[a] != split_of[b]]
+    assert apart
+    assert report()["straddling"] == apart
+    assert report()["n_straddling"][0] == len(apart)
+    (note,) = notes()
+    assert note.startswith(f"{max(report()['n_straddling'])} of 20 pairs of near-duplicates lie in different splits")
+    assert "`dataset.near_duplicates: group` keeps them together" in note
+
+
+def test_hash_counts_the_images_that_follow_their_unit():
+    set_params(method="hash", test_fraction=0.3, val_fraction=0.3)
+    set_labels(200, rare=100, near_duplicate_group={row: f"near {row // 4}" for row in range(200)})
+    split.main()
+    assert len(report()["n_followers"]) == 2
+    assert max(report()["n_followers"]) > 10
+    assert any("images follow their unit to another split than their own digest gives" in note for note in notes())
+    assert all(sizes["unused"] == 0 for sizes in report()["sizes"].values())
+
+
+def test_folds_may_miss_a_rare_class_in_test_but_not_in_training():
+    set_params(method="folds", val_fraction=0.2, seeds=[0, 1, 2, 3])
+    set_labels(60, rare=1)
+    with pytest.raises(ValueError, match=r"class 'x' has 1 images, none of them in val"):
+        split.main()
+    set_labels(60, rare=3)
+    split.main()
+    tested = [set(found.rows("test")) for found in manifest.read_splits(manifest.read_labels().image_id)]
+    assert sorted(row for rows in tested for row in rows) == list(range(60))
 
 
 def test_given_splits_are_those_of_every_seed():

@@ -2,15 +2,18 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.comparison import shared
 from pipeline.tools import pull_request
-from pipeline.tools.pull_request import Verdict, judge, parse
-from tests.factories import REPOSITORY
+from pipeline.tools.pull_request import Side, is_higher_better, judge, parse, regression, say_other_images
+from tests.factories import COMPARE, FORTY, REPOSITORY, forty_data, run_wrong_on
 
 ACCURACY, NLL = "full_retrain.test.metrics.accuracy.value", "feature_extraction.test.metrics.nll.value"
 GUARD = {ACCURACY: 0.01, NLL: 0.02}
@@ -48,6 +51,7 @@ def set_params(guard: dict[str, float] | None = None, path: str = "data/raw/elpv
     yaml = YAML(typ="safe", pure=True)
     document = yaml.load(Path("params.yaml"))
     document["compare"]["guard"] = GUARD if guard is None else guard
+    document["compare"]["guard_by"] = "difference"
     document["dataset"]["path"] = path
     document["fine_tune"]["defaults"] |= changes
     yaml.dump(document, Path("params.yaml"))
@@ -83,7 +87,8 @@ def without_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(capsys: pytest.CaptureFixture):
     pull_request.show("main", None)
     sections = capsys.readouterr().out.split("\n### ")
-    assert sections[0].strip() == "## Compared with `main`"
+    unknown = "It is not known whether both sides tested the same images: main has no reports/outcomes.json."
+    assert sections[0].split("\n\n") == ["## Compared with `main`", f"{unknown}\n"]
     titles = [section.splitlines()[0] for section in sections[1:]]
     assert titles == ["Parameters", "Metrics", "Recommendation", "Guard"]
     params, metrics, recommendation, guard = (section.splitlines()[2:] for section in sections[1:])
@@ -100,8 +105,8 @@ def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(capsy
     ]
     assert recommendation == ["**Recommendation: full_retrain** (a rule)."]
     assert sorted(guard[2:4]) == [
-        f"| {NLL} | 0.34 | 0.34 | 0.02 | holds |",
-        f"| {ACCURACY} | 0.87 | 0.8812 | 0.01 | holds |",
+        f"| {NLL} | 0.34 | 0.34 | 0 | plain difference | 0.02 | holds |",
+        f"| {ACCURACY} | 0.87 | 0.8812 | -0.0112 | plain difference | 0.01 | holds |",
     ]
 
 
@@ -120,12 +125,12 @@ def test_a_guarded_figure_that_is_worse_is_shown_and_fails(capsys: pytest.Captur
     write(details(0.8599, nll=0.37))
     with pytest.raises(ValueError, match=r"^worse than in main: ") as error:
         pull_request.show("main", None)
-    assert f"{ACCURACY} by 0.0101 (tolerance 0.01)" in str(error.value)
-    assert f"{NLL} by 0.03 (tolerance 0.02)" in str(error.value)
+    assert f"{ACCURACY} by at least 0.0101 (plain difference; tolerance 0.01)" in str(error.value)
+    assert f"{NLL} by at least 0.03 (plain difference; tolerance 0.02)" in str(error.value)
     assert "\n" not in str(error.value)
     shown = capsys.readouterr().out
-    assert f"| {ACCURACY} | 0.87 | 0.8599 | 0.01 | **worse** |" in shown
-    assert f"| {NLL} | 0.34 | 0.37 | 0.02 | **worse** |" in shown
+    assert f"| {ACCURACY} | 0.87 | 0.8599 | 0.0101 | plain difference | 0.01 | **worse** |" in shown
+    assert f"| {NLL} | 0.34 | 0.37 | 0.03 | plain difference | 0.02 | **worse** |" in shown
 
 
 @pytest.mark.usefixtures("branch", "without_dvc")
@@ -203,7 +208,7 @@ def test_details_of_another_shape_are_one_line_that_says_where(content: Any):
 
 
 @pytest.mark.parametrize(
-    ("figure", "is_higher_better"),
+    ("figure", "expected"),
     [
         ("test.metrics.accuracy.value", True),
         ("test.metrics.auroc.low", True),
@@ -217,19 +222,21 @@ def test_details_of_another_shape_are_one_line_that_says_where(content: Any):
         ("cost.train_flops", False),
     ],
 )
-def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, is_higher_better: bool):
-    verdict = Verdict(f"full.{figure}", 0.1, 0.5, 0.7)
-    assert verdict.worse_by == pytest.approx(-0.2 if is_higher_better else 0.2)
-    assert verdict.holds == is_higher_better
+def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, expected: bool):
+    assert is_higher_better(f"full.{figure}") == expected
 
 
-def figures(accuracy: float = 0.87, **others: Any) -> dict[str, Any]:
-    return parse(json.dumps(details(accuracy, **others)), "here")[0]
+def side(accuracy: float = 0.87, **others: Any) -> Side:
+    return parse(json.dumps(details(accuracy, **others)), None)
+
+
+def options(guard: dict[str, float], by: str = "difference") -> Any:
+    return COMPARE.model_copy(update={"guard": guard, "guard_by": by})
 
 
 def test_any_number_of_details_can_be_guarded():
     guard = {"full_retrain.test.classes.0.recall": 0.0, "full_retrain.vs_baseline.test.low": 0.0, NLL: 0.0}
-    assert [(verdict.before, verdict.holds) for verdict in judge(figures(), figures(), guard)] == [
+    assert [(verdict.before, verdict.holds) for verdict in judge(side(), side(), options(guard))] == [
         (0.8, True),
         (0.01, True),
         (0.34, True),
@@ -239,15 +246,98 @@ def test_any_number_of_details_can_be_guarded():
 def test_a_guarded_figure_that_is_gone_is_worse_and_a_new_one_is_not():
     auroc = "feature_extraction.test.metrics.auroc.value"
     guard = {ACCURACY: 0.01, NLL: 0.01, auroc: 0.01, "not_run.test.metrics.nll.value": 0.0}
-    before, after = figures(), figures()
-    del after[ACCURACY], before[NLL]
-    gone, new, undefined, not_run = judge(before, after, guard)
+    before, after = side(), side()
+    del after.figures[ACCURACY], before.figures[NLL]
+    gone, new, undefined, not_run = judge(before, after, options(guard))
     assert not gone.holds
     assert str(gone) == f"{ACCURACY} is gone"
     assert new.holds
     assert undefined.holds
     assert not_run.holds
-    assert not judge(before | {auroc: 0.9}, after, {auroc: 0.01})[0].holds
+    before.figures[auroc] = 0.9
+    assert not judge(before, after, options({auroc: 0.01}))[0].holds
+
+
+# The guard as a statement with uncertainty
+
+FULL = "full.test.metrics.accuracy.value"
+
+
+def side_with(wrong: list[int], low: float | None = None, seed: int = 0) -> Side:
+    """A side whose strategy `full` is wrong on these images of FORTY, of which 8 to 23 are test images of seed 0."""
+    run = run_wrong_on("full", seed, wrong)
+    found = json.loads(json.dumps(shared.encode({"full": [run]}, forty_data())))
+    figure = {"value": 1 - len(wrong) / 16} | ({} if low is None else {"low": low, "high": 1.0})
+    written = {"strategies": {"full": {"test": {"metrics": {"accuracy": figure}}}}, "recommendation": {"text": ""}}
+    return parse(json.dumps(written), json.dumps(found))
+
+
+def test_a_regression_is_bounded_in_pairs_on_the_images_that_both_sides_have():
+    by_bound = options({FULL: 0.01}, "bound")
+    few, many = side_with([8, 9, 10]), side_with([*range(8, 22)])
+    shown, method = regression(FULL, side_with([]), few, by_bound)
+    assert method == "paired on 16 images"
+    assert shown < 3 / 16
+    assert judge(side_with([]), few, by_bound)[0].holds, "three of sixteen images are no proof of a regression"
+    assert not judge(side_with([]), few, options({FULL: 0.01}))[0].holds
+    assert not judge(side_with([]), many, by_bound)[0].holds
+    assert judge(many, side_with([]), by_bound)[0].shown < 0
+
+
+def test_sides_that_tested_other_images_are_told_apart_first_with_both_counts():
+    before, after = side_with([8]), side_with([17], seed=1)  # images 8 to 23, and 16 to 31
+    text = say_other_images("main", before, after)
+    assert text.startswith("**The two sides tested different images**: 16 in main, 16 here; 8 of them are the same.")
+    assert say_other_images("main", before, side_with([9])) == ""
+    # No seed is common, so no pair is: by the intervals, or the plain difference where there is none
+    assert regression(FULL, before, after, options({}, "bound"))[1] == "plain difference"
+
+
+def test_figures_without_pairs_are_compared_by_their_intervals():
+    before, after = side_with([8], low=0.6), side_with([17, 18, 19, 20], low=0.5, seed=1)
+    shown, method = regression(FULL, before, after, options({}, "bound"))
+    assert method == "unpaired, by the intervals"
+    standard_error = np.hypot(0.4, 0.5) / 2 / 1.959964
+    assert shown == pytest.approx(3 / 16 - 1.644854 * standard_error)
+
+
+def test_above_20_000_images_only_their_number_and_digest_are_written(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shared, "MAX_IMAGES", 15)
+    before, after = side_with([8], low=0.6), side_with([9], low=0.6)
+    assert before.tested is not None
+    assert (before.tested.n, len(before.tested.image), before.tested.correct) == (16, 0, {})
+    assert say_other_images("main", before, after) == ""
+    assert "16 in main, 16 here. Figures" in say_other_images("main", before, side_with([17], seed=1))
+    assert regression(FULL, before, after, options({}, "bound"))[1] == "unpaired, by the intervals"
+
+
+def test_outcomes_take_a_bit_each_and_come_back_as_they_were():
+    runs = [run_wrong_on("full", seed, [8, 17, 30]) for seed in (0, 1)]
+    units = forty_data(replace(FORTY, group=[f"patient {i // 2}" for i in range(40)]))
+    written = shared.encode({"full": runs}, units)
+    assert len(written["tested"]["0"]) == 4  # 24 images in 3 bytes, in base64
+    found = shared.decode(json.loads(json.dumps(written)))
+    digests = sorted(FORTY.sha256[8:32])
+    rows = [FORTY.sha256.index(digest) for digest in digests]
+    assert found.n == 24
+    for seed, run in enumerate(runs):
+        tested = {row for row, flag in zip(rows, found.tested[str(seed)], strict=True) if flag}
+        assert tested == set(run.test.rows.tolist())
+        wrong = found.tested[str(seed)] & ~found.correct["full"][str(seed)]
+        assert {row for row, flag in zip(rows, wrong, strict=True) if flag} == {8, 17, 30} & set(run.test.rows.tolist())
+    assert found.weight.tolist() == FORTY.weight[rows].tolist()
+    assert len(set(found.unit)) == 12
+    assert len(set(zip(found.unit, [row // 2 for row in rows], strict=True))) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 23}, {"n": -1}, {"images": "AA=="}, {"images": 3}, {"units": "AAAA"}, {"correct": {"full": {"0": ""}}}],
+)
+def test_outcomes_of_another_shape_are_one_line(change: dict[str, Any]):
+    written = shared.encode({"full": [run_wrong_on("full", 0, [8])]}, forty_data()) | change
+    with pytest.raises(ValueError, match=r"^reports/outcomes\.json: damaged, or of another version; run: dvc repro$"):
+        parse(json.dumps(details(0.9)), json.dumps(written))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +352,7 @@ def test_a_guarded_figure_that_is_gone_is_worse_and_a_new_one_is_not():
 )
 def test_a_guard_that_names_no_figure_is_one_line(name: str, message: str):
     with pytest.raises(ValueError, match=r"^compare\.guard: ") as error:
-        judge(figures(), figures(), {name: 0.01})
+        judge(side(), side(), options({name: 0.01}))
     assert message in str(error.value)
     assert name in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,0 +1,166 @@
+"""How often the recommendation errs, simulated: `python -m benchmarks.decisions [--studies N]`.
+
+Every row draws studies with known accuracies of 2, 3 or 5 strategies, the first of which is the cheapest, and applies
+the rule of pipeline/comparison/recommendation.py with a margin of 2 points and a confidence of 95 %. It counts how
+often the set contains the best strategy, how often the cheapest is recommended, and how often a strategy is called
+settled that is truly worse than the best by more than the margin. The loss is the accuracy of the best minus that of
+the chosen strategy, in points: of this rule, of taking the best on validation, and of the rule before it (the cheapest
+that is shown to be at most 1 point below the best on validation, else that best one).
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from pipeline.comparison import paired, recommendation
+from pipeline.comparison.outcomes import Outcomes
+from pipeline.comparison.paired import Study
+
+STUDIES = 1_000
+ACCURACY, MARGIN, OLD_MARGIN, CONFIDENCE = 0.85, 0.02, 0.01, 0.95
+SIZES, DISCORDANCES, DIFFERENCES = (100, 300, 1000, 3000, 10_000), (0.04, 0.1, 0.2), (-3, -2, -1, 0, 1, 2, 3)
+VAL_SHARE = 0.1125  # of all images, from which each seed draws its validation images
+KEPT_OVER_SEEDS = 0.7  # share of the variance of a strategy's errors that is the same in all seeds
+SEED_SD = 0.005  # of the accuracy of a run around that of its strategy; with one seed, the result is about the run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: validation images a seed, discordance of two strategies, images of a unit, seeds, and true differences.
+
+    `points`: the accuracy of each strategy minus ACCURACY, in percentage points.
+    """
+
+    n: int
+    discordance: float
+    points: tuple[float, ...]
+    n_seeds: int = 1
+    unit_size: int = 1
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Equal strategies; some that are just beyond the margin; the cheapest better or worse by up to 3 points."""
+    beyond = 100 * MARGIN + 0.01
+    for n, discordance, k in product(SIZES, DISCORDANCES, (2, 3, 5)):
+        yield "equal", Case(n, discordance, (0.0,) * k)
+        yield "the cheapest just beyond the margin", Case(n, discordance, (-beyond,) + (0.0,) * (k - 1))
+    for n, discordance, (n_seeds, unit_size) in product(SIZES, DISCORDANCES, ((1, 10), (5, 1), (5, 10))):
+        if n_seeds > 1 and n == SIZES[-1] and discordance != DISCORDANCES[1]:
+            continue  # as slow as all others together
+        yield "equal", Case(n, discordance, (0.0,) * 3, n_seeds, unit_size)
+        yield "the cheapest just beyond the margin", Case(n, discordance, (-beyond, 0.0, 0.0), n_seeds, unit_size)
+        yield (
+            "all but the dearest just beyond the margin",
+            Case(n, discordance, (-beyond, -beyond, 0), n_seeds, unit_size),
+        )
+    for n, points in product(SIZES, DIFFERENCES):
+        yield "the cheapest differs", Case(n, 0.1, (float(points), 0.0, 0.0))
+
+
+def correlation(discordance: float) -> float:
+    """That of two normal variables of which one is below the quantile ACCURACY and one above with this probability."""
+    cut = [special.ndtri(ACCURACY)] * 2
+
+    def excess(rho: float) -> float:
+        both = stats.multivariate_normal([0, 0], [[1, rho], [rho, 1]]).cdf(cut)
+        return 2 * (ACCURACY - float(both)) - discordance
+
+    return float(optimize.brentq(excess, 0.0, 0.9999))
+
+
+def draw(case: Case, rho: float, random: np.random.Generator) -> tuple[dict[str, list[Outcomes]], Study]:
+    """The validation outcomes of every strategy and seed, and the study."""
+    k, is_redrawn = len(case.points), case.n_seeds > 1
+    n_units = round((case.n / VAL_SHARE if is_redrawn else case.n) / case.unit_size)
+    unit = np.repeat(np.arange(n_units), case.unit_size)
+
+    def noise(*shape: int) -> np.ndarray:
+        """Normal, of variance 1, correlated by 0.5 within units."""
+        if case.unit_size == 1:
+            return random.normal(size=(*shape, n_units))
+        half = random.normal(size=(*shape, n_units, 1)) + random.normal(size=(*shape, n_units, case.unit_size))
+        return (half / np.sqrt(2)).reshape(*shape, -1)
+
+    difficulty, own = noise(1), noise(k)
+    runs: dict[str, list[Outcomes]] = {str(number): [] for number in range(k)}
+    for _ in range(case.n_seeds):
+        rows, of_run, shift = np.arange(len(unit)), own, np.zeros(k)
+        if is_redrawn:
+            drawn = np.sort(random.permutation(n_units)[: round(case.n / case.unit_size)])
+            rows = (drawn[:, None] * case.unit_size + np.arange(case.unit_size)).ravel()
+            of_run = np.sqrt(KEPT_OVER_SEEDS) * own + np.sqrt(1 - KEPT_OVER_SEEDS) * noise(k)
+            shift = random.normal(0, SEED_SD, k)
+        ability = special.ndtri(ACCURACY + np.array(case.points) / 100 + shift)
+        latent = np.sqrt(rho) * difficulty[:, rows] + np.sqrt(1 - rho) * of_run[:, rows]
+        for name, is_correct in zip(runs, latent < ability[:, None], strict=True):
+            n = len(rows)
+            unknown = np.zeros(n), np.zeros((n, 0))
+            # In folds, as validation always is: its bounds are wider by paired.CROSS_FITTED
+            runs[name].append(Outcomes(rows, is_correct.astype(np.int64), *unknown, np.arange(n) % 5, None))
+    n_train = len(unit) * (1 - VAL_SHARE - 0.25) if is_redrawn else 0
+    return runs, Study(np.ones(len(unit), np.int64), np.ones(len(unit)), unit, n_train)
+
+
+def old_rule(runs: Mapping[str, list[Outcomes]], study: Study, best: str) -> str:
+    """The cheapest strategy that is shown to be at most 1 point below the best on validation, else that one."""
+    cheaper = list(runs)[: list(runs).index(best)]
+    bounds = ((name, paired.lower_bound(runs[name], runs[best], study, CONFIDENCE)) for name in cheaper)
+    return next((name for name, bound in bounds if bound >= -OLD_MARGIN), best)
+
+
+def simulate(case: Case, studies: int) -> dict[str, float]:
+    """Rates over studies, and mean losses in points."""
+    rho, random = correlation(case.discordance), np.random.default_rng(0)
+    truth = {str(number): points for number, points in enumerate(case.points)}
+    best, names = max(truth.values()), list(truth)
+    rates = dict.fromkeys(("best in the set", "cheapest chosen", "settled", "settled wrongly"), 0.0)
+    rates |= dict.fromkeys(("loss", "loss of argmax", "loss of the old rule"), 0.0)
+    for _ in range(studies):
+        runs, study = draw(case, rho, random)
+        costs = {name: number for number, name in enumerate(names)}
+        found = recommendation.recommend(runs, costs, study, MARGIN, CONFIDENCE, {})
+        in_set = {found.strategy, *(rival.strategy for rival in found.rivals if not rival.beaten_by)}
+        accuracy = {name: np.mean([run.predicted.mean() for run in these]) for name, these in runs.items()}
+        observed = max(names, key=accuracy.__getitem__)
+        rates["best in the set"] += (max(names, key=truth.__getitem__) in in_set) / studies
+        rates["cheapest chosen"] += (found.strategy == names[0]) / studies
+        rates["settled"] += found.is_settled / studies
+        rates["settled wrongly"] += (found.is_settled and truth[found.strategy] < best - 100 * MARGIN) / studies
+        rates["loss"] += (best - truth[found.strategy]) / studies
+        rates["loss of argmax"] += (best - truth[observed]) / studies
+        rates["loss of the old rule"] += (best - truth[old_rule(runs, study, observed)]) / studies
+    return rates
+
+
+def main() -> None:
+    """Print a line for each row, and the worst of each kind beside its mark."""
+    studies = int(sys.argv[sys.argv.index("--studies") + 1]) if "--studies" in sys.argv else STUDIES
+    kinds, rows = zip(*cases(), strict=True)
+    print(f"n = {studies:,} studies a row: images, discordance, differences in points, seeds, images of a unit")
+    found = []
+    with ProcessPoolExecutor() as pool:
+        for kind, case, rates in zip(kinds, rows, pool.map(partial(simulate, studies=studies), rows), strict=True):
+            found.append((kind, case, rates))
+            points = " ".join(f"{one:+g}" for one in case.points)
+            row = f"{case.n:>6} {case.discordance:.2f} {points:<24} {case.n_seeds} {case.unit_size:>2}"
+            print(f"{row}   {', '.join(f'{name} {rate:.3f}' for name, rate in rates.items())}", flush=True)
+    for kind in dict.fromkeys(kinds):
+        these = [rates for other, _, rates in found if other == kind]
+        lowest = min(rates["best in the set"] for rates in these)
+        cheapest = min(rates["cheapest chosen"] for rates in these)
+        wrongly = max(rates["settled wrongly"] for rates in these)
+        losses = (np.mean([rates[name] for rates in these]) for name in these[0] if name.startswith("loss"))
+        print(f"\n{kind}, {len(these)} rows:")
+        print(f"  best in the set at least {lowest:.3f}, cheapest chosen at least {cheapest:.3f}")
+        print(f"  settled wrongly at most {wrongly:.3f}")
+        print(f"  mean loss in points: {', '.join(f'{loss:.2f}' for loss in losses)} (this rule, argmax, the old rule)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""references: classifiers on the cached features that cost nothing, to compare the strategies with.
+
+Reads   data/features.h5, data/labels.csv, data/splits/
+Writes  reports/runs/<majority_class, nearest_class_mean, k_nearest_neighbours>/seed_<s>/
+
+Features are averaged over the views of an image, and over the pixels or tokens where they are maps; they are shifted
+and scaled by the mean and deviation of the training images. None of these classifiers is ever recommended.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.special import log_softmax
+from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
+
+from pipeline import logs
+from pipeline.dataset import manifest
+from pipeline.dataset.manifest import Labels, Split
+from pipeline.features import hdf5
+from pipeline.params import REFERENCES, load_params
+from pipeline.training.runs import Cost, Predictions, Run, make_candidates, save_run
+
+CHUNK = 256  # images that are read at a time
+TEMPERATURES = (1.0, 10.0, 100.0, 1000.0)  # of the nearest class mean: features are not independent, as it assumes
+EVALUATED = ("val", "test")
+LogProbability = dict[str, dict[str, np.ndarray]]  # by candidate and split, (n, n_classes)
+
+
+def main() -> None:
+    """Predict validation and test of every seed that strategies are compared on."""
+    params = load_params()
+    features, labels = hdf5.read_features(), manifest.read_labels()
+    if features.sha256 != labels.sha256:
+        raise ValueError(f"{hdf5.FEATURES}: other images than expected; run: dvc repro")
+    train, evaluation = average(features.values), average(features.evaluation)
+    for seed in params.fine_tune.seeds if params.fine_tune.run else params.split.seeds:
+        split = manifest.read_split(seed, labels.image_id)
+        x = standardized(train, evaluation, split)
+        with threadpool_limits(params.threads):
+            made = (
+                majority_class(labels, split),
+                nearest_class_mean(x, labels, split),
+                nearest_neighbours(x, labels, split, params.references.neighbours),
+            )
+        for name, found in zip(REFERENCES, made, strict=True):
+            passes = 0 if name == REFERENCES[0] else len(x["train"])
+            save(name, split, labels, found, passes, passes * features.provenance.backbone.flops_per_image)
+
+
+def average(values: np.ndarray) -> np.ndarray:
+    """The mean (n, d) float32 over views, and over pixels or tokens, of features (n, n_views, …): channels come first
+    in maps (c, h, w), and last in tokens (n, c) and in maps (h, w, c) with h = w."""
+    shape = values.shape[2:]
+    is_last = len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2])
+    kept = values.ndim - 1 if is_last else 2
+    axes = tuple(axis for axis in range(1, values.ndim) if axis != kept)
+    chunks = (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+    return np.concatenate([chunk.astype(np.float32).mean(axis=axes) for chunk in chunks])
+
+
+def standardized(train: np.ndarray, evaluation: np.ndarray, split: Split) -> dict[str, np.ndarray]:
+    """Features of train, val and test, by the mean and deviation of train."""
+    raw = {"train": train[split.rows("train")]} | {name: evaluation[split.rows(name)] for name in EVALUATED}
+    mean, deviation = raw["train"].mean(axis=0), raw["train"].std(axis=0)
+    return {name: (x - mean) / np.maximum(deviation, np.median(deviation) or 1.0) for name, x in raw.items()}
+
+
+def class_shares(labels: Labels, split: Split) -> np.ndarray:
+    """The share (n_classes,) of each class in the weight of train."""
+    rows = split.rows("train")
+    shares = np.bincount(labels.label[rows], labels.weight[rows], len(labels.class_names))
+    return shares / shares.sum()
+
+
+def majority_class(labels: Labels, split: Split) -> LogProbability:
+    """The shares of the classes, for every image."""
+    log_share = np.log(class_shares(labels, split)).astype(np.float32)
+    return {"shares": {name: np.tile(log_share, (len(split.rows(name)), 1)) for name in EVALUATED}}
+
+
+def nearest_class_mean(x: Mapping[str, np.ndarray], labels: Labels, split: Split) -> LogProbability:
+    """A Gaussian around the mean of each class, with one variance for all; candidates are temperatures."""
+    rows = split.rows("train")
+    label, weight, n_classes = labels.label[rows], labels.weight[rows], len(labels.class_names)
+    one_hot = np.eye(n_classes)[label] * weight[:, None]
+    means = (one_hot.T @ x["train"]) / one_hot.sum(axis=0)[:, None]
+    variance = float(np.average((x["train"] - means[label]) ** 2, axis=0, weights=weight).mean()) or 1.0
+    found: LogProbability = {f"temperature {t:g}": {} for t in TEMPERATURES}
+    for name in EVALUATED:
+        # Without the length of x, which is the same for all classes
+        distance = (means**2).sum(axis=1) - 2 * x[name] @ means.T
+        for t in TEMPERATURES:
+            scaled = log_softmax(-distance / (2 * variance * t), axis=1)
+            found[f"temperature {t:g}"][name] = scaled.astype(np.float32)
+    return found
+
+
+def nearest_neighbours(
+    x: Mapping[str, np.ndarray], labels: Labels, split: Split, numbers: tuple[int, ...]
+) -> LogProbability:
+    """Votes of the k nearest training images, by weight; candidates are the values of k up to the number of images.
+
+    One more vote, of the mean weight, is divided by the shares of the classes, so that no probability is 0.
+    """
+    rows, shares = split.rows("train"), class_shares(labels, split)
+    label, weight = labels.label[rows], labels.weight[rows]
+    usable = sorted(k for k in numbers if k <= len(rows)) or [len(rows)]
+    search = NearestNeighbors(n_neighbors=usable[-1], algorithm="brute").fit(x["train"])
+    found: LogProbability = {f"k = {k}": {} for k in usable}
+    for name in EVALUATED:
+        near = search.kneighbors(x[name], return_distance=False)
+        votes, start = np.tile(shares * weight.mean(), (len(near), 1)), 0
+        for k in usable:
+            for column in near[:, start:k].T:
+                votes[np.arange(len(near)), label[column]] += weight[column]
+            start = k
+            found[f"k = {k}"][name] = np.log(votes / votes.sum(axis=1, keepdims=True)).astype(np.float32)
+    return found
+
+
+def save(name: str, split: Split, labels: Labels, found: LogProbability, passes: int, flops: int) -> None:
+    """Choose the candidate of the lowest validation NLL and write the run."""
+    rows = {part: split.rows(part) for part in EVALUATED}
+    candidates = make_candidates({key: by_split["val"] for key, by_split in found.items()}, labels.label[rows["val"]])
+    nll = candidates.nll(labels.weight[rows["val"]])
+    best = candidates.names[int(np.argmin(nll))]
+    val, test = (Predictions(rows[part], found[best][part]) for part in EVALUATED)
+    cost = Cost(trainable_params=0, train_flops=flops, base_passes=passes, cached_bytes=0)
+    save_run(Run(name, split.seed, cost, {"candidate": best}, {}, [], val, test, candidates))
+    logs.log.info("%s %d: %s, val loss %.4f", name, split.seed, best, min(nll))
+
+
+if __name__ == "__main__":
+    logs.run(main)
