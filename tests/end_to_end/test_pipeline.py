@@ -237,7 +237,7 @@ def test_repro_reports_metrics_and_cost_of_every_strategy(base: Repository) -> N
         assert 0 <= entry["test_accuracy_low"] <= entry["test_accuracy"] <= entry["test_accuracy_high"] <= 1
         if is_compared:
             baseline = metrics["feature_extraction"]["test_accuracy"]
-            assert details[name]["vs_baseline"]["test"]["baseline_accuracy"] == baseline
+            assert details[name]["vs_baseline"]["test"]["baseline_value"] == baseline
             assert entry["difference"] == pytest.approx(entry["test_accuracy"] - baseline, abs=2e-6)
             assert entry["difference_low"] <= entry["difference"] <= entry["difference_high"]
             assert 0 < entry["difference_p_value"] <= 1

@@ -13,7 +13,7 @@ from pipeline.comparison.influence import Influence
 from pipeline.comparison.intervals import ece_interval, metric_intervals
 from pipeline.comparison.metrics import expected_calibration_error
 from pipeline.comparison.outcomes import Outcomes
-from tests.factories import outcomes_of, outcomes_with
+from tests.factories import forty_data, outcomes_of, outcomes_with
 
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -212,7 +212,7 @@ def test_operating_points_are_on_scikit_learns_curve(positive: int):
     study = label, weight, np.arange(400)
     half = np.arange(400) < 200
     val, test = (outcomes_of(logits, label)[mask] for mask in (half, ~half))
-    found = operating_points([(val, test)], *study, positive, 0.9)
+    found = operating_points([(val, test)], *study, positive, forty_data())
     assert found is not None
     is_positive, probability = label == positive, softmax(logits, axis=1)[:, positive]
     options = {"drop_intermediate": False}
