@@ -43,6 +43,9 @@ CARRIED = (  # by a copy of the repository in which dvc repro runs
     ".dvc/.gitignore",
     ".dvc/plots",
     "data/weights/README.md",
+    "data/weights/bundled",
+    "data/weights/default",
+    "data/weights/random",
 )
 
 
@@ -109,7 +112,7 @@ LINEAR = HeadOptions(
     batch_size=8,
 )
 PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-CHOICE = BackboneChoice(name="timm/test_resnet", weights="random", seed=0)
+CHOICE = BackboneChoice.of("timm/test_resnet", "random", 0)
 
 
 def feature_options(**changes: Any) -> FeatureOptions:

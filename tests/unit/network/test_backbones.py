@@ -14,7 +14,7 @@ SIZE = 64
 
 
 def load(name: str = SMALL, weights: str = "random", seed: int = 0, size: int | None = SIZE) -> Backbone:
-    return backbones.load(BackboneChoice(name=name, weights=weights, seed=seed), size)
+    return backbones.load(BackboneChoice.of(name, weights, seed), size)
 
 
 def test_random_weights_are_those_of_the_seed() -> None:

@@ -46,7 +46,7 @@ def configure(strategies: dict[str, dict[str, Any]], name: str = TINY, **changes
 
 
 def write_weights(seed: int) -> backbones.Backbone:
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=seed), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", seed), SIZE)
     Path("data/weights").mkdir(parents=True, exist_ok=True)
     save_file(backbone.module.state_dict(), "data/weights/own.safetensors")
     return backbone
@@ -84,7 +84,7 @@ def test_plan_of_a_strategy_is_what_one_counts(freeze_until: str | int, store_dt
     )
     plan.main()
     found = plans.read_strategy("tuned")
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, "layer4")
     boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
     prefix, suffix, _ = cuts.split(backbone, boundary, end)
@@ -169,7 +169,7 @@ def test_a_weights_file_of_another_network_is_one_line_and_leaves_the_plan_as_it
     configure({"tuned": {}}, backbone={"weights": "own.safetensors"})
     plan.main()
     before = written()
-    other = backbones.load(BackboneChoice(name=MOBILENET, weights="random", seed=0), SIZE)
+    other = backbones.load(BackboneChoice.of(MOBILENET, "random", 0), SIZE)
     save_file(other.module.state_dict(), "data/weights/own.safetensors")
     with pytest.raises(ValueError, match=r"^data/weights/own\.safetensors: weights of another network; ") as caught:
         plan.main()
