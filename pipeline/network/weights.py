@@ -89,7 +89,7 @@ def load_own(network: nn.Module, choice: BackboneChoice, convert: Callable[[Stat
         raise ValueError(f"{path}: weights of another network{below}; {found}{nearest.failure}")
     used, *others = fitting
     network.load_state_dict({name: used.converted[name] for name in own if name in used.converted}, strict=False)
-    _report(path, tensors, own, used, [other.prefix[:-1] or "the top" for other in others], heads)
+    _report(path, tensors, own, used, [other.prefix for other in others], heads)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -167,11 +167,11 @@ def _below(key: str, tensors: State, prefixes: set[str], path: Path) -> tuple[St
 
 def _prefixes(tensors: State, prefixes: set[str], own: State) -> list[str]:
     """Where in the file the network may be: before most of its names, or, if they are others, below each dictionary."""
-    counts = Counter()
+    counts, needed = Counter(), {name for name in own if not name.endswith(UNUSED)}
     for name in tensors:
         rest, dot = name, "."
         while dot:
-            if rest in own:
+            if rest in needed:
                 counts[name[: len(name) - len(rest)]] += 1
             _, dot, rest = rest.partition(".")
     most = max(counts.values(), default=0)
@@ -231,12 +231,15 @@ def _report(path: Path, tensors: State, own: State, used: Candidate, others: lis
     gone = [] if new else [name for name in used.given if name not in used.converted]  # the others got new names
     unused = [name for name in used.given if name in used.converted and name not in names] + gone
     outside = [name for name in tensors if not name.startswith(used.prefix)]
-    below = f" below {used.prefix[:-1]}" if used.prefix else ""
+    below = f" below {listed([used.prefix[:-1]])}" if used.prefix else ""
+    for other in others:
+        outside = [f"{other}*" if name.startswith(other) else name for name in outside]
     if others:
-        below += f" (there are also {listed(others)}: set backbone.checkpoint_key)"
+        order = listed(prefix[:-1] or "the top" for prefix in (used.prefix, *others))
+        below += f", the first of {order} (backbone.checkpoint_key selects another)"
     changed = f"; resized or renamed: {listed(sorted({*new, *resized}))}" if new or resized else ""
     missing = listed(name for name in own if name not in names) or "none"  # counters alone
-    dropped = listed(sorted(unused) + sorted(outside)) or "none"
+    dropped = listed(dict.fromkeys(sorted(unused) + sorted(outside))) or "none"
     logs.log.info(
         "%s: used %d tensors%s%s; dropped: %s; missing: %s", path, len(names), below, changed, dropped, missing
     )
