@@ -417,7 +417,7 @@ def study_dataset(directory: Path) -> Labels:
     return made
 
 
-def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
+def study_features(labels: Labels, shape: tuple[int, ...] = (16,), licence: str | None = None) -> None:
     """data/features.h5 with random values, of a network that can be loaded again."""
     from pipeline.network import backbones
 
@@ -428,6 +428,7 @@ def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
         preprocessing=backbone.preprocessing,
         feature_dim=backbone.feature_dim,
         feature_shape=shape,
+        licence=licence,
     )
     values = np.random.default_rng(1).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
     made = provenance(backbone=plan)

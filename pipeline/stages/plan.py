@@ -36,7 +36,7 @@ def main() -> None:
         strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
     plans.write(base, "backbone")
     logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
-    _remark(base)
+    remark(base)
     for name, plan in strategies.items():
         plans.write(plan, name)
         share = plan.trained_parameters / max(base.parameters, 1)
@@ -84,7 +84,7 @@ def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, valu
     )
 
 
-def _remark(base: BackbonePlan) -> None:
+def remark(base: BackbonePlan) -> None:
     """Log the licence of the weights, and what an image costs where the published size is large."""
     if base.licence:
         logs.log.info("licence of the weights: %s", base.licence)

@@ -68,6 +68,32 @@ def test_image_size_replaces_the_size_and_keeps_the_rest_of_the_preprocessing(na
     assert own.model_dump(include=kept) == published.model_dump(include=kept)
 
 
+def test_preprocessing_that_is_given_replaces_what_the_library_states() -> None:
+    given = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "interpolation": "lanczos"}
+    plain = load(size=None).preprocessing
+    for names in (["mean"], ["std"], ["interpolation"], [*given]):
+        chosen = {name: given[name] for name in names}
+        choice = BackboneChoice.of(SMALL, "random", 0).model_copy(update=chosen)
+        assert backbones.load(choice, None).preprocessing == plain.model_copy(update=chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "licence"),
+    [
+        ("timm/test_resnet", "default", "apache-2.0"),
+        ("timm/convnextv2_atto.fcmae", "default", "cc-by-nc-4.0"),
+        ("timm/convnextv2_atto.fcmae", "random", None),
+        ("timm/tf_efficientnet_lite0", "bundled", "apache-2.0"),
+        ("torchvision/squeezenet1_1", "random", None),
+    ],
+)
+def test_the_licence_is_that_of_published_weights(
+    monkeypatch: pytest.MonkeyPatch, name: str, weights: str, licence: str | None
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # there is no network
+    assert load(name, weights).licence == licence
+
+
 def test_image_size_that_the_network_does_not_take_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"features\.image_size: .*alexnet takes no images of 16 px") as caught:
         load("torchvision/alexnet", size=16)

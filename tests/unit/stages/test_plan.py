@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice
 from pipeline.stages import plan
-from tests.factories import REPOSITORY
+from tests.factories import PREPROCESSING, REPOSITORY, backbone_plan
 
 SIZE = 32
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
@@ -72,6 +72,45 @@ def test_plan_of_the_backbone_is_what_one_measures() -> None:
     assert found.parameters == sum(parameter.numel() for parameter in base.parameters())
     assert found.flops_per_image == counter.get_total_flops()
     assert found.licence is None, "nobody states the licence of a file"
+
+
+def test_what_is_given_of_the_preprocessing_and_the_key_are_in_the_plan() -> None:
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 5), SIZE)
+    Path("data/weights").mkdir(parents=True)
+    torch.save({"teacher": backbone.module.state_dict(), "state_dict": {}}, "data/weights/own.ckpt")
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "nearest"}
+    configure({}, backbone={"weights": "own.ckpt", "checkpoint_key": "teacher", **given})
+    plan.main()
+    found = plans.read_backbone()
+    assert found.weights_sha256 == backbone.weights_sha256
+    assert found.choice.checkpoint_key == "teacher"
+    assert found.preprocessing.model_dump(mode="json", include={*given}) == given
+    again = backbones.load_planned(found, "here")
+    assert (again.preprocessing, again.weights_sha256) == (found.preprocessing, found.weights_sha256)
+
+
+def test_the_log_states_the_licence_of_published_weights_and_warns_where_it_is_non_commercial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # there is no network
+    for name, licence, n_warnings in ((TINY, "apache-2.0", 0), ("timm/convnextv2_atto.fcmae", "cc-by-nc-4.0", 1)):
+        caplog.clear()
+        configure({}, name, backbone={"weights": "default"})
+        with caplog.at_level("INFO"):
+            plan.main()
+        assert plans.read_backbone().licence == licence
+        assert f"licence of the weights: {licence}" in caplog.text
+        assert caplog.text.count(f"warning: the licence of the weights ({licence}) excludes commercial") == n_warnings
+
+
+@pytest.mark.parametrize(("size", "image_size", "is_told"), [(384, None, False), (385, None, True), (518, 518, False)])
+def test_the_log_states_what_an_image_costs_where_the_published_size_is_large(
+    caplog: pytest.LogCaptureFixture, size: int, image_size: int | None, is_told: bool
+) -> None:
+    geometry = PREPROCESSING.model_copy(update={"crop": size})
+    with caplog.at_level("INFO"):
+        plan.remark(backbone_plan(preprocessing=geometry, image_size=image_size, flops_per_image=31 * 10**9))
+    assert (f"takes images of {size} px: 31.0 GFLOPs a view; features.image_size can be set" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("boundary_cache", ["on", "off"])
