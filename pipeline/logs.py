@@ -66,8 +66,8 @@ def leave_signals(*_worker: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of another library in one line of at most 200 characters, without colours."""
-    return " ".join(re.sub(r"\x1b\[[\d;?]*[@-~]", "", str(error)).split())[:200]
+    """The message of an error of another library in one line of at most 500 characters, without colours."""
+    return " ".join(re.sub(r"\x1b\[[\d;?]*[@-~]", "", str(error)).split())[:500]
 
 
 def note_timing(wall_seconds: float) -> None:

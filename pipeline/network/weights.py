@@ -86,9 +86,12 @@ def load_own(network: nn.Module, choice: BackboneChoice, convert: Callable[[Stat
         wrong = nearest.misfits | ({"unexpected": unexpected} if unexpected else {})
         found = "; ".join(f"{title}: {listed(sorted(names))}" for title, names in wrong.items())
         below = f" below {nearest.prefix[:-1]!r}" if nearest.prefix else ""
-        raise ValueError(f"{path}: weights of another network{below}; {found}{nearest.failure}")
+        of_size = "; if only their image size differs, set features.image_size to that of the weights"
+        advice = of_size if nearest.misfits.keys() == {"wrong shape"} else ""
+        raise ValueError(f"{path}: weights of another network{below}; {found}{nearest.failure}{advice}")
     used, *others = fitting
-    network.load_state_dict({name: used.converted[name] for name in own if name in used.converted}, strict=False)
+    kept = {name: value for name, value in used.converted.items() if name in own and value.shape == own[name].shape}
+    network.load_state_dict(kept, strict=False)
     _report(path, tensors, own, used, [other.prefix for other in others], heads)
 
 
@@ -154,7 +157,7 @@ def _flatten(content: object) -> tuple[State, set[str]]:
 
 
 def _below(key: str, tensors: State, prefixes: set[str], path: Path) -> tuple[State, set[str]]:
-    start = f"{key}."
+    start = f"{key.removesuffix('.')}."
     below = {name: value for name, value in tensors.items() if name.startswith(start)}
     if not below:
         words = listed(sorted({name.partition(".")[0] for name in tensors}))
@@ -201,9 +204,10 @@ def _convert(prefix: str, tensors: State, own: State, convert: Callable[[State],
 
 def _misfits(given: State, own: State) -> dict[str, list[str]]:
     """Why these tensors are not all that the network needs: lines by kind; {} if they are."""
-    both = {name: (given[name], own[name]) for name in own if name in given}
+    needed = [name for name in own if not name.endswith(UNUSED)]
+    both = {name: (given[name], own[name]) for name in needed if name in given}
     found = {
-        "missing": [name for name in own if name not in given and not name.endswith(UNUSED)],
+        "missing": [name for name in needed if name not in given],
         "wrong shape": [
             f"{name} {tuple(value.shape)} instead of {tuple(wanted.shape)}"
             for name, (value, wanted) in both.items()
@@ -214,7 +218,11 @@ def _misfits(given: State, own: State) -> dict[str, list[str]]:
             for name, (value, wanted) in both.items()
             if value.is_complex() or value.is_floating_point() != wanted.is_floating_point()
         ],
-        "NaN or infinite": [name for name, (value, _) in both.items() if not value.isfinite().all()],
+        "NaN or infinite": [
+            name
+            for name, (value, wanted) in both.items()
+            if value.shape == wanted.shape and not value.isfinite().all()  # others may claim any number of values
+        ],
     }
     return {title: names for title, names in found.items() if names}
 
@@ -225,7 +233,7 @@ def _is_below(name: str, paths: Iterable[str]) -> bool:
 
 def _report(path: Path, tensors: State, own: State, used: Candidate, others: list[str], heads: list[str]) -> None:
     """Log what was used, changed, dropped and missing; a warning if layers of the network's own kind were dropped."""
-    names = {name for name in own if name in used.converted}
+    names = {name for name in own if name in used.converted and used.converted[name].shape == own[name].shape}
     new = [name for name in used.converted if name not in used.given]
     resized = [name for name in names & used.given.keys() if used.given[name].shape != own[name].shape]
     gone = [] if new else [name for name in used.given if name not in used.converted]  # the others got new names
