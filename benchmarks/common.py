@@ -110,7 +110,7 @@ class Workspace:
 
 def choose(name: str) -> BackboneChoice:
     """A network whose weights are at hand: random ones are as fast."""
-    return BackboneChoice(name=name, weights="bundled" if name == LITE else "random", seed=0)
+    return BackboneChoice.of(name, "bundled" if name == LITE else "random", 0)
 
 
 @contextmanager

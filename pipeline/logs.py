@@ -65,9 +65,9 @@ def leave_signals(*_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error of another library in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library in one line of at most 500 characters, without colours."""
+    return " ".join(re.sub(r"\x1b\[[\d;?]*[@-~]", "", str(error)).split())[:500]
 
 
 def note_timing(wall_seconds: float) -> None:

@@ -28,6 +28,18 @@ def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+def _channels(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+        raise ValueError("expected three numbers, of pixel values from 0 to 1")
+    return values
+
+
+def _not_zero(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(values):
+        raise ValueError("expected three numbers above 0")
+    return values
+
+
 def _network(name: str) -> str:
     if not re.fullmatch(r"(torchvision|timm)/[A-Za-z0-9_.]+", name):
         raise ValueError("expected torchvision/<name> or timm/<name>")
@@ -46,6 +58,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0, lt=2**32)]
 Seeds = Annotated[tuple[Natural, ...], AfterValidator(_distinct)]
+Channels = Annotated[tuple[float, ...], AfterValidator(_channels)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -91,11 +104,20 @@ class Splitting(Record):
 
 
 class BackboneChoice(Record):
-    """Which network, and which weights."""
+    """Which network, and which weights; what is None is as the library says, or as the weights file is found."""
 
     name: Annotated[str, AfterValidator(_network)]
     weights: Text
     seed: Natural
+    checkpoint_key: Text | None
+    mean: Channels | None
+    std: Annotated[Channels, AfterValidator(_not_zero)] | None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None
+
+    @classmethod
+    def of(cls, name: str, weights: str, seed: int) -> Self:
+        """The network with the preprocessing that the library states."""
+        return cls(name=name, weights=weights, seed=seed, checkpoint_key=None, mean=None, std=None, interpolation=None)
 
 
 class FeatureOptions(Record):

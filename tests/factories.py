@@ -53,6 +53,9 @@ CARRIED = (  # by a copy of the repository in which dvc repro runs
     ".dvc/.gitignore",
     ".dvc/plots",
     "data/weights/README.md",
+    "data/weights/bundled",
+    "data/weights/default",
+    "data/weights/random",
 )
 
 
@@ -119,7 +122,7 @@ LINEAR = HeadOptions(
     batch_size=8,
 )
 PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-CHOICE = BackboneChoice(name="timm/test_resnet", weights="random", seed=0)
+CHOICE = BackboneChoice.of("timm/test_resnet", "random", 0)
 
 
 def feature_options(**changes: Any) -> FeatureOptions:
@@ -438,7 +441,7 @@ def study_dataset(directory: Path) -> Labels:
     return made
 
 
-def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
+def study_features(labels: Labels, shape: tuple[int, ...] = (16,), licence: str | None = None) -> None:
     """data/features.h5 with random values, of a network that can be loaded again."""
     from pipeline.network import backbones
 
@@ -449,6 +452,7 @@ def study_features(labels: Labels, shape: tuple[int, ...] = (16,)) -> None:
         preprocessing=backbone.preprocessing,
         feature_dim=backbone.feature_dim,
         feature_shape=shape,
+        licence=licence,
     )
     values = np.random.default_rng(1).normal(size=(N_STUDY, 1, *shape)).astype(np.float32)
     made = provenance(backbone=plan)

@@ -5,8 +5,12 @@ Names are torchvision/<name> or timm/<name>. The weights decide the preprocessin
 
 import difflib
 import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -14,7 +18,7 @@ from torch import nn
 from pipeline.logs import one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.network.weights import WEIGHTS, bundled_state, load_state, read_state
+from pipeline.network.weights import WEIGHTS, State, bundled_state, load_own
 from pipeline.params import BackboneChoice
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
@@ -42,20 +46,22 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
     build = _build_torchvision if library == "torchvision" else _build_timm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(choice.seed)
-        network, geometry, dropped, licence = build(name, choice.weights == "default", image_size)
-    if choice.weights not in ("default", "random"):
-        state = network.state_dict()
-        is_file = choice.weights != "bundled"
-        state = read_state(choice.weights, state) if is_file else bundled_state(choice.name, state)
-        load_state(network, state, dropped, f"{WEIGHTS / choice.weights}" if is_file else "bundled")
-    _remove(network, dropped)
+        built = build(name, choice.weights, image_size)
+    network, geometry = built.network, built.preprocessing
+    if choice.weights == "bundled":
+        network.load_state_dict(bundled_state(choice.name, network.state_dict()))
+    _remove(network, built.dropped)
+    if _is_file(choice.weights):
+        load_own(network, choice, built.convert, built.dropped)
     network.eval().requires_grad_(False)
     if image_size is not None:
         resize = tuple(round(side * image_size / geometry.crop) for side in geometry.resize)
         geometry = geometry.model_copy(update={"resize": resize, "crop": image_size})
+    given = choice.model_dump(include={"mean", "std", "interpolation"}, exclude_none=True)
+    geometry = geometry.model_copy(update=given)
     width = _measure_width(choice.name, network, geometry.crop)
-    is_published = choice.weights in ("default", "bundled")
-    return Backbone(choice.name, network, geometry, state_sha256(network), width, licence if is_published else None)
+    licence = built.licence if choice.weights in ("default", "bundled") else None
+    return Backbone(choice.name, network, geometry, state_sha256(network), width, licence)
 
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
@@ -83,21 +89,52 @@ def state_sha256(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-Built = tuple[nn.Module, Preprocessing, list[str], str | None]  # … the paths of the layers to remove, and the licence
+@dataclass(frozen=True)
+class Built:
+    """A network with its classification layers, whose paths are `dropped`; `licence` of its published weights.
+
+    `convert` is the library's own conversion of a checkpoint to this network.
+    """
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    dropped: list[str]
+    licence: str | None
+    convert: Callable[[State], State]
 
 
-def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
+def _is_file(weights: str) -> bool:
+    return weights not in ("bundled", "default", "random")
+
+
+def _build_torchvision(name: str, weights: str, size: int | None) -> Built:
     import torchvision
+    from torchvision.models.vision_transformer import interpolate_embeddings
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise _unknown("torchvision", name, known)
     published = torchvision.models.get_model_weights(name)["DEFAULT"]
+    preset, is_pretrained, is_vit = published.transforms(), weights == "default", name.startswith("vit_")
+    side = preset.crop_size[0]
     # torchvision sets these itself when it loads the published weights of the two networks
     special = {"transform_input": True, "aux_logits": True, "init_weights": False}
-    options = special if name in ("inception_v3", "googlenet") and not pretrained else {}
+    options = special if name in ("inception_v3", "googlenet") and not is_pretrained else {}
+
+    def convert(state: State) -> State:
+        return interpolate_embeddings(side, network.patch_size, OrderedDict(state)) if is_vit else state
+
+    if is_vit:  # built for one size, to which torchvision fits no published weights by itself
+        side = size or side
+        options = {"image_size": side}
     try:
-        network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
+        network: Any = torchvision.models.get_model(
+            name, weights=published if is_pretrained and not is_vit else None, **options
+        )
+        if is_pretrained and is_vit:
+            network.load_state_dict(convert(published.get_state_dict(check_hash=True)))
+    except AssertionError as error:
+        raise _wrong_size(f"torchvision/{name}", side, error) from None
     except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
         raise _unreachable(f"torchvision/{name}", error) from None
     n_classes = len(published.meta["categories"])
@@ -107,7 +144,6 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
         if n_classes in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0))
         and not path.startswith(AUXILIARY)
     )
-    preset = published.transforms()
     geometry = Preprocessing(
         resize=tuple(preset.resize_size),
         crop=preset.crop_size[0],
@@ -115,12 +151,14 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-    return network, geometry, [last, *(path for path in AUXILIARY if hasattr(network, path))], None
+    dropped = [last, *(path for path in AUXILIARY if hasattr(network, path))]
+    return Built(network, geometry, dropped, published.meta.get("license"), convert)
 
 
-def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
+def _build_timm(name: str, weights: str, size: int | None) -> Built:
     import timm
     from timm.data.config import resolve_data_config
+    from timm.models import _builder
 
     if not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
@@ -129,13 +167,26 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     except RuntimeError:  # timm has the network, but not these weights
         raise _unknown("timm", name, timm.list_pretrained()) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
+    # timm hands a network's conversion of checkpoints to the function that loads published weights, and to no other
+    replaced = patch.object(_builder, "load_pretrained") if _is_file(weights) else nullcontext()
     try:
-        network = timm.create_model(name, pretrained=pretrained, **options)
+        with replaced as loading:
+            network = timm.create_model(name, pretrained=weights == "default" or _is_file(weights), **options)
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
-        if not pretrained or isinstance(error, AssertionError | TypeError):
+        if weights != "default" or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise _unreachable(f"timm/{name}", error) from None
+    filter_fn = loading.call_args.kwargs["filter_fn"] if loading and loading.call_args else None
+
+    def convert(state: State) -> State:
+        if filter_fn is None:
+            return state
+        try:
+            return filter_fn(dict(state), network)
+        except TypeError:  # as in timm: some take the tensors alone
+            return filter_fn(state)
+
     config = resolve_data_config({}, model=network)
     if config["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
@@ -149,7 +200,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
     )
     classifier = (published.classifier if published else None) or ()
     dropped: list[str] = [classifier] if isinstance(classifier, str) else list(classifier)
-    return network, geometry, dropped, published.license if published else None
+    return Built(network, geometry, dropped, published.license if published else None, convert)
 
 
 def _unknown(library: str, name: str, known: list[str]) -> ValueError:
@@ -162,6 +213,10 @@ def _unreachable(name: str, error: Exception) -> ValueError:
         f"params.yaml: backbone.weights: default: the published weights of {name} could not be loaded "
         f"({one_line(error)}); without a network, put a weights file into {WEIGHTS}/ and name it"
     )
+
+
+def _wrong_size(name: str, size: int, error: Exception) -> ValueError:
+    return ValueError(f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})")
 
 
 def _remove(network: nn.Module, paths: list[str]) -> None:
@@ -181,9 +236,7 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(
-            f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})"
-        ) from None
+        raise _wrong_size(name, size, error) from None
     if len(shape) != 2:
         raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")
     return shape[1]

@@ -1,5 +1,6 @@
 """What params.yaml means for the network: the records that `plan` writes to data/plan/, and later stages read."""
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,12 +12,15 @@ from pipeline.params import BackboneChoice, Record, Strategy
 
 PLANS = Path("data/plan")
 BACKBONE = PLANS / "backbone.json"
+# cc-by-nc-*, fair-noncommercial-*, Apple's licence for research, those of SEER and SWAG (at Meta)
+NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|apple-amlr|seer-license|/SWAG/", re.IGNORECASE)
 P = TypeVar("P", "BackbonePlan", "StrategyPlan")
 
 
 class BackbonePlan(Record):
     """The frozen base: which network it is, which weights it has, and where it ends.
 
+    `licence` is that of published weights, where the library states it: a short name or an address.
     `weights_sha256` (hex) digests all tensors of the network without its classification layer; `feature_dim` is the
     width of its last features. The base ends at the cut point `cut` with the pooling `pool`: `feature_shape` is what
     comes out for one image, `parameters` and `flops_per_image` (forward pass) are those of the base.
@@ -33,6 +37,11 @@ class BackbonePlan(Record):
     feature_shape: tuple[int, ...]
     parameters: int
     flops_per_image: int
+
+    @property
+    def is_non_commercial(self) -> bool:
+        """Whether the licence of the weights excludes commercial use."""
+        return bool(self.licence and NON_COMMERCIAL.search(self.licence))
 
 
 class StrategyPlan(Record):

@@ -1,6 +1,6 @@
 """plan: what params.yaml means for the network; a wrong name, file or combination fails here, in seconds.
 
-Reads   data/weights/
+Reads   data/weights/<backbone.weights>
 Writes  data/plan/backbone.json       the weights' digest, preprocessing and licence; where the base ends, what it costs
         data/plan/<strategy>.json     the merged recipe, the freeze boundary as a cut point, and what it costs
 """
@@ -19,6 +19,8 @@ from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import STORE_DTYPES, Params, Strategy, load_params
 from pipeline.training import heads
 
+LARGE_SIZE = 384  # px; above it, the log says what an image costs
+
 
 def main() -> None:
     """Write one file for the backbone, and one for each strategy that runs."""
@@ -34,6 +36,7 @@ def main() -> None:
         strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
     plans.write(base, "backbone")
     logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
+    remark(base)
     for name, plan in strategies.items():
         plans.write(plan, name)
         share = plan.trained_parameters / max(base.parameters, 1)
@@ -79,6 +82,23 @@ def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, valu
         suffix_training_flops=flops_per_image(suffix.requires_grad_(True), activation, is_training=True),
         cached_bytes_per_image=value_bytes * activation[0].numel() if is_cached else 0,
     )
+
+
+def remark(base: BackbonePlan) -> None:
+    """Log the licence of the weights, and what an image costs where the published size is large."""
+    if base.licence:
+        logs.log.info("licence of the weights: %s", base.licence)
+    if base.is_non_commercial:
+        logs.log.warning("warning: the licence of the weights (%s) excludes commercial use", base.licence)
+    size = base.preprocessing.crop
+    if base.image_size is None and size > LARGE_SIZE:
+        logs.log.info(
+            "%s takes images of %d px: %.1f GFLOPs a view; features.image_size can be set to a smaller size, and the "
+            "cost is about proportional to its square",
+            base.choice.name,
+            size,
+            base.flops_per_image / 1e9,
+        )
 
 
 def _divide(

@@ -27,7 +27,7 @@ N_TIMED = 16  # batches that measure how fast the network runs
 def show(name: str, *, is_complete: bool, is_json: bool) -> None:
     """Print the cut points of a network: all of them if `is_complete`, else the last of each block."""
     try:
-        choice = BackboneChoice(name=name, weights="random", seed=0)
+        choice = BackboneChoice.of(name, "random", 0)
     except ValidationError:
         raise ValueError(f"{name}: expected torchvision/<name> or timm/<name>") from None
     params = load_params() if PARAMS.is_file() else None

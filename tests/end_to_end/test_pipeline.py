@@ -24,6 +24,8 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from pipeline import logs
+from pipeline.network import backbones
+from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from tests.factories import carry
 
@@ -689,6 +691,46 @@ def test_weights_of_another_network_are_refused(repository: Repository, call: Ca
     assert "data/weights/other.safetensors: weights of another network" in line
     assert "missing: bn1.bias" in line
     assert "unexpected: classifier.1.bias" in line
+
+
+def test_own_weights_are_shared_with_dvc_and_a_clone_is_fresh(repository: Repository, tmp_path: Path) -> None:
+    ours = "data/weights/ours.safetensors"
+    network = backbones.load(BackboneChoice.of("timm/test_resnet", "random", 7), 64).module
+    save_file(network.state_dict(), repository.root / ours)
+    with repository.params() as params:
+        params["backbone"]["weights"] = "ours.safetensors"
+        params["fine_tune"]["run"] = []
+        params["compare"]["guard"] = {}
+    assert repository.repro() == {"plan", "extract", "train_head", "label_suspects", "compare"}
+    repository.dvc("add", "--quiet", ours)
+    assert repository.repro() == set(), "the weights are the same, tracked or not"
+    repository.dvc("remote", "add", "--quiet", "--default", "team", str(tmp_path / "remote"))
+    repository.commit()
+    repository.dvc("push", "--quiet")
+    assert repository.git("ls-files", "--", "data/weights").split() == [
+        *("data/weights/README.md", "data/weights/bundled", "data/weights/default"),
+        *(f"{ours}.dvc", "data/weights/random"),
+    ]
+
+    repository.run("git", "clone", "--quiet", str(repository.root), str(tmp_path / "colleague"))
+    colleague = at(tmp_path / "colleague", repository.environment)
+    assert "Running stage" not in colleague.dvc("repro", "--dry", "--allow-missing"), "make fresh"
+    assert f"run: dvc pull {ours}.dvc" in colleague.run("python", "-m", "pipeline.stages.plan", is_checked=False)
+    colleague.dvc("pull", "--quiet")
+    assert colleague.repro() == set()
+    assert colleague.git("status", "--porcelain") == ""
+
+    (colleague.root / "data/weights/team").mkdir()
+    for name in ("other.pth", "team/other.pth"):
+        (colleague.root / "data/weights" / name).write_bytes(name.encode())
+    assert colleague.repro() == set(), "no stage reads the other file"
+    colleague.dvc("add", "--quiet", "data/weights/other.pth", "data/weights/team")
+    assert colleague.repro() == set()
+    colleague.commit()
+    tracked = colleague.git("ls-files", "--", "data/weights")
+    assert "data/weights/team.dvc" in tracked
+    assert "data/weights/.gitignore" in tracked
+    assert "other.pth\n" not in tracked
 
 
 def test_image_changed_after_indexing_is_refused(repository: Repository, call: Call) -> None:

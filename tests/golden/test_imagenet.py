@@ -26,7 +26,7 @@ def pixels_of(photograph: str, preprocessing: Preprocessing) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def backbone() -> backbones.Backbone:
-    return backbones.load(BackboneChoice(name="timm/tf_efficientnet_lite0", weights="bundled", seed=0), None)
+    return backbones.load(BackboneChoice.of("timm/tf_efficientnet_lite0", "bundled", 0), None)
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,11 @@ def test_error_of_our_own_keeps_its_traceback(text: str) -> None:
         logs.run(failing(RuntimeError(text)))
 
 
+def test_the_words_of_a_library_are_one_line_without_colours() -> None:
+    assert logs.one_line(ValueError("do \x1b[1mnot\x1b[0m\n\ttrust\x1b[38;5;1m it")) == "do not trust it"
+    assert len(logs.one_line(ValueError("x" * 1000))) == 500
+
+
 def test_a_worker_ignores_ctrl_c_and_ends_with_sigterm() -> None:
     before = signal.getsignal(signal.SIGINT)
     try:

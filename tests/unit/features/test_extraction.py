@@ -116,7 +116,7 @@ def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) ->
 
 
 def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
-    backbone = backbones.load(BackboneChoice(name="torchvision/squeezenet1_1", weights="random", seed=0), 64)
+    backbone = backbones.load(BackboneChoice.of("torchvision/squeezenet1_1", "random", 0), 64)
     prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", "none")
     pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = []

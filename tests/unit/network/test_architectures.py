@@ -109,7 +109,7 @@ def _bounded_memory() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
 def test_network_gives_features_of_its_width_at_its_own_size(name: str) -> None:
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), None)
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), None)
     size = backbone.preprocessing.crop
     assert 200 <= size <= 300
     with torch.inference_mode():
@@ -120,7 +120,7 @@ def test_network_gives_features_of_its_width_at_its_own_size(name: str) -> None:
 
 def prepared(kind: str, name: str, size: int | None) -> tuple[Runner, torch.Tensor]:
     """The network from pixels on, and two random images for it."""
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), size)
     network = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
     shape = (2, *[backbone.preprocessing.crop] * 2, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_at_least_45_of_50_networks_can_be_cut() -> None:
 
 @pytest.mark.parametrize("name", sorted(SIZES.keys() - UNCUT.keys()))
 def test_network_can_be_cut_early_in_the_middle_and_late(name: str) -> None:
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZES[name])
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZES[name])
     shape = (3, *[backbone.preprocessing.crop] * 2)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     every = sorted(id(tensor) for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
@@ -175,7 +175,7 @@ def test_network_can_be_cut_early_in_the_middle_and_late(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNCUT)
 def test_network_that_cannot_be_cut_there_says_why(name: str) -> None:
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZES[name])
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZES[name])
     where, reason = UNCUT[name]
     with pytest.raises(ValueError, match=reason) as caught:
         cuts.resolve(backbone, where)

@@ -14,7 +14,7 @@ SIZE = 64
 
 
 def load(name: str = SMALL, weights: str = "random", seed: int = 0, size: int | None = SIZE) -> Backbone:
-    return backbones.load(BackboneChoice(name=name, weights=weights, seed=seed), size)
+    return backbones.load(BackboneChoice.of(name, weights, seed), size)
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
@@ -66,6 +66,32 @@ def test_image_size_replaces_the_size_and_keeps_the_rest_of_the_preprocessing(na
     assert own.resize == tuple(round(side * 96 / published.crop) for side in published.resize)
     kept = {"interpolation", "mean", "std"}
     assert own.model_dump(include=kept) == published.model_dump(include=kept)
+
+
+def test_preprocessing_that_is_given_replaces_what_the_library_states() -> None:
+    given = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "interpolation": "lanczos"}
+    plain = load(size=None).preprocessing
+    for names in (["mean"], ["std"], ["interpolation"], [*given]):
+        chosen = {name: given[name] for name in names}
+        choice = BackboneChoice.of(SMALL, "random", 0).model_copy(update=chosen)
+        assert backbones.load(choice, None).preprocessing == plain.model_copy(update=chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "licence"),
+    [
+        ("timm/test_resnet", "default", "apache-2.0"),
+        ("timm/convnextv2_atto.fcmae", "default", "cc-by-nc-4.0"),
+        ("timm/convnextv2_atto.fcmae", "random", None),
+        ("timm/tf_efficientnet_lite0", "bundled", "apache-2.0"),
+        ("torchvision/squeezenet1_1", "random", None),
+    ],
+)
+def test_the_licence_is_that_of_published_weights(
+    monkeypatch: pytest.MonkeyPatch, name: str, weights: str, licence: str | None
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # there is no network
+    assert load(name, weights).licence == licence
 
 
 def test_image_size_that_the_network_does_not_take_is_one_line() -> None:

@@ -34,7 +34,7 @@ RESNET, VIT = "torchvision/resnet18", "timm/vit_tiny_patch16_224"
 
 @cache
 def backbone(name: str) -> Backbone:
-    return backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZES[name])
+    return backbones.load(BackboneChoice.of(name, "random", 0), SIZES[name])
 
 
 def wrap(module: nn.Module, size: int = 8, name: str = "timm/toy") -> Backbone:
@@ -420,7 +420,7 @@ def test_description_of_a_small_vgg_is_what_one_counts_by_hand(vgg: Backbone) ->
 
 
 def test_description_of_resnet18_is_what_is_known_of_it() -> None:
-    whole = backbones.load(BackboneChoice(name=RESNET, weights="random", seed=0), 224)
+    whole = backbones.load(BackboneChoice.of(RESNET, "random", 0), 224)
     points = cuts.describe(whole, 4)
     first, last = points[0], points[-1]
     expected = CutPoint("conv1", (64, 112, 112), 64 * 3 * 49, 1, 2 * 64 * 3 * 49 * 112 * 112, 4 * 64 * 112 * 112)

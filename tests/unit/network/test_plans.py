@@ -22,6 +22,22 @@ def test_plans_are_read_as_they_were_written() -> None:
     assert not strategy_plan().is_cached
 
 
+@pytest.mark.parametrize(
+    ("licence", "is_non_commercial"),
+    [
+        *(
+            (name, False)
+            for name in (None, "apache-2.0", "mit", "cc-by-4.0", "dinov3-license", "unknown", "apple-ascl")
+        ),
+        *((name, True) for name in ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC BY-NC 4.0", "apple-amlr", "seer-license")),
+        ("fair-noncommercial-research-license", True),
+        ("https://github.com/facebookresearch/SWAG/blob/main/LICENSE", True),  # of torchvision's vit_h_14
+    ],
+)
+def test_a_licence_that_excludes_commercial_use_is_recognised(licence: str | None, is_non_commercial: bool) -> None:
+    assert backbone_plan(licence=licence).is_non_commercial == is_non_commercial
+
+
 def test_a_missing_plan_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^data/plan/backbone\.json: not found; run: dvc repro plan$"):
         plans.read_backbone()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.dataset import manifest
 from pipeline.features import hdf5
 from pipeline.files import write_json, write_text
 from pipeline.report import page
@@ -119,6 +120,16 @@ def test_no_request_can_leave_and_no_other_script_can_run(root: Path):
     assert "unsafe-eval" not in policy
     assert re.search(r"script-src( 'sha256-[A-Za-z0-9+/=]+'){2};", policy)
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text)
+
+
+@pytest.mark.parametrize(("licence", "is_warned"), [(None, False), ("mit", False), ("cc-by-nc-4.0", True)])
+def test_the_licence_of_the_weights_is_shown_and_a_note_says_if_it_is_non_commercial(
+    root: Path, licence: str | None, is_warned: bool
+) -> None:
+    factories.study_features(manifest.read_labels(), licence=licence)
+    text = Page(written()).texts()
+    assert f"licence of the weights {licence or 'not stated'} " in text
+    assert (f"pretrained weights ({licence}) excludes commercial use" in text) == is_warned
 
 
 def test_every_section_is_there(root: Path):

@@ -52,7 +52,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def make_weights(name: str) -> None:
     """Random weights whose BatchNorm statistics fit them, more or less: neither 0 and 1, nor those of a batch."""
-    network = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE).module
+    network = backbones.load(BackboneChoice.of(name, "random", 0), SIZE).module
     normalising = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     assert len(computed) == len({*computed}) == N_IMAGES * 2
     head_passes = 18 * 2
     assert (cached.cost.base_passes, whole.cost.base_passes) == (head_passes + 18 * 2, head_passes + 18 * 3)
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZE)
     prefix, *_ = cuts.split(backbone, cuts.resolve(backbone, boundary))
     with torch.no_grad():
         row_bytes = prefix(torch.zeros(1, 3, SIZE, SIZE)).numel() * 4
@@ -190,7 +190,7 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
 
 def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:
     name, boundary = DENSENET
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZE)
     before, behind = (
         [module for module in piece.modules() if not any(module.children()) and any(True for _ in module.parameters())]
         for piece in cuts.split(backbone, boundary)
@@ -267,7 +267,7 @@ def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
     features: dict[str, Any], strategy: dict[str, Any], tune: Tune
 ) -> None:
     run = tune(TINY, {"freeze_until": "none", "epochs": 2} | strategy, features=features)
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, features["cut"])
     boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
     prefix, suffix = cuts.prefix_and_suffix(
@@ -296,7 +296,7 @@ def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
 def test_cost_of_the_head_is_that_of_the_base_and_of_its_products(tune: Tune) -> None:
     tune(TINY, {"epochs": 1})
     cost, features = read_run("feature_extraction", 0).cost, hdf5.read_features()
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone.module(torch.zeros(1, 3, SIZE, SIZE))
     width = features.values.shape[2]
@@ -330,7 +330,7 @@ def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
 def test_weights_that_differ_from_the_plan_are_refused_in_one_line(stage: str, tune: Tune) -> None:
     tune(TINY, {"epochs": 1})
     written = {path: path.read_bytes() for path in Path("models").rglob("*.json")}
-    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    network = backbones.load(BackboneChoice.of(TINY, "random", 1), SIZE).module
     save_file(network.state_dict(), "data/weights/own.safetensors")
     main = extract.main if stage == "extract" else fine_tune.main
     with pytest.raises(
@@ -343,7 +343,7 @@ def test_weights_that_differ_from_the_plan_are_refused_in_one_line(stage: str, t
 
 def test_a_head_on_another_backbone_than_the_plans_is_refused(tune: Tune) -> None:
     tune(TINY, {"epochs": 1})
-    network = backbones.load(BackboneChoice(name=TINY, weights="random", seed=1), SIZE).module
+    network = backbones.load(BackboneChoice.of(TINY, "random", 1), SIZE).module
     save_file(network.state_dict(), "data/weights/own.safetensors")
     plan.main()
     with pytest.raises(

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice
 from pipeline.stages import plan
-from tests.factories import REPOSITORY
+from tests.factories import PREPROCESSING, REPOSITORY, backbone_plan
 
 SIZE = 32
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
@@ -46,7 +46,7 @@ def configure(strategies: dict[str, dict[str, Any]], name: str = TINY, **changes
 
 
 def write_weights(seed: int) -> backbones.Backbone:
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=seed), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", seed), SIZE)
     Path("data/weights").mkdir(parents=True, exist_ok=True)
     save_file(backbone.module.state_dict(), "data/weights/own.safetensors")
     return backbone
@@ -74,6 +74,45 @@ def test_plan_of_the_backbone_is_what_one_measures() -> None:
     assert found.licence is None, "nobody states the licence of a file"
 
 
+def test_what_is_given_of_the_preprocessing_and_the_key_are_in_the_plan() -> None:
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 5), SIZE)
+    Path("data/weights").mkdir(parents=True)
+    torch.save({"teacher": backbone.module.state_dict(), "state_dict": {}}, "data/weights/own.ckpt")
+    given = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "interpolation": "nearest"}
+    configure({}, backbone={"weights": "own.ckpt", "checkpoint_key": "teacher", **given})
+    plan.main()
+    found = plans.read_backbone()
+    assert found.weights_sha256 == backbone.weights_sha256
+    assert found.choice.checkpoint_key == "teacher"
+    assert found.preprocessing.model_dump(mode="json", include={*given}) == given
+    again = backbones.load_planned(found, "here")
+    assert (again.preprocessing, again.weights_sha256) == (found.preprocessing, found.weights_sha256)
+
+
+def test_the_log_states_the_licence_of_published_weights_and_warns_where_it_is_non_commercial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: None)  # there is no network
+    for name, licence, n_warnings in ((TINY, "apache-2.0", 0), ("timm/convnextv2_atto.fcmae", "cc-by-nc-4.0", 1)):
+        caplog.clear()
+        configure({}, name, backbone={"weights": "default"})
+        with caplog.at_level("INFO"):
+            plan.main()
+        assert plans.read_backbone().licence == licence
+        assert f"licence of the weights: {licence}" in caplog.text
+        assert caplog.text.count(f"warning: the licence of the weights ({licence}) excludes commercial") == n_warnings
+
+
+@pytest.mark.parametrize(("size", "image_size", "is_told"), [(384, None, False), (385, None, True), (518, 518, False)])
+def test_the_log_states_what_an_image_costs_where_the_published_size_is_large(
+    caplog: pytest.LogCaptureFixture, size: int, image_size: int | None, is_told: bool
+) -> None:
+    geometry = PREPROCESSING.model_copy(update={"crop": size})
+    with caplog.at_level("INFO"):
+        plan.remark(backbone_plan(preprocessing=geometry, image_size=image_size, flops_per_image=31 * 10**9))
+    assert (f"takes images of {size} px: 31.0 GFLOPs a view; features.image_size can be set" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("boundary_cache", ["on", "off"])
 @pytest.mark.parametrize("store_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("freeze_until", ["none", "layer2", 3, "all"])
@@ -84,7 +123,7 @@ def test_plan_of_a_strategy_is_what_one_counts(freeze_until: str | int, store_dt
     )
     plan.main()
     found = plans.read_strategy("tuned")
-    backbone = backbones.load(BackboneChoice(name=TINY, weights="random", seed=0), SIZE)
+    backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, "layer4")
     boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
     prefix, suffix, _ = cuts.split(backbone, boundary, end)
@@ -169,7 +208,7 @@ def test_a_weights_file_of_another_network_is_one_line_and_leaves_the_plan_as_it
     configure({"tuned": {}}, backbone={"weights": "own.safetensors"})
     plan.main()
     before = written()
-    other = backbones.load(BackboneChoice(name=MOBILENET, weights="random", seed=0), SIZE)
+    other = backbones.load(BackboneChoice.of(MOBILENET, "random", 0), SIZE)
     save_file(other.module.state_dict(), "data/weights/own.safetensors")
     with pytest.raises(ValueError, match=r"^data/weights/own\.safetensors: weights of another network; ") as caught:
         plan.main()

@@ -23,7 +23,7 @@ from tests.factories import LINEAR, PLAIN, backbone_plan
 
 CLASSES = ("cat", "dog", "long-eared hedgehog")
 SIZE, VIEWS = 32, ("identity", "flip_horizontal")
-CHOICE = BackboneChoice(name="timm/test_resnet", weights="random", seed=3)
+CHOICE = BackboneChoice.of("timm/test_resnet", "random", 3)
 HEAD = LINEAR.model_copy(update={"kind": "mlp", "hidden": (6,), "dropout": 0.5, "max_iterations": 1})
 AUGMENTATION = PLAIN.model_copy(update={"crop_area": (0.3, 0.5)})  # without consequence for predictions
 

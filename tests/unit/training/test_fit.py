@@ -107,7 +107,7 @@ def load(name: str) -> Backbone:
         geometry = Preprocessing(resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
         return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
     size = 64 if name == ALEXNET else 32
-    backbone = backbones.load(BackboneChoice(name=name, weights="random", seed=0), size)
+    backbone = backbones.load(BackboneChoice.of(name, "random", 0), size)
     give_statistics(backbone.module)
     return backbone
 
