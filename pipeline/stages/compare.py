@@ -43,7 +43,7 @@ def main() -> None:
         name: float(np.mean([np.isin(splits[seed].split, used).sum() for seed in common]))
         for name, used in used_before.items()
     }
-    delete_unlisted({name: set(common) for name in (*names, *REFERENCES)} | {HEAD_ONLY: set(splits)})
+    delete_unlisted({name: set(common) for name in names} | {name: set(splits) for name in (HEAD_ONLY, *REFERENCES)})
     runs, references = (
         {name: [read_checked(name, splits[seed]) for seed in common] for name in these} for these in (names, REFERENCES)
     )

@@ -28,13 +28,13 @@ LogProbability = dict[str, dict[str, np.ndarray]]  # by candidate and split, (n,
 
 
 def main() -> None:
-    """Predict validation and test of every seed that strategies are compared on."""
+    """Predict validation and test of every seed."""
     params = load_params()
     features, labels = hdf5.read_features(), manifest.read_labels()
     if features.sha256 != labels.sha256:
         raise ValueError(f"{hdf5.FEATURES}: other images than expected; run: dvc repro")
     train, evaluation = average(features.values), average(features.evaluation)
-    for seed in params.fine_tune.seeds if params.fine_tune.run else params.split.seeds:
+    for seed in params.split.seeds:
         split = manifest.read_split(seed, labels.image_id)
         x = standardized(train, evaluation, split)
         with threadpool_limits(params.threads):

@@ -44,6 +44,7 @@ EVERY_STAGE = {
     "plan",
     "extract",
     "train_head",
+    "references",
     "fine_tune@partial_freeze-0",
     "fine_tune@full_retrain-0",
     "label_suspects",
@@ -298,14 +299,65 @@ def test_pull_request_is_written_and_its_guard_fails(repository: Repository) -> 
     assert confusions
     assert sorted(pictures) == sorted(f"pictures/{name}.png" for name in ("cost", "curves", "reliability", *confusions))
     assert all((repository.root / path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert "tested different images" not in written
+    assert re.search(
+        r"\| full_retrain\.test\.metrics\.accuracy\.value \|.*\| paired on 15 images \| 0\.01 \| holds \|", written
+    )
     path = repository.root / "reports" / "details.json"
     details = json.loads(path.read_text())
     details["strategies"]["full_retrain"]["test"]["metrics"]["accuracy"]["value"] -= 0.02
     path.write_text(json.dumps(details))
+    repository.run(*compare)  # the images that are predicted correctly are the same
+    with repository.params() as params:
+        params["compare"]["guard_by"] = "difference"
     printed = repository.run(*compare, is_checked=False)
     name = "full_retrain.test.metrics.accuracy.value"
-    assert f"error: worse than in HEAD: {name} by 0.02 (tolerance 0.01)\n" in printed
+    assert f"error: worse than in HEAD: {name} by at least 0.02 (plain difference; tolerance 0.01)\n" in printed
     assert "Traceback" not in printed
+
+
+def test_near_duplicates_across_splits_are_reported_and_a_new_threshold_trains_nothing(repository: Repository) -> None:
+    with repository.table(MINE / "labels.csv") as rows:
+        for row in rows[:15]:
+            image = Image.open(repository.root / MINE / row["path"]).resize((50, 50), Image.Resampling.BICUBIC)
+            copy = Path(row["path"]).with_suffix(".jpg").as_posix()
+            image.save(repository.root / MINE / copy, quality=90)
+            rows.append(row | {"path": copy})
+    repository.dvc("add", "--quiet", MINE.as_posix())
+    repository.repro()
+    splits, summary = repository.read_json("reports/splits.json"), repository.read_json("reports/data/summary.json")
+    assert summary["n_near_duplicates"] == splits["n_near_duplicates"] == 15
+    assert splits["n_straddling"][0] == len(splits["straddling"]) > 0
+    assert (repository.root / "reports/data/near_duplicates.csv").read_text().count("\n") == 16
+    details = repository.read_json("reports/details.json")
+    clean = details["strategies"]["full_retrain"]["test"]["without_twins"]
+    assert clean["n"] + clean["n_twins"] == details["strategies"]["full_retrain"]["test"]["n"][0]
+    assert clean["n_twins"] > 0
+    assert "have a near-duplicate in train or validation" in (repository.root / "reports/comparison.md").read_text()
+    with repository.params() as params:
+        params["dataset"]["near_duplicate_correlation"] = 1.0
+    assert repository.repro() == {"index", "split", "compare"}
+    assert repository.read_json("reports/splits.json")["n_straddling"] == [0, 0]
+
+
+def test_folds_test_every_image_once_and_are_compared_together(repository: Repository) -> None:
+    with repository.params() as params:
+        params["split"].update({"method": "folds", "seeds": [0, 1, 2], "val_fraction": 0.2})
+        params["fine_tune"]["seeds"] = [0, 1, 2]
+    repository.repro()
+    details = repository.read_json("reports/details.json")
+    assert (details["folds"], details["common_seeds"]) == (3, [0, 1, 2])
+    for strategy in (*details["strategies"].values(), *details["references"].values()):
+        assert strategy["test"]["n"] == [60]
+        assert sum(sum(row) for row in strategy["test"]["confusion"]) == 60
+    assert details["recommendation"]["n_units"] > 20
+    text = (repository.root / "reports/comparison.md").read_text()
+    assert "on 60 test images, with its 95 % interval over images" in text
+    assert "The 3 folds of one partition: each unit is tested once, by a run that never saw it." in text
+    with repository.params() as params:
+        params["fine_tune"]["seeds"] = [0, 1]
+    printed = repository.run(sys.executable, "-m", "dvc", "repro", is_checked=False)
+    assert "with `split.method: folds` expected all of split.seeds" in printed
 
 
 def test_clone_without_any_data_can_tell_whether_the_lock_is_fresh(base: Repository, tmp_path: Path) -> None:
@@ -452,7 +504,7 @@ def test_added_seed_trains_the_new_runs_only(repository: Repository) -> None:
         params["split"]["seeds"] = [0, 1, 2]
         params["fine_tune"]["seeds"] = [0, 2]
     new = {"fine_tune@partial_freeze-2", "fine_tune@full_retrain-2"}
-    assert repository.repro() == {"split", "train_head", "compare", *new}
+    assert repository.repro() == {"split", "train_head", "references", "compare", *new}
     after = repository.digests("models/**/*", "data/splits/*")
     assert {path: after[path] for path in before} == before
     seeds = {name: entry["seeds"] for name, entry in read_metrics(repository).items()}

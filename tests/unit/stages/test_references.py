@@ -71,7 +71,7 @@ def test_maps_and_tokens_are_averaged_over_what_is_not_a_channel(shape: tuple[in
         assert found == pytest.approx(values.mean(axis=(1, 2)), abs=1e-6)
 
 
-def test_the_stage_writes_a_run_for_each_classifier_and_compared_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_stage_writes_a_run_for_each_classifier_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     factories.make_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     references.main()
@@ -82,6 +82,6 @@ def test_the_stage_writes_a_run_for_each_classifier_and_compared_seed(tmp_path: 
         best = int(np.argmin(run.candidates.nll(np.ones(len(run.val.rows)))))
         assert run.chosen["candidate"] == run.candidates.names[best]
         assert np.exp(run.test.log_probability).sum(axis=1) == pytest.approx(1, abs=1e-4)
-        assert not Path(f"reports/runs/{name}/seed_1").exists(), "only seeds that strategies are compared on"
+        assert Path(f"reports/runs/{name}/seed_1").is_dir()
     assert read_run("majority_class", 0).cost.train_flops == 0
     assert len(read_run("k_nearest_neighbours", 0).candidates.names) > 1
