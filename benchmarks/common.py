@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,15 +114,18 @@ def choose(name: str) -> BackboneChoice:
 
 
 @contextmanager
-def workspace(images: Images, directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
-    """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
+def workspace(
+    images: Images, directory: Path, name: str = LITE, precision: str = "fp32", strategies: Sequence[str] = ()
+) -> Iterator[Workspace]:
+    """A workspace with `images` of the data set `directory`, one view of each for the network `name`, and one seed."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
     params["dataset"].update({"fetch": [], "path": str(directory)})
+    params["split"]["seeds"] = params["fine_tune"]["seeds"] = [0]
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]
-    params["fine_tune"]["run"] = []
+    params["fine_tune"]["run"] = [*strategies]
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
         yaml.dump(params, made.root / "params.yaml")
@@ -130,19 +133,18 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
         yield made
 
 
-def generate(n: int, directory: Path) -> Images:
-    """Write `n` grey PNG files of 300 px as the default data has them: smooth, with some noise."""
-    random = np.random.default_rng(0)
-    grid = np.linspace(0, 6, 300)
-    names, digests = [], []
-    for number in range(n):
+def generate(n: int, directory: Path, side: int = 300) -> Images:
+    """Write `n` grey PNG files of two classes, `side` px: smooth, with some noise, as the default data are."""
+    random, grid, digests = np.random.default_rng(0), np.linspace(0, 6, side), []
+    names = [f"{('one', 'other')[number % 2]}/{number:06}.png" for number in range(n)]
+    for name in names:
         wave = np.outer(np.sin(grid * random.uniform(1, 4)), np.cos(grid * random.uniform(1, 4)))
-        pixels = 128 + 80 * wave + random.integers(-6, 7, (300, 300))
-        path = directory / f"{number:06}.png"
+        pixels = 128 + 80 * wave + random.integers(-6, 7, (side, side))
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=1)
-        names.append(path.name)
         digests.append(sha256(path.read_bytes()))
-    return Images(names, digests, [300] * n, [300] * n)
+    return Images(names, digests, [side] * n, [side] * n)
 
 
 def run(measure: Callable[..., Iterable[Line]]) -> None:
