@@ -64,8 +64,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     n_evaluated = features.evaluation.shape[1] * (len(rows["val"]) + len(rows["test"]))
     cost = Cost(
         trainable_params=n_params,
-        # Forward and backward, a row takes three products with the head's weights, of two operations each
-        train_flops=passes * made.backbone.flops_per_image + 6 * n_params * fitted.rows_seen,
+        train_flops=passes * made.backbone.flops_per_image + fitted.train_flops,
         base_passes=passes,
         cached_bytes=(passes + n_evaluated) * features.values[0, 0].nbytes,
     )

@@ -108,13 +108,13 @@ class RegularizationPath:
 class Fitted:
     """The fitted head that validation selected, and all candidates: one per strength, and epoch where there are epochs.
 
-    `rows_seen`: rows that went forward and backward through the head, over all passes, epochs and strengths.
+    `train_flops`: of all passes, epochs and strengths, forward and backward; the features need no gradient.
     """
 
     head: nn.Sequential
     path: RegularizationPath
     candidates: Candidates
-    rows_seen: int
+    train_flops: int
 
 
 def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
@@ -174,7 +174,7 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOption
         _standardize(head, x, x.per_row(train.weight))
 
     steps = _fit_linear(head, x, options) if options.kind == "linear" else _fit_minibatches(head, x, options)
-    best, best_nll, rows_seen = head, math.inf, 0
+    best, best_nll, train_flops = head, math.inf, 0
     candidates: list[Candidates] = []
     val_nll: dict[float, float] = {}
     not_converged: list[float] = []
@@ -188,9 +188,9 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOption
             best, best_nll = copy.deepcopy(step.head), nll
         val_nll[step.strength] = min(nll, val_nll.get(step.strength, math.inf))
         not_converged += [] if step.is_converged else [step.strength]
-        rows_seen += step.passes * len(x.label)
+        train_flops += step.flops
     path = _path(val_nll, not_converged)
-    return Fitted(best.eval(), path, join_candidates(candidates), rows_seen)
+    return Fitted(best.eval(), path, join_candidates(candidates), train_flops)
 
 
 def _path(val_nll: dict[float, float], not_converged: list[float]) -> RegularizationPath:
@@ -322,12 +322,12 @@ def _l1_ratio(options: HeadOptions) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """A candidate with this strength, and the passes over the rows that it took."""
+    """A candidate with this strength, and the FLOPs that it took."""
 
     name: str
     strength: float
     head: nn.Sequential
-    passes: int
+    flops: int
     is_converged: bool = True
 
 
@@ -370,7 +370,9 @@ def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator
         with torch.no_grad():
             for parameter, value in zip((linear.weight, linear.bias), parts(point), strict=True):
                 parameter.copy_(value if basis is None else basis @ value)
-        yield _Step(f"{strength:g}", strength, head, found.nfev, is_converged=found.status != 1)  # 1: at the limit
+        # A pass multiplies every row twice: with the vectors, and for their gradient
+        flops = 2 * 2 * n_vectors * width * len(x.label) * found.nfev
+        yield _Step(f"{strength:g}", strength, head, flops, is_converged=found.status != 1)  # 1: at the limit
 
 
 def _weighted_nll(
@@ -398,7 +400,10 @@ def _weighted_nll(
 
 def _fit_minibatches(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator[_Step]:
     """A copy of `head` for each strength, trained from the same start with random numbers of its own."""
+    from pipeline.network.flops import flops_per_image  # torch's counter takes half a second to import
+
     ratio, w, n_rows, seed = _l1_ratio(options), x.weight.float(), len(x.label), torch.initial_seed()
+    flops = n_rows * flops_per_image(head, x.take(torch.tensor([0])), is_training=True)
     for strength in options.regularization_strengths:
         torch.manual_seed(int(digest([seed, float(strength)])[:15], 16))
         candidate = copy.deepcopy(head)
@@ -419,4 +424,4 @@ def _fit_minibatches(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Ite
                         unbiased = state["exp_avg_sq"] / (1 - optimizer.defaults["betas"][1] ** state["step"].item())
                         threshold = options.learning_rate * strength * ratio / (unbiased.sqrt() + 1e-8)
                         matrix.data = matrix.data.sign() * (matrix.data.abs() - threshold).clamp_min(0)
-            yield _Step(f"{strength:g}, epoch {epoch}", strength, candidate, passes=1)
+            yield _Step(f"{strength:g}, epoch {epoch}", strength, candidate, flops)
