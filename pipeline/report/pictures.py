@@ -44,19 +44,6 @@ class Picture:
     title: str
 
 
-@dataclass(frozen=True)
-class FeatureMap:
-    """Images `rows` (n,) and where they lie, `xy` (n, 2); `shares` of the variance along the two axes.
-
-    `is_pooled`: the features are maps, which were averaged over their pixels.
-    """
-
-    rows: np.ndarray
-    xy: np.ndarray
-    shares: list[float]
-    is_pooled: bool
-
-
 class Album:
     """Thumbnails of a dataset, each made once."""
 
@@ -127,21 +114,20 @@ def feature_maps(backbone: Backbone, image: Image.Image, augmentation: Augmentat
     return [Picture(_uri(small, "PNG"), side, side, f"input: {len(pixels)}{TIMES}{len(pixels)} px"), *blocks]
 
 
-def map_features(features: Features) -> FeatureMap:
-    """The first two principal components of view 0; of many images, always the same sample of MAX_POINTS."""
+def map_features(features: Features) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """The first two principal components of view 0; of many images, always the same sample of MAX_POINTS.
+
+    Returns the images' rows (n,), where they lie (n, 2), and the shares of the variance along the two axes. Feature
+    maps are averaged over their pixels.
+    """
     n = len(features.values)
     rows = np.arange(n)
     if n > MAX_POINTS:
         rows = np.sort(np.random.default_rng(0).choice(n, MAX_POINTS, replace=False))
-    values = np.stack([_vector(features.values[row, 0]) for row in rows])
+    pool = cuts.Pool("avg" if features.values.ndim > 3 else "none")
+    vectors = [pool(torch.from_numpy(features.values[row, :1].astype(np.float32))) for row in rows]
     pca = PCA(2, svd_solver="randomized", random_state=0)
-    return FeatureMap(rows, pca.fit_transform(values), pca.explained_variance_ratio_.tolist(), features.values.ndim > 3)
-
-
-def _vector(value: np.ndarray) -> np.ndarray:
-    """Features of one image as a vector; maps are averaged over their pixels."""
-    vector = value.astype(np.float32)
-    return vector if vector.ndim == 1 else cuts.Pool("avg")(torch.from_numpy(vector[None])).numpy()[0]
+    return rows, pca.fit_transform(torch.cat(vectors).numpy()), pca.explained_variance_ratio_.tolist()
 
 
 def _block(name: str, maps: np.ndarray) -> Picture:
