@@ -28,6 +28,7 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.files import digest, write_json
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
@@ -84,14 +85,12 @@ def main() -> None:
     n_units = count_units(labels, units)
     small = [name for index, name in enumerate(labels.class_names) if n_units[index] < options.folds]
     if small:
-        logs.log.warning(
-            "left out: %s: fewer images than label_suspects.folds (%d); images that must stay together count as one",
-            ", ".join(small),
-            options.folds,
+        reason = (
+            f"fewer images than label_suspects.folds ({options.folds}); images that must stay together count as one"
         )
-    device = choose_device(params.runtime.device)
+        logs.log.warning("left out: %s: %s", ", ".join(small), reason)
     torch.set_num_threads(params.threads)
-    found = find(features.values, features.evaluation, labels, units, options, device)
+    found = find(features, labels, units, options, choose_device(params.runtime.device))
     write(found, labels)
     write_json(REPORT.with_suffix(".json"), {**vars(found.quality), "caution": found.quality.caution})
     if found.quality.caution:
@@ -116,24 +115,16 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    units: list[list[int]],
-    options: SuspectOptions,
-    device: torch.device,
+    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
 ) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps.
-
-    `features` and `evaluation` (n, n_views, *shape): of the training and of the evaluation views.
-    """
+    """Find suspects in the classes that `assign_folds` keeps."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
         none, no_share = np.zeros(0, np.int64), np.zeros(0)
         return Suspects(none, none, no_share, no_share)
-    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
+    probability = predict_out_of_fold(features, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
     quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
     found = rank(probability, label, weight)
@@ -167,19 +158,15 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    fold: np.ndarray,
-    options: SuspectOptions,
-    device: torch.device,
+    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
     The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
     fitted on all training views, and select and predict with the evaluation views; feature maps are flattened.
     """
-    features, evaluation = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))  # not read yet
+    # Not read yet
+    training, evaluation = (array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation))
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
@@ -188,10 +175,10 @@ def predict_out_of_fold(
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for vectors, chosen in ((features, ~is_held_out & ~is_val), (evaluation, is_val))
+            for vectors, chosen in ((training, ~is_held_out & ~is_val), (evaluation, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(features.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        head = heads.build(training.shape[2:], len(classes), head_options, nn.Identity()).to(device)
         fitted = heads.fit(head, train, val, head_options)
         predicted = heads.predict(fitted.head, Selection(evaluation, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)

@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -189,34 +189,24 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOption
         val_nll[step.strength] = min(nll, val_nll.get(step.strength, math.inf))
         not_converged += [] if step.is_converged else [step.strength]
         train_flops += step.flops
-    path = _path(val_nll, not_converged)
-    return Fitted(best.eval(), path, join_candidates(candidates), train_flops)
-
-
-def _path(val_nll: dict[float, float], not_converged: list[float]) -> RegularizationPath:
     strength, weakest, strongest = min(val_nll, key=val_nll.__getitem__), min(val_nll), max(val_nll)
     at_end = None
     if weakest < strongest:
         at_end = "strongest" if strength == strongest else "weakest" if strength == weakest > 0 else None
-    return RegularizationPath(strength, at_end, val_nll, not_converged)
+    path = RegularizationPath(strength, at_end, val_nll, not_converged)
+    return Fitted(best.eval(), path, join_candidates(candidates), train_flops)
 
 
 def warn(paths: Sequence[RegularizationPath], section: str) -> None:
     """Log what the fits of a stage, configured by this section of params.yaml, should be given: more of what."""
-    for end, other in (("weakest", "weaker"), ("strongest", "stronger")):
-        n = sum(path.at_end == end for path in paths)
-        if n:
-            log.warning(
-                "%s.regularization_strengths: the best is the %s in %d of %d fits; add %s ones",
-                *(section, end, n, len(paths), other),
-            )
-    stopped = [path.not_converged for path in paths if path.not_converged]
-    if stopped:
+    for end, more in (("weakest", "weaker"), ("strongest", "stronger")):
+        if n := sum(path.at_end == end for path in paths):
+            found = f"the best is the {end} in {n} of {len(paths)} fits"
+            log.warning("%s.regularization_strengths: %s; add %s ones", section, found, more)
+    if stopped := [path.not_converged for path in paths if path.not_converged]:
         strengths = ", ".join(f"{strength:g}" for strength in sorted(set().union(*stopped), reverse=True))
-        log.warning(
-            "%s: the solver did not converge in %d of %d fits (strengths: %s); raise %s.max_iterations",
-            *(section, len(stopped), len(paths), strengths, section),
-        )
+        found = f"did not converge in {len(stopped)} of {len(paths)} fits (strengths: {strengths})"
+        log.warning("%s: the solver %s; raise %s.max_iterations", section, found, section)
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:
@@ -356,16 +346,12 @@ def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator
         return loss, np.concatenate([gradient, bias_slope])
 
     point = before = np.zeros_like(least)
+    bounds = Bounds(cast(Any, least)) if ratio else None
     settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30, "maxfun": math.inf}
     for strength in sorted(options.regularization_strengths, reverse=True):
         start = np.maximum(2 * point - before, least)  # extrapolated from the last two strengths
         with threadpool_limits(1, "blas"):  # scipy's and torch's threads would wait for each other: 16 times slower
-            found = minimize(
-                *(objective, start, (strength,), "L-BFGS-B"),
-                jac=True,
-                bounds=Bounds(least) if ratio else None,  # pyright: ignore[reportArgumentType]
-                options=settings,
-            )
+            found = minimize(objective, start, (strength,), "L-BFGS-B", True, bounds=bounds, options=settings)
         before, point = point, found.x
         with torch.no_grad():
             for parameter, value in zip((linear.weight, linear.bias), parts(point), strict=True):

@@ -20,6 +20,7 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import make_units
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.params import SuspectOptions
 from pipeline.stages import label_suspects
 from pipeline.stages.label_suspects import Quality, Suspects
@@ -165,8 +166,12 @@ def flipped(true: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.n
     return label, rows
 
 
+def in_memory(values: np.ndarray) -> Features:
+    return Features(values, values, [], factories.provenance())
+
+
 def find(features: np.ndarray, labels: Labels, **changes: Any) -> Suspects:
-    return label_suspects.find(features, features, labels, make_units(labels), options(**changes), CPU)
+    return label_suspects.find(in_memory(features), labels, make_units(labels), options(**changes), CPU)
 
 
 # the promise
@@ -232,7 +237,7 @@ def test_folds_are_stratified_and_follow_the_seed():
 
 def predicted(features: np.ndarray, label: np.ndarray, fold: np.ndarray, **columns: Any):
     chosen = options(regularization_strengths=(0.3, 0.01))
-    return label_suspects.predict_out_of_fold(features, features, labels_of(label, **columns), fold, chosen, CPU)
+    return label_suspects.predict_out_of_fold(in_memory(features), labels_of(label, **columns), fold, chosen, CPU)
 
 
 @pytest.mark.parametrize("held_out", range(3))
