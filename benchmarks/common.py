@@ -1,16 +1,14 @@
 """A line of the table, and a directory in which stages run on chosen images with chosen parameters."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 from PIL import Image
@@ -31,7 +29,6 @@ sys.exit(status)
 """
 REPOSITORY = Path(__file__).parents[1]
 LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
-EMPTY = Images([], [], [], [])
 
 
 @dataclass(frozen=True)
@@ -75,37 +72,31 @@ class Workspace:
         """What extract writes."""
         return self.root / "data" / "features.h5"
 
-    def start(self, stage: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a stage, or a module of another package, in a process group of its own."""
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        module = stage if "." in stage else f"pipeline.stages.{stage}"
-        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module, *arguments]
-        with (self.root / "log").open("ab") as log:
-            return subprocess.Popen(
-                command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-            )
+    @property
+    def store(self) -> Path:
+        """The feature store."""
+        return self.root / "data" / ".feature_store"
 
-    def run(self, stage: str, *arguments: str) -> Ran:
+    def start(self, module: str) -> subprocess.Popen[str]:
+        """Start a module in a process group of its own."""
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module]
+        options = {"cwd": self.root, "env": environment, "start_new_session": True}
+        with (self.root / "log").open("a") as log:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, **options)
+
+    def run(self, module: str) -> Ran:
         """Run it to its end."""
-        start, process = time.perf_counter(), self.start(stage, *arguments)
-        printed = cast(IO[bytes], process.stdout).read().decode()
-        if process.wait():
-            raise RuntimeError(f"{stage} failed:\n{(self.root / 'log').read_text()[-2000:]}")
+        start, process = time.perf_counter(), self.start(module)
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{module} failed:\n{(self.root / 'log').read_text()[-2000:]}")
         return Ran(time.perf_counter() - start, int((self.root / "peak_kb").read_text()) / 1024, printed)
 
-    def shards(self) -> list[Path]:
-        """What the store holds."""
-        return list((self.root / "data" / ".feature_store").glob("*/*.h5"))
-
-    def forget(self) -> None:
-        """Empty the store."""
-        shutil.rmtree(self.root / "data" / ".feature_store", ignore_errors=True)
-
-    def list_images(self, images: Images, rows: slice) -> None:
+    def list_images(self, images: Images, rows: slice = slice(None)) -> None:
         """Have data/images.csv hold these rows."""
         chosen = {column: values[rows] for column, values in vars(images).items()}
-        path = self.root / "data" / "images.csv"
-        manifest.write_images(Images(**chosen), path)
+        manifest.write_images(Images(**chosen), self.root / "data" / "images.csv")
 
 
 def choose(name: str) -> BackboneChoice:
@@ -114,22 +105,18 @@ def choose(name: str) -> BackboneChoice:
 
 
 @contextmanager
-def workspace(
-    images: Images, directory: Path, name: str = LITE, precision: str = "fp32", strategies: Sequence[str] = ()
-) -> Iterator[Workspace]:
-    """A workspace with `images` of the data set `directory`, one view of each for the network `name`, and one seed."""
+def workspace(directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
+    """A workspace for one view of each image of the data set `directory`, and the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
     params["dataset"].update({"fetch": [], "path": str(directory)})
-    params["split"]["seeds"] = params["fine_tune"]["seeds"] = [0]
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]
-    params["fine_tune"]["run"] = [*strategies]
+    params["fine_tune"]["run"] = []
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
         yaml.dump(params, made.root / "params.yaml")
-        made.list_images(images, slice(None))
         yield made
 
 

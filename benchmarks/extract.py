@@ -24,17 +24,17 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     listed, directory, step = manifest.read_images(), Path(load_params().dataset.path).resolve(), 5
     for name in (LITE, RESNET50):
         n = len(listed.sha256) // (QUICK[name] if is_quick else 1)
-        with workspace(listed, directory, name) as place:
+        with workspace(directory, name) as place:
             place.list_images(listed, slice(0, n, step))
             plain = place.run("benchmarks.plain_loop")
             loop, theirs = float(plain.printed), read(place)
         slow = plain.seconds + loop * (n / len(theirs) - 1)
         for precision in ("fp32", "bf16"):
             title = f"{name.split('/')[1]}, {precision}"
-            with workspace(listed, directory, name, precision) as place:
+            with workspace(directory, name, precision) as place:
                 place.list_images(listed, slice(n))
-                place.run("plan")
-                fast, ours = place.run("extract").seconds, read(place)
+                place.run("pipeline.stages.plan")
+                fast, ours = place.run("pipeline.stages.extract").seconds, read(place)
                 size = place.features.stat().st_size / ours.nbytes
             print(f"  {n / fast:.0f} against {n / slow:.0f} images/s", flush=True)
             yield Line(f"extraction / plain loop, {title}", slow / fast, "times", "at least", TARGETS[name, precision])

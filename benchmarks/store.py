@@ -8,6 +8,7 @@ is timed in this repository and must have nothing to do. Needs an indexed data s
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,40 +17,41 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import EMPTY, REPOSITORY, Line, generate, run, workspace
+from benchmarks.common import REPOSITORY, Line, generate, run, workspace
 from pipeline.dataset import manifest
 from pipeline.features.extraction import SHARD_ROWS
 from pipeline.params import load_params
 
 START_UP = 8.0  # s
+PLAN, EXTRACT = "pipeline.stages.plan", "pipeline.stages.extract"
 
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
     """Increments, resume, growth, and doing nothing."""
     listed, directory = manifest.read_images(), Path(load_params().dataset.path).resolve()
     n = len(listed.sha256) // (4 if is_quick else 1)
-    with workspace(listed, directory) as place:
+    with workspace(directory) as place:
         place.list_images(listed, slice(n))
-        place.run("plan")
-        whole, content = place.run("extract").seconds, place.features.read_bytes()
+        place.run(PLAN)
+        whole, content = place.run(EXTRACT).seconds, place.features.read_bytes()
 
-        place.forget()
+        shutil.rmtree(place.store)
         place.list_images(listed, slice(n - n // 100))
-        place.run("extract")
+        place.run(EXTRACT)
         place.list_images(listed, slice(n))
-        added = place.run("extract").seconds
+        added = place.run(EXTRACT).seconds
         is_same = place.features.read_bytes() == content
         print(f"  {n} images: {whole:.1f} s from nothing, {added:.1f} s with {n // 100} new; same bytes: {is_same}")
         allowed = 0.03 * whole + START_UP
         yield Line("1 % more images / (3 % of the whole + 8 s)", added / allowed, "times", "at most", 1)
 
-        place.forget()
-        process = place.start("extract")
-        while len(place.shards()) < max(1, n // (2 * SHARD_ROWS)) and process.poll() is None:
+        shutil.rmtree(place.store)
+        process = place.start(EXTRACT)
+        while len([*place.store.glob("*/*.h5")]) < max(1, n // (2 * SHARD_ROWS)) and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        rest = place.run("extract").seconds
+        rest = place.run(EXTRACT).seconds
         (kept,) = re.findall(r"(\d+) rows reused", (place.root / "log").read_text())[-1:]
         is_same = place.features.read_bytes() == content
         print(f"  killed: {kept} of {n} rows were kept, {rest:.1f} s for the others; same bytes: {is_same}")
@@ -62,13 +64,13 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 def growth(is_quick: bool) -> Iterator[Line]:
     """Peak memory and time per image over many images against few."""
     few, many = (300, 900) if is_quick else (2000, 20_000)
-    with tempfile.TemporaryDirectory() as folder, workspace(EMPTY, Path(folder)) as place:
+    with tempfile.TemporaryDirectory() as folder, workspace(Path(folder)) as place:
         generated, runs = generate(many, Path(folder)), {}
-        place.run("plan")
+        place.run(PLAN)
         for n in (8, few, many):
-            place.forget()
+            shutil.rmtree(place.store, ignore_errors=True)
             place.list_images(generated, slice(n))
-            runs[n] = place.run("extract")
+            runs[n] = place.run(EXTRACT)
     each = {n: 1e3 * (runs[n].seconds - runs[8].seconds) / (n - 8) for n in (few, many)}
     peaks = f"{runs[few].peak_mb:.0f} and {runs[many].peak_mb:.0f} MB"
     print(f"  {each[few]:.2f} and {each[many]:.2f} ms an image, {peaks}", flush=True)

@@ -45,19 +45,19 @@ class Picture:
 
 
 class Album:
-    """Thumbnails of a dataset, each made once."""
+    """The images of a data set."""
 
     def __init__(self, directory: Path, files: Images) -> None:
         self.directory = directory
         self._digests = dict(zip(files.image_id, files.sha256, strict=True))
-        self._made: dict[str, str | None] = {}
 
     def thumbnail(self, image_id: str) -> str | None:
         """A data URI; None if the file is missing, cannot be read, or changed since it was indexed."""
-        if image_id not in self._made:
-            image = self.open(image_id)
-            self._made[image_id] = _thumbnail(image) if image else None
-        return self._made[image_id]
+        image = self.open(image_id)
+        if image is None:
+            return None
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return _uri(image, "WEBP")
 
     def open(self, image_id: str) -> Image.Image | None:
         """The image, decoded, or None; one that is not in the index must only lie in the directory."""
@@ -155,12 +155,6 @@ def _grid(tiles: Sequence[np.ndarray], side: int, columns: int, title: str) -> P
         place = (i % columns) * (side + GAP), i // columns * (side + GAP)
         grid.paste(image.resize((side, side), kind), place)
     return Picture(_uri(grid, "PNG"), *size, title)
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _uri(small, "WEBP")
 
 
 def _uri(image: Image.Image, kind: str) -> str:
