@@ -28,12 +28,12 @@ with open("peak_kb", "w") as file:
 sys.exit(status)
 """
 REPOSITORY = Path(__file__).parents[1]
-LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
+LITE = "timm/tf_efficientnet_lite0"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One measured value; `target` is the bound that it should keep, `at least` or `at most`."""
+    """One measured value, and the `limit` that it should keep: `bound` is "at least" or "at most"."""
 
     name: str
     value: float
@@ -45,11 +45,6 @@ class Line:
     def holds(self) -> bool:
         """Whether it does."""
         return self.value >= self.limit if self.bound == "at least" else self.value <= self.limit
-
-    @property
-    def target(self) -> str:
-        """In words."""
-        return f"{self.bound} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,6 @@ class Workspace:
     """A directory with params.yaml and data/images.csv; `python -m` in it runs code of this repository."""
 
     root: Path
-
-    @property
-    def features(self) -> Path:
-        """What extract writes."""
-        return self.root / "data" / "features.h5"
 
     @property
     def store(self) -> Path:
@@ -138,7 +128,7 @@ def run(measure: Callable[..., Iterable[Line]]) -> None:
     """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     try:
         for line in measure(is_quick="--quick" in sys.argv):
-            verdict = "holds" if line.holds else "MISSED"
-            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
+            target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
+            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
