@@ -15,7 +15,7 @@ that are made by naming the largest class always.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +64,12 @@ class Quality:
 class Suspects:
     """The suspects, the least confident first, and the quality of the heads that found them.
 
-    `rows` (n,) int64: their images. `suggested` (n,) int64: the most probable class. `self_confidence` and
-    `suggested_confidence` (n,) float64: the probabilities of the label and of the suggested class.
+    `rows` (n,) int64: their images; `probability` (n, n_classes) float32: what these heads predict for them.
     """
 
     rows: np.ndarray
-    suggested: np.ndarray
-    self_confidence: np.ndarray
-    suggested_confidence: np.ndarray
-    quality: Quality = Quality()
+    probability: np.ndarray
+    quality: Quality
 
 
 def main() -> None:
@@ -100,14 +97,16 @@ def main() -> None:
 
 def write(found: Suspects, labels: Labels) -> None:
     """Write reports/label_suspects.csv."""
+    n, label, suggested = np.arange(len(found.rows)), labels.label[found.rows], found.probability.argmax(1)
+    probability = found.probability.astype(np.float64).round(6)
     frame = pd.DataFrame(
         {
-            "rank": range(1, len(found.rows) + 1),
+            "rank": n + 1,
             "image_id": [labels.image_id[row] for row in found.rows],
-            "label": [labels.class_names[index] for index in labels.label[found.rows]],
-            "suggested": [labels.class_names[index] for index in found.suggested],
-            "self_confidence": found.self_confidence.round(6),
-            "suggested_confidence": found.suggested_confidence.round(6),
+            "label": [labels.class_names[index] for index in label],
+            "suggested": [labels.class_names[index] for index in suggested],
+            "self_confidence": probability[n, label],
+            "suggested_confidence": probability[n, suggested],
             "weight": labels.weight[found.rows],
         }
     )
@@ -122,13 +121,12 @@ def find(
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        none, no_share = np.zeros(0, np.int64), np.zeros(0)
-        return Suspects(none, none, no_share, no_share)
+        return Suspects(rows[:0], np.zeros((0, len(labels.class_names)), np.float32), Quality())
     probability = predict_out_of_fold(features, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
     quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
     found = rank(probability, label, weight)
-    return replace(found, rows=rows[found.rows], quality=quality)
+    return Suspects(rows[found], probability[found], quality)
 
 
 def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions) -> np.ndarray:
@@ -187,10 +185,10 @@ def predict_out_of_fold(
     return probability
 
 
-def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Suspects:
-    """Suspects by the probabilities (n, n_classes) of heads that were fitted without the image.
+def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Which of n images are suspects, the least confident first, int64.
 
-    `rows` of the result refer to these n images.
+    By the probabilities (n, n_classes) of heads that were fitted without the image.
     """
     n_images, n_classes = probability.shape
     given, likely = probability[np.arange(n_images), label].astype(np.float64), probability.argmax(1)
@@ -206,8 +204,7 @@ def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Susp
     order = np.lexsort((given, label))  # class by class, the least confident first
     place = np.arange(n_images) - (np.cumsum(count) - count)[label[order]]
     rows = order[(place < n_wrong[label[order]]) & (likely[order] != label[order])]
-    rows = rows[np.argsort(given[rows], kind="stable")]
-    return Suspects(rows, likely[rows], given[rows], probability[rows, likely[rows]].astype(np.float64))
+    return rows[np.argsort(given[rows], kind="stable")]
 
 
 def _linear(options: SuspectOptions) -> HeadOptions:
