@@ -129,26 +129,24 @@ def score(runs: Sequence[Run], labels: Labels, split: str) -> dict[str, Any]:
 
 
 def measure(outcomes: Sequence[Outcomes], labels: Labels) -> dict[str, Any]:
-    """The published measures: means over runs; of the weighted accuracy its 95 % interval and standard deviation."""
-    each = [one_run(one, labels.label[one.rows], labels.weight[one.rows]) for one in outcomes]
-    mean = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+    """The published measures: means over runs; of the weighted accuracy its 95 % interval and standard deviation.
+
+    `weighted_f1`: the classes' F1, averaged by their (weighted) number of images.
+    """
+    each = []
+    for one in outcomes:
+        label, weight = labels.label[one.rows], labels.weight[one.rows]
+        scored = metrics.score(one, label, weight, 2)
+        unweighted = np.mean(one.predicted == label)
+        f1 = f1_score(label, one.predicted, average="weighted", sample_weight=weight)
+        each.append((scored["accuracy"], unweighted, f1, scored["auroc"], scored["nll"]))
+    names = ("weighted_accuracy", "unweighted_accuracy", "weighted_f1", "auroc", "nll")
     interval = intervals.metric_intervals(outcomes, labels.label, labels.weight, unit_of(labels), 2)["accuracy"]
-    accuracies = [one["weighted_accuracy"] for one in each]
-    spread = {"sd": float(np.std(accuracies, ddof=1))} if len(outcomes) > 1 else {}
-    values = {**mean, "low": cast(Interval, interval).low, "high": cast(Interval, interval).high, **spread}
+    values = dict(zip(names, np.mean(each, axis=0).tolist(), strict=True))
+    values |= {"low": cast(Interval, interval).low, "high": cast(Interval, interval).high}
+    if len(outcomes) > 1:
+        values["sd"] = float(np.std([accuracy for accuracy, *_ in each], ddof=1))
     return {name: round(value, 6) for name, value in values.items()} | {"n": len(outcomes)}
-
-
-def one_run(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
-    """Measures of one run. `weighted_f1`: the classes' F1, averaged by their (weighted) number of images."""
-    scored = metrics.score(outcomes, label, weight, 2)
-    return {
-        "weighted_accuracy": scored["accuracy"],
-        "unweighted_accuracy": float(np.mean(outcomes.predicted == label)),
-        "weighted_f1": float(f1_score(label, outcomes.predicted, average="weighted", sample_weight=weight)),
-        "auroc": scored["auroc"],
-        "nll": scored["nll"],
-    }
 
 
 def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float]) -> str:

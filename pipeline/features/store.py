@@ -128,10 +128,9 @@ class Store:
     def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
         """Add (len(rows), *row_shape) float32, as one shard of symmetries and one of augmented views."""
         stored, rounding = self._rounded(values)
-        for is_augmented in (False, True):
-            part = [i for i, (_, view) in enumerate(rows) if (view >= AUGMENTED) == is_augmented]
+        for view in (0, AUGMENTED):
+            part = [i for i, (_, other) in enumerate(rows) if (other < AUGMENTED) == (view < AUGMENTED)]
             if part:
-                view = rows[part[0]][1]
                 directory = root() / self._key.name(view)
                 directory.mkdir(parents=True, exist_ok=True)
                 self._inodes.setdefault(directory, directory.stat().st_ino)
