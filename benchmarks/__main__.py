@@ -1,33 +1,32 @@
 """Everything in one table, and in reports/benchmarks.json: `python -m benchmarks [--quick]`."""
 
-import json
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import openvino
 import torch
 
-from benchmarks import boundary, compare, extract, head, index, label_suspects, startup, store
+from benchmarks import boundary, extract, head, index, startup, store
 from benchmarks.common import Line, run
-from pipeline.files import write_text
+from pipeline.files import write_json
 
 RESULTS = Path("reports/benchmarks.json")
-PARTS = (startup, index, extract, store, head, boundary, compare, label_suspects)
+PARTS = (startup, index, extract, store, head, boundary)
 
 
 def machine() -> str:
     """Processor, cores, memory, and the libraries that do the work."""
     core = openvino.Core()
+    cpu, abilities = (core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return (
-        f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}, {len(os.sched_getaffinity(0))} cores, "
-        f"{'bf16' if has_bf16 else 'no bf16'}, {gigabytes:.0f} GB, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, {platform.platform()}, "
-        f"torch {torch.__version__}, OpenVINO {openvino.__version__}"
-    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    bf16 = "bf16" if "BF16" in abilities else "no bf16"
+    versions = f"torch {torch.__version__}, OpenVINO {openvino.__version__}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cpu}, {cores} cores, {bf16}, {gigabytes:.0f} GB, {gpu}, {platform.platform()}, {versions}"
 
 
 def measure(*, is_quick: bool) -> Iterator[Line]:
@@ -39,8 +38,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             lines.append(line)
             yield line
     print(f"{len(lines)} lines, {sum(not line.holds for line in lines)} missed their target")
-    keys = ("name", "value", "unit", "target", "holds")
-    write_text(RESULTS, json.dumps([{key: getattr(line, key) for key in keys} for line in lines], indent=2) + "\n")
+    write_json(RESULTS, [asdict(line) | {"holds": line.holds} for line in lines])
 
 
 if __name__ == "__main__":

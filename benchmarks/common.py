@@ -1,7 +1,6 @@
 """A line of the table, and a directory in which stages run on chosen images with chosen parameters."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 from PIL import Image
@@ -30,13 +28,12 @@ with open("peak_kb", "w") as file:
 sys.exit(status)
 """
 REPOSITORY = Path(__file__).parents[1]
-LITE, RESNET50 = "timm/tf_efficientnet_lite0", "torchvision/resnet50"
-EMPTY = Images([], [], [], [])
+LITE = "timm/tf_efficientnet_lite0"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One measured value; `target` is the bound that it should keep, `at least` or `at most`."""
+    """One measured value, and the `limit` that it should keep: `bound` is "at least" or "at most"."""
 
     name: str
     value: float
@@ -48,11 +45,6 @@ class Line:
     def holds(self) -> bool:
         """Whether it does."""
         return self.value >= self.limit if self.bound == "at least" else self.value <= self.limit
-
-    @property
-    def target(self) -> str:
-        """In words."""
-        return f"{self.bound} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -71,41 +63,30 @@ class Workspace:
     root: Path
 
     @property
-    def features(self) -> Path:
-        """What extract writes."""
-        return self.root / "data" / "features.h5"
+    def store(self) -> Path:
+        """The feature store."""
+        return self.root / "data" / ".feature_store"
 
-    def start(self, stage: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a stage, or a module of another package, in a process group of its own."""
+    def start(self, module: str) -> subprocess.Popen[str]:
+        """Start a module in a process group of its own."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        module = stage if "." in stage else f"pipeline.stages.{stage}"
-        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module, *arguments]
-        with (self.root / "log").open("ab") as log:
-            return subprocess.Popen(
-                command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-            )
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module]
+        options = {"cwd": self.root, "env": environment, "start_new_session": True}
+        with (self.root / "log").open("a") as log:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, **options)
 
-    def run(self, stage: str, *arguments: str) -> Ran:
+    def run(self, module: str) -> Ran:
         """Run it to its end."""
-        start, process = time.perf_counter(), self.start(stage, *arguments)
-        printed = cast(IO[bytes], process.stdout).read().decode()
-        if process.wait():
-            raise RuntimeError(f"{stage} failed:\n{(self.root / 'log').read_text()[-2000:]}")
+        start, process = time.perf_counter(), self.start(module)
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{module} failed:\n{(self.root / 'log').read_text()[-2000:]}")
         return Ran(time.perf_counter() - start, int((self.root / "peak_kb").read_text()) / 1024, printed)
 
-    def shards(self) -> list[Path]:
-        """What the store holds."""
-        return list((self.root / "data" / ".feature_store").glob("*/*.h5"))
-
-    def forget(self) -> None:
-        """Empty the store."""
-        shutil.rmtree(self.root / "data" / ".feature_store", ignore_errors=True)
-
-    def list_images(self, images: Images, rows: slice) -> None:
+    def list_images(self, images: Images, rows: slice = slice(None)) -> None:
         """Have data/images.csv hold these rows."""
         chosen = {column: values[rows] for column, values in vars(images).items()}
-        path = self.root / "data" / "images.csv"
-        manifest.write_images(Images(**chosen), path)
+        manifest.write_images(Images(**chosen), self.root / "data" / "images.csv")
 
 
 def choose(name: str) -> BackboneChoice:
@@ -114,8 +95,8 @@ def choose(name: str) -> BackboneChoice:
 
 
 @contextmanager
-def workspace(images: Images, directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
-    """A workspace with `images` of the data set `directory`, and one view of each for the network `name`."""
+def workspace(directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
+    """A workspace for one view of each image of the data set `directory`, and the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
     params["dataset"].update({"fetch": [], "path": str(directory)})
@@ -126,30 +107,28 @@ def workspace(images: Images, directory: Path, name: str = LITE, precision: str 
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
         yaml.dump(params, made.root / "params.yaml")
-        made.list_images(images, slice(None))
         yield made
 
 
-def generate(n: int, directory: Path) -> Images:
-    """Write `n` grey PNG files of 300 px as the default data has them: smooth, with some noise."""
-    random = np.random.default_rng(0)
-    grid = np.linspace(0, 6, 300)
-    names, digests = [], []
-    for number in range(n):
+def generate(n: int, directory: Path, side: int = 300) -> Images:
+    """Write `n` grey PNG files of two classes, `side` px: smooth, with some noise, as the default data are."""
+    random, grid, digests = np.random.default_rng(0), np.linspace(0, 6, side), []
+    names = [f"{('one', 'other')[number % 2]}/{number:06}.png" for number in range(n)]
+    for name in names:
         wave = np.outer(np.sin(grid * random.uniform(1, 4)), np.cos(grid * random.uniform(1, 4)))
-        pixels = 128 + 80 * wave + random.integers(-6, 7, (300, 300))
-        path = directory / f"{number:06}.png"
+        pixels = 128 + 80 * wave + random.integers(-6, 7, (side, side))
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=1)
-        names.append(path.name)
         digests.append(sha256(path.read_bytes()))
-    return Images(names, digests, [300] * n, [300] * n)
+    return Images(names, digests, [side] * n, [side] * n)
 
 
 def run(measure: Callable[..., Iterable[Line]]) -> None:
     """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     try:
         for line in measure(is_quick="--quick" in sys.argv):
-            verdict = "holds" if line.holds else "MISSED"
-            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{line.target:<16}{verdict}", flush=True)
+            target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
+            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""The published ELPV protocol on seeded splits: `python -m benchmarks.elpv [--seeds N] [--head-seeds N] […]`.
+"""The published ELPV protocol on seeded splits: `python -m benchmarks.elpv [--validation] [--set KEY=VALUE …]`.
 
 Reads   params.yaml, changed by benchmarks/elpv.yaml and `--set`
 Writes  reports/elpv.json; data/.elpv/, a DVC repository of the study, so that the next call continues it
@@ -9,7 +9,6 @@ photovoltaic module cells in electroluminescence images"). `dvc repro` runs the 
 `--validation`, which takes seeds from 100 up and reads validation images only.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import numpy as np
 from ruamel.yaml import YAML
 from sklearn.metrics import f1_score
@@ -33,7 +33,7 @@ from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.params import HEAD_ONLY, Params, load_params
-from pipeline.training.runs import Predictions, Run, read_run
+from pipeline.training.runs import Run, read_run
 
 OVERRIDES = REPOSITORY / "benchmarks" / "elpv.yaml"
 RESULTS = REPOSITORY / "reports" / "elpv.json"
@@ -46,55 +46,37 @@ SUBSETS = {"mono": "monocrystalline", "poly": "polycrystalline"}
 yaml = YAML(typ="safe", pure=True)
 
 
-def main() -> None:
-    """Run the study; a mistake is one line."""
-    logs.run(study)
-
-
-def study() -> None:
-    """Run what is missing, then score."""
-    options = arguments()
-    work = STUDIES / ("validation" if options.validation else "test")
-    params = prepare(work, document(options))
+@click.command()
+@click.option("--validation", "is_validation", is_flag=True, help="Seeds from 100 up, and validation images alone.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A parameter, as section.key=value.")
+def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
+    """Run what is missing of the study, then score it."""
+    work, split = STUDIES / ("validation" if is_validation else "test"), "val" if is_validation else "test"
+    params = prepare(work, document(changes, is_validation=is_validation))
     for targets in steps(params):
         reproduce(targets, work)
     seeds = {HEAD_ONLY: params.split.seeds, **dict.fromkeys(params.fine_tune.run, params.fine_tune.seeds)}
     with contextlib.chdir(work):
         labels = manifest.read_labels()
         runs = {name: [read_run(name, seed) for seed in chosen] for name, chosen in seeds.items()}
-    results = {name: score(found, labels, "val" if options.validation else "test") for name, found in runs.items()}
-    if not options.validation:
+    results = {name: score(found, labels, split) for name, found in runs.items()}
+    if not is_validation:
         write_json(RESULTS, results)
-    print(as_markdown(results, {} if options.validation else PUBLISHED))
+    print(as_markdown(results, {} if is_validation else PUBLISHED))
 
 
-def arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, `line` if there is one."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.elpv", description="The published ELPV protocol.")
-    parser.add_argument("--seeds", type=int, help="splits on which strategies are fine-tuned, from 0 up")
-    parser.add_argument("--head-seeds", type=int, help="splits on which a head is fitted, from 0 up")
-    parser.add_argument("--strategies", nargs="*", help="what to fine-tune; nothing: the head alone")
-    parser.add_argument("--validation", action="store_true", help="seeds from 100 up, validation images alone")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="parameters, as section.key=value")
-    return parser.parse_args(line)
-
-
-def document(options: argparse.Namespace) -> dict[str, Any]:
-    """params.yaml, changed by elpv.yaml and the command line."""
+def document(changes: Sequence[str], *, is_validation: bool) -> dict[str, Any]:
+    """params.yaml, changed by elpv.yaml and by `changes`, each of which is section.key=value."""
     found = merged(*(yaml.load(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "params.yaml", OVERRIDES)))
-    for change in options.set:
+    for change in changes:
         key, _, text = change.partition("=")
         value = yaml.load(text)
         for name in reversed(key.split(".")):
             value = {name: value}
         found = merged(found, value)
-    tuned, split = found["fine_tune"], found["split"]
-    if options.strategies is not None:
-        tuned["run"] = options.strategies
-    n_tuned = len(tuned["seeds"]) if options.seeds is None else options.seeds
-    n_heads = max(len(split["seeds"]) if options.head_seeds is None else options.head_seeds, n_tuned)
-    first = FIRST_VALIDATION_SEED if options.validation else 0
-    tuned["seeds"], split["seeds"] = ([*range(first, first + n)] for n in (n_tuned, n_heads))
+    if is_validation:
+        for section in (found["split"], found["fine_tune"]):
+            section["seeds"] = [FIRST_VALIDATION_SEED + seed for seed in section["seeds"]]
     return found
 
 
@@ -136,41 +118,35 @@ def reproduce(targets: Sequence[str], work: Path) -> None:
         sys.exit(status)
 
 
-def score(runs: Sequence[Run], labels: Labels, part: str) -> dict[str, Any]:
-    """Means over the runs' `part` (val or test), of all images and by `subset`; floats to 6 digits."""
-    whole: list[Predictions] = [getattr(run, part) for run in runs]
-    kind = np.asarray(labels.subset)
-    subsets = {}
-    for subset, words in SUBSETS.items():
-        kept = [kind[one.rows] == subset for one in whole]
-        chosen = [Predictions(one.rows[keep], one.log_probability[keep]) for one, keep in zip(whole, kept, strict=True)]
-        subsets[words] = measure(chosen, labels)
-    return {**measure(whole, labels), "seeds": [run.seed for run in runs], "subsets": subsets}
-
-
-def measure(runs: Sequence[Predictions], labels: Labels) -> dict[str, Any]:
-    """The published measures: means over runs; of the weighted accuracy its 95 % interval and standard deviation."""
-    outcomes = [of_predictions(one, labels.label) for one in runs]
-    each = [one_run(one, labels.label[one.rows], labels.weight[one.rows]) for one in outcomes]
-    mean = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
-    interval = intervals.metric_intervals(outcomes, labels.label, labels.weight, unit_of(labels), 2)["accuracy"]
-    accuracies = [one["weighted_accuracy"] for one in each]
-    spread = {"sd": float(np.std(accuracies, ddof=1))} if len(runs) > 1 else {}
-    values = {**mean, "low": cast(Interval, interval).low, "high": cast(Interval, interval).high, **spread}
-    return {name: round(value, 6) for name, value in values.items()} | {"n": len(runs)}
-
-
-def one_run(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray) -> dict[str, Any]:
-    """Measures of one run. `weighted_f1`: the classes' F1, averaged by their (weighted) number of images."""
-    predicted = outcomes.predicted
-    scored = metrics.score(outcomes, label, weight, 2)
-    return {
-        "weighted_accuracy": scored["accuracy"],
-        "unweighted_accuracy": float(np.mean(predicted == label)),
-        "weighted_f1": float(f1_score(label, predicted, average="weighted", sample_weight=weight)),
-        "auroc": scored["auroc"],
-        "nll": scored["nll"],
+def score(runs: Sequence[Run], labels: Labels, split: str) -> dict[str, Any]:
+    """Means over the runs on `split` (val or test), of all images and by `subset`; floats to 6 digits."""
+    outcomes = [of_predictions(getattr(run, split), labels.label) for run in runs]
+    subset = np.asarray(labels.subset)
+    subsets = {
+        words: measure([one[subset[one.rows] == name] for one in outcomes], labels) for name, words in SUBSETS.items()
     }
+    return {**measure(outcomes, labels), "seeds": [run.seed for run in runs], "subsets": subsets}
+
+
+def measure(outcomes: Sequence[Outcomes], labels: Labels) -> dict[str, Any]:
+    """The published measures: means over runs; of the weighted accuracy its 95 % interval and standard deviation.
+
+    `weighted_f1`: the classes' F1, averaged by their (weighted) number of images.
+    """
+    each = []
+    for one in outcomes:
+        label, weight = labels.label[one.rows], labels.weight[one.rows]
+        scored = metrics.score(one, label, weight, 2)
+        unweighted = np.mean(one.predicted == label)
+        f1 = f1_score(label, one.predicted, average="weighted", sample_weight=weight)
+        each.append((scored["accuracy"], unweighted, f1, scored["auroc"], scored["nll"]))
+    names = ("weighted_accuracy", "unweighted_accuracy", "weighted_f1", "auroc", "nll")
+    interval = intervals.metric_intervals(outcomes, labels.label, labels.weight, unit_of(labels), 2)["accuracy"]
+    values = dict(zip(names, np.mean(each, axis=0).tolist(), strict=True))
+    values |= {"low": cast(Interval, interval).low, "high": cast(Interval, interval).high}
+    if len(outcomes) > 1:
+        values["sd"] = float(np.std([accuracy for accuracy, *_ in each], ddof=1))
+    return {name: round(value, 6) for name, value in values.items()} | {"n": len(outcomes)}
 
 
 def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float]) -> str:
@@ -181,18 +157,21 @@ def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float])
     ]
     for name, result in results.items():
         for cells, one in {"all": result, **result["subsets"]}.items():
-            lines.append(_row(name if cells == "all" else "", cells, one))
+            percent = {key: 100 * value for key, value in one.items() if isinstance(value, float)}
+            spread = f" ± {percent['sd']:.2f}" if "sd" in one else ""
+            lines.append(
+                f"| {name if cells == 'all' else ''} | {cells} | {one['n']} "
+                f"| {percent['weighted_accuracy']:.2f}{spread} | {percent['low']:.1f} to {percent['high']:.1f} "
+                f"| {percent['unweighted_accuracy']:.1f} | {percent['weighted_f1']:.1f} | {percent['auroc']:.1f} "
+                f"| {one['nll']:.3f} |"
+            )
     lines += [f"| {name} | all | | {100 * value:.2f} | | | | | |" for name, value in published.items()]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, cells: str, one: dict[str, Any]) -> str:
-    spread = f" ± {100 * one['sd']:.2f}" if "sd" in one else ""
-    accuracy = f"{100 * one['weighted_accuracy']:.2f}{spread}"
-    interval = f"{100 * one['low']:.1f} to {100 * one['high']:.1f}"
-    others = [f"{100 * one[key]:.1f}" for key in ("unweighted_accuracy", "weighted_f1", "auroc")]
-    others.append(f"{one['nll']:.3f}")
-    return f"| {' | '.join([name, cells, str(one['n']), accuracy, interval, *others])} |"
+def main() -> None:
+    """Run the study; a mistake is one line."""
+    logs.run(study)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """How often intervals miss and tests err, simulated: `python -m benchmarks.error_rates [--studies N]`.
 
-Every row draws studies with a known truth and runs the project's own code on them. `before` is what the same simulation
-gave with the code of commit 5a6e86a. Four tables: intervals of accuracy where test images come in groups, tests of a
-true null hypothesis there, intervals of balanced accuracy and macro F1 with a rare class, and what choosing an epoch on
-the validation images does to their figures.
+Every row draws studies with a known truth and runs the project's own code on them. Four tables: intervals of accuracy
+where test images come in groups, tests of a true null hypothesis there, intervals of balanced accuracy and macro F1
+with a rare class, and what choosing an epoch on the validation images does to their figures. The last two lines of a
+table give the lowest and the highest of its figures. `before` is what the same simulation gave with the code of commit
+5a6e86a; of the two large tables, these two lines alone.
 """
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
+import click
 import numpy as np
 from scipy import special
 
@@ -19,67 +19,17 @@ from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.training.runs import Candidates
 
-STUDIES = 5_000
+Row = tuple[tuple, dict[str, float]]  # what was simulated, and its figures
 GROUPS, KINDS, CORRELATIONS = (10, 33, 66), ("equal", "unequal"), (0.0, 0.2, 0.5)
 GROUP_SIZE = 10  # images, the mean of unequal sizes (log-normal, sigma 1) too
 RARE_SHARE = 0.02
 RARE_RECALLS, COMMON_RECALLS, SIZES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97), (0.9, 0.97), (295, 656, 2000)
-# The same figures with the code of commit 5a6e86a, by row: 2,000 studies a row, 500 of a rare class
+# The same figures with the code of commit 5a6e86a: 2,000 studies a row, 500 of a rare class
 BEFORE: dict[tuple, tuple[float, ...]] = {
-    (10, "equal", 0.0, 0.85): (0.929, 0.138),
-    (10, "equal", 0.0, 0.95): (0.972, 0.088),
-    (10, "equal", 0.2, 0.85): (0.741, 0.136),
-    (10, "equal", 0.2, 0.95): (0.828, 0.085),
-    (10, "equal", 0.5, 0.85): (0.572, 0.134),
-    (10, "equal", 0.5, 0.95): (0.587, 0.081),
-    (10, "unequal", 0.0, 0.85): (0.957, 0.144),
-    (10, "unequal", 0.0, 0.95): (0.959, 0.093),
-    (10, "unequal", 0.2, 0.85): (0.650, 0.142),
-    (10, "unequal", 0.2, 0.95): (0.743, 0.088),
-    (10, "unequal", 0.5, 0.85): (0.476, 0.134),
-    (10, "unequal", 0.5, 0.95): (0.569, 0.082),
-    (33, "equal", 0.0, 0.85): (0.958, 0.077),
-    (33, "equal", 0.0, 0.95): (0.965, 0.048),
-    (33, "equal", 0.2, 0.85): (0.765, 0.076),
-    (33, "equal", 0.2, 0.95): (0.790, 0.047),
-    (33, "equal", 0.5, 0.85): (0.598, 0.076),
-    (33, "equal", 0.5, 0.95): (0.598, 0.046),
-    (33, "unequal", 0.0, 0.85): (0.946, 0.078),
-    (33, "unequal", 0.0, 0.95): (0.951, 0.049),
-    (33, "unequal", 0.2, 0.85): (0.627, 0.078),
-    (33, "unequal", 0.2, 0.95): (0.620, 0.047),
-    (33, "unequal", 0.5, 0.85): (0.430, 0.075),
-    (33, "unequal", 0.5, 0.95): (0.458, 0.045),
-    (66, "equal", 0.0, 0.85): (0.935, 0.054),
-    (66, "equal", 0.0, 0.95): (0.940, 0.033),
-    (66, "equal", 0.2, 0.85): (0.724, 0.054),
-    (66, "equal", 0.2, 0.95): (0.740, 0.033),
-    (66, "equal", 0.5, 0.85): (0.572, 0.054),
-    (66, "equal", 0.5, 0.95): (0.589, 0.033),
-    (66, "unequal", 0.0, 0.85): (0.951, 0.055),
-    (66, "unequal", 0.0, 0.95): (0.952, 0.034),
-    (66, "unequal", 0.2, 0.85): (0.599, 0.055),
-    (66, "unequal", 0.2, 0.95): (0.621, 0.033),
-    (66, "unequal", 0.5, 0.85): (0.413, 0.054),
-    (66, "unequal", 0.5, 0.95): (0.437, 0.032),
-    (10, "equal", 0.0): (0.025, 0.048),
-    (10, "equal", 0.2): (0.188, 0.157),
-    (10, "equal", 0.5): (0.376, 0.247),
-    (10, "unequal", 0.0): (0.030, 0.049),
-    (10, "unequal", 0.2): (0.277, 0.195),
-    (10, "unequal", 0.5): (0.431, 0.271),
-    (33, "equal", 0.0): (0.043, 0.054),
-    (33, "equal", 0.2): (0.217, 0.159),
-    (33, "equal", 0.5): (0.382, 0.242),
-    (33, "unequal", 0.0): (0.040, 0.054),
-    (33, "unequal", 0.2): (0.337, 0.217),
-    (33, "unequal", 0.5): (0.519, 0.315),
-    (66, "equal", 0.0): (0.043, 0.054),
-    (66, "equal", 0.2): (0.221, 0.174),
-    (66, "equal", 0.5): (0.395, 0.247),
-    (66, "unequal", 0.0): (0.043, 0.053),
-    (66, "unequal", 0.2): (0.363, 0.232),
-    (66, "unequal", 0.5): (0.542, 0.309),
+    ("intervals", "lowest"): (0.413, 0.032),
+    ("intervals", "highest"): (0.972, 0.144),
+    ("tests", "lowest"): (0.025, 0.048),
+    ("tests", "highest"): (0.542, 0.315),
     ("balanced_accuracy", 295): (0.923, 0.776, 0.258),
     ("macro_f1", 295): (0.988, 0.948, 0.245),
     ("balanced_accuracy", 656): (0.937, 0.742, 0.183),
@@ -92,43 +42,20 @@ BEFORE: dict[tuple, tuple[float, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Groups of images: the unit (n,) of each image, and their sizes (n_groups,)."""
-
-    unit: np.ndarray
-    size: np.ndarray
-
-
-def draw_groups(random: np.random.Generator, n_groups: int, kind: str) -> Groups:
-    """Groups of equal or of very unequal sizes."""
+def draw_groups(random: np.random.Generator, n_groups: int, kind: str) -> np.ndarray:
+    """The group (n,) of each image: groups of equal or of very unequal sizes."""
     size = np.full(n_groups, GROUP_SIZE)
     if kind == "unequal":
         size = np.maximum(1, np.round(GROUP_SIZE * random.lognormal(-0.5, 1.0, n_groups))).astype(int)
-    return Groups(np.repeat(np.arange(n_groups), size), size)
+    return np.repeat(np.arange(n_groups), size)
 
 
-def draw_correlated(random: np.random.Generator, groups: Groups, share: np.ndarray, rho: float) -> np.ndarray:
+def draw_correlated(random: np.random.Generator, group: np.ndarray, share: list[float], rho: float) -> np.ndarray:
     """A category (n,) of each image, of probabilities `share` (k,) and this correlation within groups (Dirichlet)."""
-    n = len(groups.size)
-    probability = np.tile(share, (n, 1)) if rho == 0 else random.dirichlet(share * (1 - rho) / rho + 1e-9, n)
-    threshold = probability.cumsum(axis=1)[groups.unit]
-    return (random.random(len(groups.unit))[:, None] > threshold[:, :-1]).sum(axis=1)
-
-
-def grouped_intervals(studies: int) -> Iterator[tuple[tuple, dict[str, float]]]:
-    """Coverage and mean width of the 95 % interval of accuracy."""
-    for n_groups, kind, rho, accuracy in product(GROUPS, KINDS, CORRELATIONS, (0.85, 0.95)):
-        random, covered, width = np.random.default_rng(0), 0, 0.0
-        for _ in range(studies):
-            groups = draw_groups(random, n_groups, kind)
-            is_correct = draw_correlated(random, groups, np.array([accuracy, 1 - accuracy]), rho) == 0
-            rows = np.arange(len(groups.unit))
-            found = intervals.interval([influence.mean(is_correct, np.ones(len(rows)))], [rows], groups.unit)
-            assert found is not None
-            covered += found.low <= accuracy <= found.high
-            width += (found.high - found.low) / studies
-        yield (n_groups, kind, rho, accuracy), {"coverage": covered / studies, "mean width": width}
+    n = group[-1] + 1
+    probability = np.tile(share, (n, 1)) if rho == 0 else random.dirichlet(np.multiply(share, 1 - rho) / rho + 1e-9, n)
+    threshold = probability.cumsum(axis=1)[group]
+    return (random.random(len(group))[:, None] > threshold[:, :-1]).sum(axis=1)
 
 
 def made_up(predicted: np.ndarray) -> Outcomes:
@@ -137,55 +64,66 @@ def made_up(predicted: np.ndarray) -> Outcomes:
     return Outcomes(np.arange(n), predicted, np.zeros(n), np.zeros((n, 0)), np.zeros(n, np.int64), None)
 
 
-def null_tests(studies: int) -> Iterator[tuple[tuple, dict[str, float]]]:
+def grouped_intervals(studies: int) -> Iterator[Row]:
+    """Coverage and mean width of the 95 % interval of accuracy."""
+    for n_groups, kind, rho, accuracy in product(GROUPS, KINDS, CORRELATIONS, (0.85, 0.95)):
+        random, covered, width = np.random.default_rng(0), 0, 0.0
+        for _ in range(studies):
+            group = draw_groups(random, n_groups, kind)
+            is_correct = draw_correlated(random, group, [accuracy, 1 - accuracy], rho) == 0
+            rows = np.arange(len(group))
+            found = intervals.interval([influence.mean(is_correct, np.ones(len(rows)))], [rows], group)
+            assert found is not None
+            covered += found.low <= accuracy <= found.high
+            width += (found.high - found.low) / studies
+        yield (n_groups, kind, rho, accuracy), {"coverage": covered / studies, "mean width": width}
+
+
+def null_tests(studies: int) -> Iterator[Row]:
     """Equal accuracy, 20 % of the images discordant: rejected at 5 %, one-sided 95 % bound above 0."""
     for n_groups, kind, rho in product(GROUPS, KINDS, CORRELATIONS):
         random, rejected, wrong = np.random.default_rng(0), 0, 0
         for _ in range(studies):
-            groups = draw_groups(random, n_groups, kind)
-            category = draw_correlated(random, groups, np.array([0.1, 0.1, 0.8]), rho)  # ours better, theirs, both
-            label = np.zeros(len(groups.unit), np.int64)
-            study = Study(label, np.ones(len(label)), groups.unit)
+            group = draw_groups(random, n_groups, kind)
+            category = draw_correlated(random, group, [0.1, 0.1, 0.8], rho)  # ours better, theirs, both
+            label = np.zeros(len(group), np.int64)
+            study = Study(label, np.ones(len(label)), group)
             ours, theirs = [made_up((category == 1).astype(int))], [made_up((category == 0).astype(int))]
             rejected += paired.compare(ours, theirs, study).p_value <= 0.05
             wrong += paired.lower_bound(ours, theirs, study, 0.95) > 0
         yield (n_groups, kind, rho), {"rejected": rejected / studies, "bound wrong": wrong / studies}
 
 
-def rare_classes(studies: int) -> Iterator[tuple[tuple, dict[str, float]]]:
+def rare_classes(studies: int) -> Iterator[Row]:
     """Coverage of the intervals of balanced accuracy and macro F1, over recalls, with a class of 2 %."""
+    metrics, recalls = ("balanced_accuracy", "macro_f1"), [*product(RARE_RECALLS, COMMON_RECALLS)]
     for n in SIZES:
         n_rare = round(RARE_SHARE * n)
         label, rows = np.repeat([0, 1], [n - n_rare, n_rare]), np.arange(n)
-        found = {metric: [] for metric in ("balanced_accuracy", "macro_f1")}
-        for rare, common in product(RARE_RECALLS, COMMON_RECALLS):
-            random, covered, width = np.random.default_rng(0), dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
+        covered, width = np.zeros((2, len(metrics), len(recalls)))
+        for i, (rare, common) in enumerate(recalls):
+            random, truth = np.random.default_rng(0), expected(n - n_rare, n_rare, common, rare)
             for _ in range(studies):
                 is_correct = random.random(n) < np.where(label == 1, rare, common)
                 predicted = made_up(np.where(is_correct, label, 1 - label))
                 linear = influence.linearise(predicted, label, np.ones(n), rows, 2)
-                for metric in found:
-                    interval = intervals.interval([linear[metric]], [rows], rows)
-                    assert interval is not None
-                    covered[metric] += (
-                        interval.low <= _expected(metric, n - n_rare, n_rare, common, rare) <= interval.high
-                    )
-                    width[metric] += interval.high - interval.low
-            for metric, these in found.items():
-                these.append((covered[metric] / studies, width[metric] / studies))
-        for metric, these in found.items():
-            coverage, width = np.array(these).T
-            yield (metric, n), {"mean coverage": coverage.mean(), "lowest": coverage.min(), "mean width": width.mean()}
+                for m, metric in enumerate(metrics):
+                    found = intervals.interval([linear[metric]], [rows], rows)
+                    assert found is not None
+                    covered[m, i] += (found.low <= truth[m] <= found.high) / studies
+                    width[m, i] += (found.high - found.low) / studies
+        for m, metric in enumerate(metrics):
+            figures = {"mean coverage": covered[m].mean(), "lowest": covered[m].min(), "mean width": width[m].mean()}
+            yield (metric, n), figures
 
 
-def _expected(metric: str, n_common: int, n_rare: int, common: float, rare: float) -> float:
-    if metric == "balanced_accuracy":
-        return (common + rare) / 2
+def expected(n_common: int, n_rare: int, common: float, rare: float) -> tuple[float, float]:
+    """Balanced accuracy and macro F1 if the classes have exactly these recalls."""
     hits, misses = (common * n_common, rare * n_rare), ((1 - common) * n_common, (1 - rare) * n_rare)
-    return float(np.mean([2 * hit / (2 * hit + sum(misses)) for hit in hits]))
+    return (common + rare) / 2, float(np.mean([2 * hit / (2 * hit + sum(misses)) for hit in hits]))
 
 
-def choosing(studies: int) -> Iterator[tuple[tuple, dict[str, float]]]:
+def choosing(studies: int) -> Iterator[Row]:
     """Nine equally good epochs of which validation chooses one, against a strategy of equal accuracy without a choice.
 
     The bias of the validation accuracy, in points, and how often the one-sided 95 % bound says that it is better.
@@ -211,23 +149,32 @@ def choosing(studies: int) -> Iterator[tuple[tuple, dict[str, float]]]:
 
 
 TABLES = {
-    "Interval of accuracy: groups, sizes, correlation, accuracy": grouped_intervals,
-    "True null hypothesis: groups, sizes, correlation": null_tests,
-    "A class of 2 %: metric, images": rare_classes,
-    "Equally good epochs, one is chosen: images, epochs, correlation of epochs": choosing,
+    "intervals": ("Interval of accuracy: groups, sizes, correlation, accuracy", grouped_intervals),
+    "tests": ("True null hypothesis: groups, sizes, correlation", null_tests),
+    "rare class": ("A class of 2 %: metric, images", rare_classes),
+    "choosing": ("Equally good epochs, one is chosen: images, epochs, correlation of epochs", choosing),
 }
 
 
-def main() -> None:
-    """Print the tables."""
-    studies = int(sys.argv[sys.argv.index("--studies") + 1]) if "--studies" in sys.argv else STUDIES
-    for title, table in TABLES.items():
+def show(row: tuple, figures: dict[str, float]) -> None:
+    """Print a row, and what it was before."""
+    text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    before = ", ".join(f"{value:.3f}" for value in BEFORE.get(row, ()))
+    print(f"  {', '.join(map(str, row)):<40}{text}{before and f'   (before: {before})'}", flush=True)
+
+
+@click.command()
+@click.option("--studies", default=5_000, show_default=True, help="How many a row simulates.")
+def main(studies: int) -> None:
+    """How often intervals miss and tests err, simulated."""
+    for name, (title, table) in TABLES.items():
         print(f"\n{title}; n = {studies:,} studies a row")
+        rows = []
         for row, figures in table(studies):
-            text = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            before = ", ".join(f"{value:.3f}" for value in BEFORE.get(row, ()))
-            was = f"   (before: {before})" if before else ""
-            print(f"  {', '.join(map(str, row)):<40}{text}{was}", flush=True)
+            show(row, figures)
+            rows.append(figures)
+        for word, extreme in (("lowest", min), ("highest", max)):
+            show((name, word), {figure: extreme(found[figure] for found in rows) for figure in rows[0]})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pipeline.network.plans import BackbonePlan
 from pipeline.params import Augmentation, Record
 
 FEATURES = Path("data/features.h5")
+Blocks = Iterable[np.ndarray]  # features (…, n_views, *shape) of the next images, until all have come
 Row = tuple[str, int]  # SHA-256 of the image file, code of the view (views.py)
 
 
@@ -122,16 +123,9 @@ def _check_plain(path: Path) -> None:
 
 
 def write_features(
-    path: Path,
-    values: Iterable[np.ndarray],
-    evaluation: Iterable[np.ndarray] | None,
-    sha256: Sequence[str],
-    provenance: Provenance,
+    path: Path, values: Blocks, evaluation: Blocks | None, sha256: Sequence[str], provenance: Provenance
 ) -> None:
-    """Write the features (…, n_views, *shape) of training and evaluation views, which come as blocks of images.
-
-    `evaluation` is None where the views are the same: they are then stored once.
-    """
+    """Write the features of training and evaluation views; `evaluation` None: the same views, which are stored once."""
     with replacing(path) as temporary:
         try:
             with h5py.File(temporary, "w") as file:
@@ -146,7 +140,7 @@ def write_features(
             raise OSError(str(error)) from None
 
 
-def _write_blocks(file: h5py.File, name: str, n_images: int, blocks: Iterable[np.ndarray]) -> None:
+def _write_blocks(file: h5py.File, name: str, n_images: int, blocks: Blocks) -> None:
     start = 0
     for block in blocks:
         dataset = file.require_dataset(name, (n_images, *block.shape[1:]), block.dtype, exact=True)

@@ -128,19 +128,24 @@ class Store:
     def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
         """Add (len(rows), *row_shape) float32, as one shard of symmetries and one of augmented views."""
         stored, rounding = self._rounded(values)
-        for is_augmented in (False, True):
-            part = [i for i, (_, view) in enumerate(rows) if (view >= AUGMENTED) == is_augmented]
-            if part:
-                view = rows[part[0]][1]
-                directory = root() / self._key.name(view)
-                directory.mkdir(parents=True, exist_ok=True)
-                self._inodes.setdefault(directory, directory.stat().st_ino)
+        for view in (0, AUGMENTED):
+            part = [i for i, (_, other) in enumerate(rows) if (other < AUGMENTED) == (view < AUGMENTED)]
+            try:
+                if part:
+                    self._write([rows[i] for i in part], stored[part], rounding[part])
+            except FileNotFoundError:  # the directory was set aside meanwhile
                 self._check_place()
-                if not (directory / "key.json").exists():
-                    write_json(directory / "key.json", self._key.describe(view))
-                chosen = [rows[i] for i in part]
-                path = hdf5.write_shard(directory, directory.name, chosen, stored[part], rounding[part])
-                self._add(hdf5.read_shard(path))
+                raise
+
+    def _write(self, rows: Sequence[Row], stored: np.ndarray, rounding: np.ndarray) -> None:
+        view = rows[0][1]
+        directory = root() / self._key.name(view)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._inodes.setdefault(directory, directory.stat().st_ino)
+        self._check_place()
+        if not (directory / "key.json").exists():
+            write_json(directory / "key.json", self._key.describe(view))
+        self._add(hdf5.read_shard(hdf5.write_shard(directory, directory.name, rows, stored, rounding)))
 
     def _check_place(self) -> None:
         if not self.is_in_place():

@@ -60,30 +60,35 @@ def read(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 def _read(path: Path, n_dimensions: int, expected: tuple[int, str] | None = None) -> np.ndarray:
     """The array of one file. `expected`, for labels: the number of images, and the name of their file."""
+    is_packed = path.suffix.lower() == ".gz"
     try:
-        with cast(IO[bytes], gzip.open(path)) if _is_packed(path) else path.open("rb") as file:
+        with cast(IO[bytes], gzip.open(path)) if is_packed else path.open("rb") as file:
             shape = _read_shape(path, file, n_dimensions)
             if expected and shape[0] != expected[0]:
                 raise ValueError(f"{path}: {shape[0]} labels; expected {expected[0]}, one per image of {expected[1]}")
-            _check_size(path, shape)
-            content = file.read(math.prod(shape) + 1)
+            if math.prod(shape[1:]) > LARGEST_IMAGE:
+                size = f"{shape[2]} x {shape[1]} px"
+                raise ValueError(f"{path}: images of {size}; expected at most {LARGEST_IMAGE} pixels")
+            n_values, size_bytes = math.prod(shape), path.stat().st_size
+            announced = 4 + 4 * n_dimensions + n_values
+            if not is_packed and size_bytes != announced:
+                raise ValueError(f"{path}: {size_bytes} bytes; expected {announced}, as its header says")
+            if n_dimensions == 3 and announced > LARGEST_RATIO * size_bytes:  # sorted labels may shrink to nothing
+                problem = f"its header says {announced} bytes, {announced // size_bytes} times its size"
+                raise ValueError(f"{path}: {problem}: taken for a decompression bomb; unpack it if it is not")
+            content = file.read(n_values + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file: {error}") from None
-    if len(content) < math.prod(shape):
-        raise ValueError(f"{path}: ends before its header says")
-    if len(content) > math.prod(shape):
-        raise ValueError(f"{path}: goes on where it should end by its header")
+    if len(content) != n_values:
+        found = "ends before" if len(content) < n_values else "goes on after"
+        raise ValueError(f"{path}: {found} the {n_values} bytes that its header says")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
 def _read_shape(path: Path, file: IO[bytes], n_dimensions: int) -> tuple[int, ...]:
-    header = file.read(4 + 4 * n_dimensions)
-    if len(header) >= 4 and header[:4] != bytes([0, 0, 8, n_dimensions]):
-        expected = f"0000080{n_dimensions}: unsigned bytes in {n_dimensions} dimensions"
+    header, start = file.read(4 + 4 * n_dimensions), bytes([0, 0, 8, n_dimensions])
+    if len(header) >= 4 and not header.startswith(start):
+        expected = f"{start.hex()}: unsigned bytes in {n_dimensions} dimensions"
         raise ValueError(f"{path}: begins with {header[:4].hex()}; expected {expected}")
     if len(header) < 4 + 4 * n_dimensions:
         raise ValueError(f"{path}: ends before its header says")
@@ -91,15 +96,3 @@ def _read_shape(path: Path, file: IO[bytes], n_dimensions: int) -> tuple[int, ..
     if not all(shape):
         raise ValueError(f"{path}: its header says {' x '.join(map(str, shape))}; expected none of them 0")
     return shape
-
-
-def _check_size(path: Path, shape: tuple[int, ...]) -> None:
-    """Compare what the header announces with the file's size; sorted labels may shrink to nothing."""
-    if math.prod(shape[1:]) > LARGEST_IMAGE:
-        raise ValueError(f"{path}: images of {shape[2]} x {shape[1]} px; expected at most {LARGEST_IMAGE} pixels")
-    announced, size_bytes = 4 + 4 * len(shape) + math.prod(shape), path.stat().st_size
-    if not _is_packed(path) and size_bytes != announced:
-        raise ValueError(f"{path}: {size_bytes} bytes; expected {announced}, as its header says")
-    if len(shape) == 3 and announced > LARGEST_RATIO * size_bytes:
-        problem = f"its header says {announced} bytes, {announced // size_bytes} times its size"
-        raise ValueError(f"{path}: {problem}: taken for a decompression bomb; unpack it if it is not")

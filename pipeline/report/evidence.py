@@ -156,20 +156,17 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
 
 def penalty(strategies: Json) -> Figure:
     """Validation NLL of the head by regularization strength."""
-    rows, title = [], "Regularization of the head"
-    for run in strategies[HEAD_ALL_SEEDS]["runs"]:
-        found = run["chosen"]["val_nll"]
-        best = min(found, key=found.__getitem__)
-        rows += [
-            {"seed": run["seed"], "strength": text, "val_nll": nll, "is_selected": text == best}
-            for text, nll in found.items()
-        ]
+    runs, title = strategies[HEAD_ALL_SEEDS]["runs"], "Regularization of the head"
+    rows = [
+        {"seed": run["seed"], "strength": text, "val_nll": nll, "is_selected": float(text) == run["chosen"]["strength"]}
+        for run in runs
+        for text, nll in run["chosen"]["val_nll"].items()
+    ]
     if len({row["strength"] for row in rows}) < 2:
         return Figure(title, "The head was trained with one regularization strength, so there is nothing to select.")
     rows.sort(key=lambda row: float(row["strength"]))
-    n = len({row["seed"] for row in rows})
-    caption = f"One line per seed ({_n(n, 'seed')}). Dot: the strength that validation selected."
-    if any(run["chosen"]["at_end"] for run in strategies[HEAD_ALL_SEEDS]["runs"]):
+    caption = f"One line per seed ({_n(len(runs), 'seed')}). Dot: the strength that validation selected."
+    if any(run["chosen"]["at_end"] for run in runs):
         caption += " Some seed selected an end of the range, so head.regularization_strengths may be too narrow."
     return Figure(title, caption, charts.penalty_path(rows))
 

@@ -79,47 +79,43 @@ def percent(probability: float) -> str:
 
 def maps(features: Features, labels: Labels, tested: Average) -> list[Figure]:
     """The cached features in two dimensions, coloured by class and by error."""
-    found = pictures.map_features(features)
+    images, xy, shares = pictures.map_features(features)
     outcome = np.full(len(labels.label), "not tested", dtype=object)
     outcome[tested.rows] = np.where(tested.predicted == labels.label[tested.rows], "correct", "wrong")
     counts = np.bincount(labels.label, minlength=len(labels.class_names))
     n_colours = len(counts) if len(counts) <= MAX_COLOURS else MAX_COLOURS - 1
     largest = set(np.argsort(-counts, kind="stable")[:n_colours])
     rows = []
-    for row, (x, y) in zip(found.rows.tolist(), found.xy.tolist(), strict=True):
+    for row, (x, y) in zip(images.tolist(), xy.tolist(), strict=True):
         name = labels.class_names[labels.label[row]]
         colour = name if labels.label[row] in largest else OTHERS
         place = {"x": float(f"{x:.4g}"), "y": float(f"{y:.4g}"), "image": labels.image_id[row]}
         rows.append(place | {"class": name, "colour": colour, "outcome": outcome[row]})
-    n = f"{len(rows):,} images" + (f", a sample of {len(labels.label):,}" if len(rows) < len(labels.label) else "")
-    pooled = " Feature maps are averaged over their pixels." if found.is_pooled else ""
+    sampled = f", a sample of {len(labels.label):,}" if len(rows) < len(labels.label) else ""
+    pooled = " Feature maps are averaged over their pixels." if features.values.ndim > 3 else ""
+    by_class = (
+        f"{len(rows):,} images{sampled}, by the first two principal components of their features.{pooled} Where the "
+        "classes form separate clouds, a head on frozen features is enough."
+    )
     colours = [name for i, name in enumerate(labels.class_names) if i in largest]
     colours += [OTHERS] if len(largest) < len(counts) else []
-    by_class = (
-        f"{n}, by the first two principal components of their features.{pooled} Where the classes form separate "
-        "clouds, a head on frozen features is enough."
-    )
     kinds = ["correct", "wrong"]
     shown = sorted((row for row in rows if row["outcome"] in kinds), key=lambda row: row["outcome"])
     n_wrong = sum(row["outcome"] == "wrong" for row in shown)
     by_error = f"The {len(shown):,} of these images that some seed tests; {n_wrong:,} are predicted wrong."
     return [
-        Figure("By class", by_class, charts.feature_map(rows, "colour", colours, found.shares), numbered(colours)),
-        Figure("By error", by_error, charts.feature_map(shown, "outcome", kinds, found.shares), numbered(kinds)),
+        Figure("By class", by_class, charts.feature_map(rows, "colour", colours, shares), numbered(colours)),
+        Figure("By error", by_error, charts.feature_map(shown, "outcome", kinds, shares), numbered(kinds)),
     ]
 
 
 def suspects(rows: Sequence[dict[str, str]], album: Album) -> list[Example]:
     """The first rows of reports/label_suspects.csv: the labels that are most probably wrong."""
-    return [
-        _example(
-            album,
-            row["image_id"],
-            ("label", row["label"], percent(float(row["self_confidence"]))),
-            ("suggested", row["suggested"], ""),
-        )
-        for row in rows[:N_SUSPECTS]
-    ]
+    found = []
+    for row in rows[:N_SUSPECTS]:
+        given = ("label", row["label"], percent(float(row["self_confidence"])))
+        found.append(_example(album, row["image_id"], given, ("suggested", row["suggested"], "")))
+    return found
 
 
 def class_counts(classes: dict[str, int]) -> Figure:

@@ -44,33 +44,20 @@ class Picture:
     title: str
 
 
-@dataclass(frozen=True)
-class FeatureMap:
-    """Images `rows` (n,) and where they lie, `xy` (n, 2); `shares` of the variance along the two axes.
-
-    `is_pooled`: the features are maps, which were averaged over their pixels.
-    """
-
-    rows: np.ndarray
-    xy: np.ndarray
-    shares: list[float]
-    is_pooled: bool
-
-
 class Album:
-    """Thumbnails of a dataset, each made once."""
+    """The images of a data set."""
 
     def __init__(self, directory: Path, files: Images) -> None:
         self.directory = directory
         self._digests = dict(zip(files.image_id, files.sha256, strict=True))
-        self._made: dict[str, str | None] = {}
 
     def thumbnail(self, image_id: str) -> str | None:
         """A data URI; None if the file is missing, cannot be read, or changed since it was indexed."""
-        if image_id not in self._made:
-            image = self.open(image_id)
-            self._made[image_id] = _thumbnail(image) if image else None
-        return self._made[image_id]
+        image = self.open(image_id)
+        if image is None:
+            return None
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return _uri(image, "WEBP")
 
     def open(self, image_id: str) -> Image.Image | None:
         """The image, decoded, or None; one that is not in the index must only lie in the directory."""
@@ -127,21 +114,20 @@ def feature_maps(backbone: Backbone, image: Image.Image, augmentation: Augmentat
     return [Picture(_uri(small, "PNG"), side, side, f"input: {len(pixels)}{TIMES}{len(pixels)} px"), *blocks]
 
 
-def map_features(features: Features) -> FeatureMap:
-    """The first two principal components of view 0; of many images, always the same sample of MAX_POINTS."""
+def map_features(features: Features) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """The first two principal components of view 0; of many images, always the same sample of MAX_POINTS.
+
+    Returns the images' rows (n,), where they lie (n, 2), and the shares of the variance along the two axes. Feature
+    maps are averaged over their pixels.
+    """
     n = len(features.values)
     rows = np.arange(n)
     if n > MAX_POINTS:
         rows = np.sort(np.random.default_rng(0).choice(n, MAX_POINTS, replace=False))
-    values = np.stack([_vector(features.values[row, 0]) for row in rows])
+    pool = cuts.Pool("avg" if features.values.ndim > 3 else "none")
+    vectors = [pool(torch.from_numpy(features.values[row, :1].astype(np.float32))) for row in rows]
     pca = PCA(2, svd_solver="randomized", random_state=0)
-    return FeatureMap(rows, pca.fit_transform(values), pca.explained_variance_ratio_.tolist(), features.values.ndim > 3)
-
-
-def _vector(value: np.ndarray) -> np.ndarray:
-    """Features of one image as a vector; maps are averaged over their pixels."""
-    vector = value.astype(np.float32)
-    return vector if vector.ndim == 1 else cuts.Pool("avg")(torch.from_numpy(vector[None])).numpy()[0]
+    return rows, pca.fit_transform(torch.cat(vectors).numpy()), pca.explained_variance_ratio_.tolist()
 
 
 def _block(name: str, maps: np.ndarray) -> Picture:
@@ -169,12 +155,6 @@ def _grid(tiles: Sequence[np.ndarray], side: int, columns: int, title: str) -> P
         place = (i % columns) * (side + GAP), i // columns * (side + GAP)
         grid.paste(image.resize((side, side), kind), place)
     return Picture(_uri(grid, "PNG"), *size, title)
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _uri(small, "WEBP")
 
 
 def _uri(image: Image.Image, kind: str) -> str:

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -20,16 +20,8 @@ from pipeline.logs import TIMINGS
 
 LOCK = Path("dvc.lock")
 LIBRARIES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "openvino",
-    "scikit-learn",
-    "scipy",
-    "statsmodels",
-    "numpy",
-    "pillow",
-    "h5py",
+    *("torch", "torchvision", "timm", "openvino"),
+    *("scikit-learn", "scipy", "statsmodels", "numpy", "pillow", "h5py"),
 )
 
 
@@ -47,12 +39,6 @@ class Stage(BaseModel):
     outs: list[Output] = []
 
 
-class Lock(BaseModel):
-    """dvc.lock."""
-
-    stages: dict[str, Stage]
-
-
 class Timing(BaseModel):
     """What a stage took when it last ran here; the peak is of its main process, None where the system gives none."""
 
@@ -64,10 +50,11 @@ class Timing(BaseModel):
 def read_lock(path: Path = LOCK) -> dict[str, Stage]:
     """Read the stages of dvc.lock; ValueError if it is not there, or damaged."""
     try:
-        return Lock.model_validate(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))).stages
+        lock = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(dict[str, Stage]).validate_python(lock["stages"])
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; the page shows what `dvc repro` computed, so run that first") from None
-    except (YAMLError, ValidationError, UnicodeDecodeError):
+    except (YAMLError, ValidationError, UnicodeDecodeError, LookupError, TypeError):
         raise ValueError(f"{path}: damaged; run: dvc repro") from None
 
 

@@ -15,7 +15,7 @@ that are made by naming the largest class always.
 """
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import count_units, make_units
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.files import digest, write_json
 from pipeline.network.device import choose_device
 from pipeline.params import HeadOptions, SuspectOptions, load_params
@@ -63,15 +64,12 @@ class Quality:
 class Suspects:
     """The suspects, the least confident first, and the quality of the heads that found them.
 
-    `rows` (n,) int64: their images. `suggested` (n,) int64: the most probable class. `self_confidence` and
-    `suggested_confidence` (n,) float64: the probabilities of the label and of the suggested class.
+    `rows` (n,) int64: their images; `probability` (n, n_classes) float32: what these heads predict for them.
     """
 
     rows: np.ndarray
-    suggested: np.ndarray
-    self_confidence: np.ndarray
-    suggested_confidence: np.ndarray
-    quality: Quality = Quality()
+    probability: np.ndarray
+    quality: Quality
 
 
 def main() -> None:
@@ -84,14 +82,12 @@ def main() -> None:
     n_units = count_units(labels, units)
     small = [name for index, name in enumerate(labels.class_names) if n_units[index] < options.folds]
     if small:
-        logs.log.warning(
-            "left out: %s: fewer images than label_suspects.folds (%d); images that must stay together count as one",
-            ", ".join(small),
-            options.folds,
+        reason = (
+            f"fewer images than label_suspects.folds ({options.folds}); images that must stay together count as one"
         )
-    device = choose_device(params.runtime.device)
+        logs.log.warning("left out: %s: %s", ", ".join(small), reason)
     torch.set_num_threads(params.threads)
-    found = find(features.values, features.evaluation, labels, units, options, device)
+    found = find(features, labels, units, options, choose_device(params.runtime.device))
     write(found, labels)
     write_json(REPORT.with_suffix(".json"), {**vars(found.quality), "caution": found.quality.caution})
     if found.quality.caution:
@@ -101,14 +97,16 @@ def main() -> None:
 
 def write(found: Suspects, labels: Labels) -> None:
     """Write reports/label_suspects.csv."""
+    n, label, suggested = np.arange(len(found.rows)), labels.label[found.rows], found.probability.argmax(1)
+    probability = found.probability.astype(np.float64).round(6)
     frame = pd.DataFrame(
         {
-            "rank": range(1, len(found.rows) + 1),
+            "rank": n + 1,
             "image_id": [labels.image_id[row] for row in found.rows],
-            "label": [labels.class_names[index] for index in labels.label[found.rows]],
-            "suggested": [labels.class_names[index] for index in found.suggested],
-            "self_confidence": found.self_confidence.round(6),
-            "suggested_confidence": found.suggested_confidence.round(6),
+            "label": [labels.class_names[index] for index in label],
+            "suggested": [labels.class_names[index] for index in suggested],
+            "self_confidence": probability[n, label],
+            "suggested_confidence": probability[n, suggested],
             "weight": labels.weight[found.rows],
         }
     )
@@ -116,28 +114,19 @@ def write(found: Suspects, labels: Labels) -> None:
 
 
 def find(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    units: list[list[int]],
-    options: SuspectOptions,
-    device: torch.device,
+    features: Features, labels: Labels, units: list[list[int]], options: SuspectOptions, device: torch.device
 ) -> Suspects:
-    """Find suspects in the classes that `assign_folds` keeps.
-
-    `features` and `evaluation` (n, n_views, *shape): of the training and of the evaluation views.
-    """
+    """Find suspects in the classes that `assign_folds` keeps."""
     fold = assign_folds(labels, units, options)
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        none, no_share = np.zeros(0, np.int64), np.zeros(0)
-        return Suspects(none, none, no_share, no_share)
-    probability = predict_out_of_fold(features, evaluation, labels, fold, options, device)
+        return Suspects(rows[:0], np.zeros((0, len(labels.class_names)), np.float32), Quality())
+    probability = predict_out_of_fold(features, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
     quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
     found = rank(probability, label, weight)
-    return replace(found, rows=rows[found.rows], quality=quality)
+    return Suspects(rows[found], probability[found], quality)
 
 
 def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions) -> np.ndarray:
@@ -167,19 +156,15 @@ def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions
 
 
 def predict_out_of_fold(
-    features: np.ndarray,
-    evaluation: np.ndarray,
-    labels: Labels,
-    fold: np.ndarray,
-    options: SuspectOptions,
-    device: torch.device,
+    features: Features, labels: Labels, fold: np.ndarray, options: SuspectOptions, device: torch.device
 ) -> np.ndarray:
     """Probabilities (n, n_classes) float32 of the n images that have a fold; 0 for a class that none of them has.
 
     The fold after the predicted one selects the regularization strength, the heads are fitted on the others. Heads are
     fitted on all training views, and select and predict with the evaluation views; feature maps are flattened.
     """
-    features, evaluation = (array.reshape(*array.shape[:2], -1) for array in (features, evaluation))  # not read yet
+    # Not read yet
+    training, evaluation = (array.reshape(*array.shape[:2], -1) for array in (features.values, features.evaluation))
     rows = np.flatnonzero(fold >= 0)
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     fold, weight, head_options = fold[rows], labels.weight[rows], _linear(options)
@@ -188,10 +173,10 @@ def predict_out_of_fold(
         is_held_out, is_val = fold == held_out, fold == (held_out + 1) % options.folds
         train, val = (
             Examples(Selection(vectors, rows[chosen]), label[chosen], weight[chosen])
-            for vectors, chosen in ((features, ~is_held_out & ~is_val), (evaluation, is_val))
+            for vectors, chosen in ((training, ~is_held_out & ~is_val), (evaluation, is_val))
         )
         torch.manual_seed(options.seed)
-        head = heads.build(features.shape[2:], len(classes), head_options, nn.Identity()).to(device)
+        head = heads.build(training.shape[2:], len(classes), head_options, nn.Identity()).to(device)
         fitted = heads.fit(head, train, val, head_options)
         predicted = heads.predict(fitted.head, Selection(evaluation, rows[is_held_out]))
         probability[np.ix_(is_held_out, classes)] = np.exp(predicted)
@@ -200,10 +185,10 @@ def predict_out_of_fold(
     return probability
 
 
-def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Suspects:
-    """Suspects by the probabilities (n, n_classes) of heads that were fitted without the image.
+def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Which of n images are suspects, the least confident first, int64.
 
-    `rows` of the result refer to these n images.
+    By the probabilities (n, n_classes) of heads that were fitted without the image.
     """
     n_images, n_classes = probability.shape
     given, likely = probability[np.arange(n_images), label].astype(np.float64), probability.argmax(1)
@@ -219,8 +204,7 @@ def rank(probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> Susp
     order = np.lexsort((given, label))  # class by class, the least confident first
     place = np.arange(n_images) - (np.cumsum(count) - count)[label[order]]
     rows = order[(place < n_wrong[label[order]]) & (likely[order] != label[order])]
-    rows = rows[np.argsort(given[rows], kind="stable")]
-    return Suspects(rows, likely[rows], given[rows], probability[rows, likely[rows]].astype(np.float64))
+    return rows[np.argsort(given[rows], kind="stable")]
 
 
 def _linear(options: SuspectOptions) -> HeadOptions:

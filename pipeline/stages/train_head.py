@@ -48,7 +48,7 @@ def dense_layers(features: Features) -> nn.Module:
 
 def fit(features: Features, labels: Labels, split: Split, params: Params, dense: nn.Module) -> heads.RegularizationPath:
     """Fit, save the model and its predictions for validation and test, log one line."""
-    made = features.provenance
+    made, base = features.provenance, features.provenance.backbone
     rows = {name: split.rows(name) for name in ("train", "val", "test")}
     selected = {
         name: Selection(features.values if name == "train" else features.evaluation, rows[name]) for name in rows
@@ -64,8 +64,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     n_evaluated = features.evaluation.shape[1] * (len(rows["val"]) + len(rows["test"]))
     cost = Cost(
         trainable_params=n_params,
-        # Forward and backward, a row takes three products with the head's weights, of two operations each
-        train_flops=passes * made.backbone.flops_per_image + 6 * n_params * fitted.rows_seen,
+        train_flops=passes * base.flops_per_image + fitted.train_flops,
         base_passes=passes,
         cached_bytes=(passes + n_evaluated) * features.values[0, 0].nbytes,
     )
@@ -73,7 +72,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         strategy=HEAD_ONLY,
         seed=split.seed,
         class_names=tuple(labels.class_names),
-        backbone=made.backbone,
+        backbone=base,
         augmentation=made.augmentation,
         evaluation_views=params.evaluation.views,
         freeze_until="all",
@@ -84,11 +83,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     val_predictions, test_predictions = (
         Predictions(rows[name], heads.predict(fitted.head, selected[name])) for name in ("val", "test")
     )
-    network = {
-        "params": made.backbone.parameters + n_params,
-        "boundary": made.backbone.cut,
-        "largest_rounding": made.largest_rounding,
-    }
+    network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
     path = fitted.path
     chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
     run = Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates)

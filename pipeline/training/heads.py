@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -108,13 +108,13 @@ class RegularizationPath:
 class Fitted:
     """The fitted head that validation selected, and all candidates: one per strength, and epoch where there are epochs.
 
-    `rows_seen`: rows that went forward and backward through the head, over all passes, epochs and strengths.
+    `train_flops`: of all passes, epochs and strengths, forward and backward; the features need no gradient.
     """
 
     head: nn.Sequential
     path: RegularizationPath
     candidates: Candidates
-    rows_seen: int
+    train_flops: int
 
 
 def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: nn.Module) -> nn.Sequential:
@@ -174,7 +174,7 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOption
         _standardize(head, x, x.per_row(train.weight))
 
     steps = _fit_linear(head, x, options) if options.kind == "linear" else _fit_minibatches(head, x, options)
-    best, best_nll, rows_seen = head, math.inf, 0
+    best, best_nll, train_flops = head, math.inf, 0
     candidates: list[Candidates] = []
     val_nll: dict[float, float] = {}
     not_converged: list[float] = []
@@ -188,35 +188,25 @@ def fit(head: nn.Sequential, train: Examples, val: Examples, options: HeadOption
             best, best_nll = copy.deepcopy(step.head), nll
         val_nll[step.strength] = min(nll, val_nll.get(step.strength, math.inf))
         not_converged += [] if step.is_converged else [step.strength]
-        rows_seen += step.passes * len(x.label)
-    path = _path(val_nll, not_converged)
-    return Fitted(best.eval(), path, join_candidates(candidates), rows_seen)
-
-
-def _path(val_nll: dict[float, float], not_converged: list[float]) -> RegularizationPath:
+        train_flops += step.flops
     strength, weakest, strongest = min(val_nll, key=val_nll.__getitem__), min(val_nll), max(val_nll)
     at_end = None
     if weakest < strongest:
         at_end = "strongest" if strength == strongest else "weakest" if strength == weakest > 0 else None
-    return RegularizationPath(strength, at_end, val_nll, not_converged)
+    path = RegularizationPath(strength, at_end, val_nll, not_converged)
+    return Fitted(best.eval(), path, join_candidates(candidates), train_flops)
 
 
 def warn(paths: Sequence[RegularizationPath], section: str) -> None:
     """Log what the fits of a stage, configured by this section of params.yaml, should be given: more of what."""
-    for end, other in (("weakest", "weaker"), ("strongest", "stronger")):
-        n = sum(path.at_end == end for path in paths)
-        if n:
-            log.warning(
-                "%s.regularization_strengths: the best is the %s in %d of %d fits; add %s ones",
-                *(section, end, n, len(paths), other),
-            )
-    stopped = [path.not_converged for path in paths if path.not_converged]
-    if stopped:
+    for end, more in (("weakest", "weaker"), ("strongest", "stronger")):
+        if n := sum(path.at_end == end for path in paths):
+            found = f"the best is the {end} in {n} of {len(paths)} fits"
+            log.warning("%s.regularization_strengths: %s; add %s ones", section, found, more)
+    if stopped := [path.not_converged for path in paths if path.not_converged]:
         strengths = ", ".join(f"{strength:g}" for strength in sorted(set().union(*stopped), reverse=True))
-        log.warning(
-            "%s: the solver did not converge in %d of %d fits (strengths: %s); raise %s.max_iterations",
-            *(section, len(stopped), len(paths), strengths, section),
-        )
+        found = f"did not converge in {len(stopped)} of {len(paths)} fits (strengths: {strengths})"
+        log.warning("%s: the solver %s; raise %s.max_iterations", section, found, section)
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:
@@ -322,12 +312,12 @@ def _l1_ratio(options: HeadOptions) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """A candidate with this strength, and the passes over the rows that it took."""
+    """A candidate with this strength, and the FLOPs that it took."""
 
     name: str
     strength: float
     head: nn.Sequential
-    passes: int
+    flops: int
     is_converged: bool = True
 
 
@@ -356,21 +346,19 @@ def _fit_linear(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator
         return loss, np.concatenate([gradient, bias_slope])
 
     point = before = np.zeros_like(least)
+    bounds = Bounds(cast(Any, least)) if ratio else None
     settings = {"maxiter": options.max_iterations, "ftol": 1e-9, "gtol": 2e-5, "maxcor": 30, "maxfun": math.inf}
     for strength in sorted(options.regularization_strengths, reverse=True):
         start = np.maximum(2 * point - before, least)  # extrapolated from the last two strengths
         with threadpool_limits(1, "blas"):  # scipy's and torch's threads would wait for each other: 16 times slower
-            found = minimize(
-                *(objective, start, (strength,), "L-BFGS-B"),
-                jac=True,
-                bounds=Bounds(least) if ratio else None,  # pyright: ignore[reportArgumentType]
-                options=settings,
-            )
+            found = minimize(objective, start, (strength,), "L-BFGS-B", True, bounds=bounds, options=settings)
         before, point = point, found.x
         with torch.no_grad():
             for parameter, value in zip((linear.weight, linear.bias), parts(point), strict=True):
                 parameter.copy_(value if basis is None else basis @ value)
-        yield _Step(f"{strength:g}", strength, head, found.nfev, is_converged=found.status != 1)  # 1: at the limit
+        # A pass multiplies every row twice: with the vectors, and for their gradient
+        flops = 2 * 2 * n_vectors * width * len(x.label) * found.nfev
+        yield _Step(f"{strength:g}", strength, head, flops, is_converged=found.status != 1)  # 1: at the limit
 
 
 def _weighted_nll(
@@ -398,7 +386,10 @@ def _weighted_nll(
 
 def _fit_minibatches(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Iterator[_Step]:
     """A copy of `head` for each strength, trained from the same start with random numbers of its own."""
+    from pipeline.network.flops import flops_per_image  # torch's counter takes half a second to import
+
     ratio, w, n_rows, seed = _l1_ratio(options), x.weight.float(), len(x.label), torch.initial_seed()
+    flops = n_rows * flops_per_image(head, x.take(torch.tensor([0])), is_training=True)
     for strength in options.regularization_strengths:
         torch.manual_seed(int(digest([seed, float(strength)])[:15], 16))
         candidate = copy.deepcopy(head)
@@ -419,4 +410,4 @@ def _fit_minibatches(head: nn.Sequential, x: _Rows, options: HeadOptions) -> Ite
                         unbiased = state["exp_avg_sq"] / (1 - optimizer.defaults["betas"][1] ** state["step"].item())
                         threshold = options.learning_rate * strength * ratio / (unbiased.sqrt() + 1e-8)
                         matrix.data = matrix.data.sign() * (matrix.data.abs() - threshold).clamp_min(0)
-            yield _Step(f"{strength:g}, epoch {epoch}", strength, candidate, passes=1)
+            yield _Step(f"{strength:g}, epoch {epoch}", strength, candidate, flops)

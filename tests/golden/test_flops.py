@@ -1,13 +1,17 @@
 """FLOPs against counts by hand: 2 per multiply-add; each gradient of a layer costs what its forward pass costs."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.network.flops import flops_per_image
+from pipeline.network.flops import counting_flops, flops_per_image
+from pipeline.training import heads
+from pipeline.training.heads import Examples
+from tests.factories import LINEAR
 
 N, SIZE = 32, 14  # channels, px
 
@@ -62,3 +66,29 @@ def test_a_network_of_depthwise_and_plain_convolutions():
     forwards = [convolution(cast(nn.Conv2d, layer), SIZE**2) for layer in network]
     image = torch.zeros(1, 3, SIZE, SIZE)
     assert flops_per_image(network, image, is_training=True) == 3 * sum(forwards) - forwards[0]
+
+
+MLP = {"kind": "mlp", "hidden": (16,), "epochs": 3, "batch_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "changes", "products"),
+    [
+        (2, {}, 2 * 64),  # one vector for two classes
+        (2, {"penalty": "l1"}, 2 * 2 * 64),
+        (5, {}, 2 * 5 * 64),
+        (5, MLP, 2 * 64 * 16 + 3 * 16 * 5),  # the features need no gradient, the hidden layer does
+    ],
+    ids=["two classes", "two classes, l1", "five classes", "mlp"],
+)
+def test_a_head_counts_the_products_that_its_fit_computes(n_classes: int, changes: dict[str, Any], products: int):
+    random, n = np.random.default_rng(0), 640
+    label = np.arange(n) % n_classes
+    features = random.normal(size=(n, 1, 64)) + np.eye(n_classes, 64)[label][:, None]
+    train = Examples(features.astype(np.float32), label, np.ones(n))
+    options = LINEAR.model_copy(update=changes | {"regularization_strengths": (0.1, 0.01), "standardize": False})
+    head = heads.build((64,), n_classes, options, nn.Identity())
+    with counting_flops() as counter:
+        found = heads.fit(head, train, Examples(train.features[:1], label[:1], np.ones(1)), options).train_flops
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.05), "what is not counted is small"
+    assert found % (2 * products * n) == 0

@@ -14,9 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from pipeline.params import HeadOptions
 from pipeline.training import heads
 from pipeline.training.heads import Examples
+from tests.factories import LINEAR
 
 L1_RATIO = {"l2": 0.0, "l1": 1.0, "elasticnet": 0.3}
 RANDOM = np.random.default_rng(0)
@@ -28,19 +28,11 @@ WEIGHTS = {"equal": np.ones(150), "unequal": RANDOM.uniform(0.2, 3, 150)}
 def fitted_head(
     penalty: Any, strength: float, weight: np.ndarray, class_weights: Any = "none", label: np.ndarray = LABEL
 ) -> nn.Linear:
-    options = HeadOptions(
-        kind="linear",
-        hidden=(),
-        dropout=0.0,
-        standardize=False,
-        penalty=penalty,
-        l1_ratio=L1_RATIO["elasticnet"],
-        class_weights=class_weights,
-        regularization_strengths=(strength,),
-        max_iterations=2000,
-        learning_rate=1e-3,
-        epochs=1,
-        batch_size=8,
+    options = LINEAR.model_copy(
+        update={
+            **{"standardize": False, "penalty": penalty, "l1_ratio": L1_RATIO["elasticnet"]},
+            **{"class_weights": class_weights, "regularization_strengths": (strength,), "max_iterations": 2000},
+        }
     )
     rows = Examples(FEATURES[:, None], label, weight)
     head = heads.build((10,), len({*label}), options, nn.Identity())

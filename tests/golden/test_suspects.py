@@ -20,6 +20,6 @@ def test_the_suspects_are_cleanlabs(n_classes: int):
     )
     # It rounds the number of a class so that its confident joint keeps its sums: one more or less
     assert len(expected) > 50
-    assert len(set(found.rows) ^ set(expected)) <= n_classes
-    both = set(found.rows) & set(expected)
-    assert [row for row in found.rows if row in both] == [row for row in expected if row in both]
+    assert len(set(found) ^ set(expected)) <= n_classes
+    both = set(found) & set(expected)
+    assert [row for row in found if row in both] == [row for row in expected if row in both]

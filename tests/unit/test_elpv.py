@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from benchmarks import elpv
 from pipeline.dataset.manifest import Labels
+from pipeline.params import Params
 from pipeline.training.runs import Run
 from tests import factories
 
@@ -37,8 +38,12 @@ def trained(seed: int, labels: Labels) -> Run:
     return factories.run("x", seed, val, test, labels.label)
 
 
+def prepared(work: Path, *changes: str, is_validation: bool = False) -> Params:
+    return elpv.prepare(work, elpv.document(changes, is_validation=is_validation))
+
+
 def test_the_parameters_of_the_study_are_valid(tmp_path: Path):
-    params = elpv.prepare(tmp_path, elpv.document(elpv.arguments([])))
+    params = prepared(tmp_path)
     assert params.dataset.fetch == ("elpv",)
     assert len(params.split.seeds) == 10
     assert len(params.fine_tune.seeds) == 3
@@ -46,16 +51,14 @@ def test_the_parameters_of_the_study_are_valid(tmp_path: Path):
 
 
 def test_parameters_are_chosen_on_other_seeds(tmp_path: Path):
-    params = elpv.prepare(
-        tmp_path, elpv.document(elpv.arguments(["--validation", "--seeds", "2", "--head-seeds", "3"]))
-    )
+    params = prepared(tmp_path, "fine_tune.seeds=[0,1]", "split.seeds=[0,1,2]", is_validation=True)
     assert params.fine_tune.seeds == (100, 101)
     assert params.split.seeds == (100, 101, 102)
 
 
 def test_set_replaces_one_parameter(tmp_path: Path):
-    line = ["--set", "fine_tune.strategies.partial_freeze.views=0", "head.regularization_strengths=[1.0]"]
-    params = elpv.prepare(tmp_path, elpv.document(elpv.arguments(line)))
+    changes = "fine_tune.strategies.partial_freeze.views=0", "head.regularization_strengths=[1.0]"
+    params = prepared(tmp_path, *changes)
     assert params.fine_tune.strategies["partial_freeze"].views == 0
     assert params.fine_tune.strategies["full_retrain"].views > 0
     assert params.head.regularization_strengths == (1.0,)
@@ -63,7 +66,7 @@ def test_set_replaces_one_parameter(tmp_path: Path):
 
 def test_an_unknown_parameter_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"features\.size: unknown key"):
-        elpv.prepare(tmp_path, elpv.document(elpv.arguments(["--set", "features.size=3"])))
+        prepared(tmp_path, "features.size=3")
 
 
 def test_a_study_is_a_repository_that_asks_dvc_for_whole_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -73,8 +76,7 @@ def test_a_study_is_a_repository_that_asks_dvc_for_whole_seeds(monkeypatch: pyte
         asked.append(command[4:])
         return subprocess.CompletedProcess(command, int(len(asked) == 4))
 
-    line = ["--seeds", "2", "--strategies", "partial_freeze", "full_retrain"]
-    params = elpv.prepare(tmp_path, elpv.document(elpv.arguments(line)))
+    params = prepared(tmp_path, "fine_tune.seeds=[0,1]", "fine_tune.run=[partial_freeze,full_retrain]")
     listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     stages = set(subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split())
     monkeypatch.setattr(elpv.subprocess, "run", call)
@@ -87,7 +89,7 @@ def test_a_study_is_a_repository_that_asks_dvc_for_whole_seeds(monkeypatch: pyte
 
 def test_a_study_may_be_prepared_again_with_other_parameters(tmp_path: Path):
     for n in (1, 2):
-        params = elpv.prepare(tmp_path, elpv.document(elpv.arguments(["--seeds", str(n)])))
+        params = prepared(tmp_path, f"fine_tune.seeds={[*range(n)]}")
         assert params.fine_tune.seeds == tuple(range(n))
 
 

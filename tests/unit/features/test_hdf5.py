@@ -297,16 +297,10 @@ def test_features_with_a_broken_provenance_are_refused(tmp_path: Path, provenanc
         hdf5.read_features(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no HDF5"])
-def test_file_that_is_no_hdf5_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "features.h5").write_bytes(content)
-    with pytest.raises(ValueError, match="not written by this pipeline"):
-        hdf5.read_features(tmp_path / "features.h5")
-
-
-def test_truncated_features_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [lambda _: b"", lambda _: b"no HDF5", lambda content: content[:-1000]])
+def test_file_that_is_no_hdf5_or_truncated_is_refused(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "features.h5"
     write(path)
-    path.write_bytes(path.read_bytes()[:-1000])
+    path.write_bytes(damaged(path.read_bytes()))
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)

@@ -61,3 +61,16 @@ def test_shard_that_another_process_takes_away_meanwhile_is_no_error(
     monkeypatch.setattr(hdf5, "read_shard", taken)
     assert Store(store_key()).missing(ROWS) == ROWS[:4]
     assert not caplog.records
+
+
+def test_a_shard_whose_directory_is_set_aside_while_it_is_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_store(store_key())
+    store = Store(store_key())
+
+    def write_shard(directory: Path, *_: object) -> Path:
+        Store(store_key()).set_aside()
+        raise FileNotFoundError(directory)
+
+    monkeypatch.setattr(hdf5, "write_shard", write_shard)
+    with pytest.raises(ValueError, match=r"another process has set aside the rows of this key.*; start again$"):
+        store.write([("f" * 64, 0)], VALUES[:1])

@@ -118,7 +118,7 @@ def test_labels_that_are_a_decompression_bomb_are_bounded_by_the_number_of_image
     with pytest.raises(ValueError, match=r"10000000 labels; expected 6, one per image of train-images-idx3-ubyte\.gz"):
         sources.import_idx(source, tmp_path / "out")
     write(source / f"{LABELS_NAME}.gz", bytes([0, 0, 8, 1]) + struct.pack(">I", 6) + bytes(10**7))
-    with pytest.raises(ValueError, match=r"labels-idx1-ubyte\.gz: goes on where it should end by its header"):
+    with pytest.raises(ValueError, match=r"labels-idx1-ubyte\.gz: goes on after the 6 bytes that its header says"):
         sources.import_idx(source, tmp_path / "out")
 
 

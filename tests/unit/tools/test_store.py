@@ -71,6 +71,10 @@ def truncate(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-5])
 
 
+def empty(shard: Path) -> None:
+    shard.write_bytes(b"")
+
+
 def bring_one_of_another_key(shard: Path) -> None:
     (foreign, *_) = fill_store(store_key("torchvision/resnet50"))
     shard.unlink()
@@ -124,7 +128,7 @@ def link_to_itself(shard: Path) -> None:
     "damage",
     [
         *(put_a_directory, put_a_pipe, link_to_it, link_to_itself),
-        *(flip_a_bit, truncate, bring_one_of_another_key, write_another_width, write_another_type),
+        *(flip_a_bit, truncate, empty, bring_one_of_another_key, write_another_width, write_another_type),
         *(write_views_that_belong_elsewhere, hide_a_link_and_name_it_rightly),
     ],
 )
