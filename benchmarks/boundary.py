@@ -59,7 +59,8 @@ class Study:
 
     def parts(self, boundary: str) -> tuple[Prefix, nn.Sequential]:
         """What lies before the boundary, and what lies behind it with a new head."""
-        prefix, suffix = cuts.prefix_and_suffix(self.backbone, cuts.resolve(self.backbone, boundary), cuts.ALL, "none")
+        boundary, pool = cuts.resolve(self.backbone, boundary), cuts.Pool("none", 0)
+        prefix, suffix = cuts.prefix_and_suffix(self.backbone, boundary, cuts.ALL, pool)
         head = nn.Linear(self.backbone.feature_dim, len(self.labels.class_names))
         return prefix, nn.Sequential(suffix, head)
 

@@ -5,7 +5,7 @@ Names are torchvision/<name> or timm/<name>. The weights decide the preprocessin
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.logs import one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, bundled_state, load_state, read_state
-from pipeline.params import BackboneChoice
+from pipeline.params import BackboneChoice, Geometry
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
 
@@ -34,6 +34,10 @@ class Backbone:
     weights_sha256: str
     feature_dim: int
     licence: str | None
+
+    def with_geometry(self, geometry: Geometry) -> "Backbone":
+        """The same network, for which images become squares by `geometry` (see Preprocessing)."""
+        return replace(self, preprocessing=self.preprocessing.model_copy(update={"geometry": geometry}))
 
 
 def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
@@ -60,7 +64,7 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
-    backbone = load(plan.choice, plan.image_size)
+    backbone = load(plan.choice, plan.image_size).with_geometry(plan.preprocessing.geometry)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
             f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "
@@ -109,6 +113,7 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
     )
     preset = published.transforms()
     geometry = Preprocessing(
+        geometry="crop",
         resize=tuple(preset.resize_size),
         crop=preset.crop_size[0],
         interpolation=preset.interpolation.value,
@@ -141,6 +146,7 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
         raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
     side = int(config["input_size"][1] / config["crop_pct"])
     geometry = Preprocessing(
+        geometry="crop",
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
         crop=config["input_size"][1],
         interpolation=config["interpolation"],

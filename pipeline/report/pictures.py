@@ -133,15 +133,16 @@ def map_features(features: Features) -> FeatureMap:
     rows = np.arange(n)
     if n > MAX_POINTS:
         rows = np.sort(np.random.default_rng(0).choice(n, MAX_POINTS, replace=False))
-    values = np.stack([_vector(features.values[row, 0]) for row in rows])
+    pool = cuts.Pool("avg", features.provenance.backbone.prefix_tokens)
+    values = np.stack([_vector(features.values[row, 0], pool) for row in rows])
     pca = PCA(2, svd_solver="randomized", random_state=0)
     return FeatureMap(rows, pca.fit_transform(values), pca.explained_variance_ratio_.tolist(), features.values.ndim > 3)
 
 
-def _vector(value: np.ndarray) -> np.ndarray:
-    """Features of one image as a vector; maps are averaged over their pixels."""
+def _vector(value: np.ndarray, pool: cuts.Pool) -> np.ndarray:
+    """Features of one image as a vector; maps and tokens are pooled."""
     vector = value.astype(np.float32)
-    return vector if vector.ndim == 1 else cuts.Pool("avg")(torch.from_numpy(vector[None])).numpy()[0]
+    return vector if vector.ndim == 1 else pool(torch.from_numpy(vector[None])).numpy()[0]
 
 
 def _block(name: str, maps: np.ndarray) -> Picture:
