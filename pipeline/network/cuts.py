@@ -151,16 +151,18 @@ def count_prefix_tokens(backbone: Backbone, cut: str, shape: tuple[int, ...], po
     poolings, n = _poolings(backbone.module, set() if cut == ALL else _tensors_before(backbone)[cut], shape)
     if pool in poolings:
         return n
-    found = "vectors" if len(shape) == 1 else f"features of {'x'.join(map(str, shape))}"
-    lacking = " without a class token" if pool.startswith("cls") and len(shape) > 1 else ""
+    earlier = _cut_for(pool, backbone)
     raise ValueError(
-        f"params.yaml: features.pool: {pool}, but features.cut gives {found}{lacking}; "
-        f"expected {', '.join(poolings)}{_cut_for(pool, backbone)}"
+        f"params.yaml: features.pool: {pool}, but features.cut gives "
+        + ("vectors" if len(shape) == 1 else f"features of {'x'.join(map(str, shape))}")
+        + (" without a class token" if pool.startswith("cls") and len(shape) > 1 else "")
+        + f"; expected {', '.join(poolings)}"
+        + (f", or an earlier cut, such as {earlier}" if earlier else "")
     )
 
 
 def _cut_for(pool: str, backbone: Backbone) -> str:
-    """The last module whose features can be pooled so, as the end of a message; empty if there is none."""
+    """The last cut point in a module whose features can be pooled so; empty if there is none."""
     try:
         points, before = describe(backbone, 1), _tensors_before(backbone)
     except ValueError:  # it cannot be traced
@@ -170,7 +172,7 @@ def _cut_for(pool: str, backbone: Backbone) -> str:
         is_pooled = len(point.shape) == 1 or sorted(point.shape)[-2] == 1  # by the network itself
         poolings, _ = _poolings(backbone.module, before[point.name], point.shape)
         if pool in poolings and point.name.split(".")[0] in children and not is_pooled:
-            return f", or an earlier cut, such as {point.name}"
+            return point.name
     return ""
 
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from pipeline.params import Geometry, Record
 
+LARGEST_SHARE = 0.1  # of the area of images, on average, that a crop may cut away without a note
+
 
 class Preprocessing(Record):
     """The evaluation transform of the weights.
@@ -30,12 +32,13 @@ class Preprocessing(Record):
         return tuple(round(255 * mean) for mean in self.mean)
 
     def cut_away(self, width: Sequence[int], height: Sequence[int]) -> np.ndarray:
-        """The share (0 to 1) of the area of images of these sizes (px) that is not in view 0."""
+        """The share (0 to 1) of the area of images of these sizes (px) that is not in view 0, (n_images,)."""
         sides = np.array([height, width], np.float64)
         if self.geometry != "crop":
             return np.zeros(len(width))
-        is_square = len(self.resize) == 2  # whatever shape the image has
-        resized = np.full_like(sides.T, self.resize).T if is_square else self.resize[0] * sides / sides.min(axis=0)
+        resized = self.resize[0] * sides / sides.min(axis=0)
+        if len(self.resize) == 2:  # every image gets this height and width
+            resized[:] = np.array(self.resize)[:, None]
         return 1 - np.minimum(1, self.crop / resized).prod(axis=0)
 
 

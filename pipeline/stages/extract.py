@@ -11,16 +11,13 @@ import torch
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images
 from pipeline.features import extraction, hdf5
 from pipeline.features.hdf5 import Provenance
 from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device
-from pipeline.network.preprocessing import Preprocessing
+from pipeline.network.preprocessing import LARGEST_SHARE
 from pipeline.params import load_params
-
-LARGEST_SHARE_CUT_AWAY = 0.1  # of the images' area that the crop may cut away without a warning
 
 
 def main() -> None:
@@ -35,8 +32,13 @@ def main() -> None:
     paths = extraction.locate(images, params.dataset.path)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
-    if share.rank == 0:
-        warn_of_crop(backbone.preprocessing, images)
+    lost = plan.preprocessing.cut_away(images.width, images.height)
+    if share.rank == 0 and lost.mean() > LARGEST_SHARE:
+        logs.log.warning(
+            "features.resize: crop cuts away %.0f %% of an image's area on average, at most %.0f %%; "
+            "squash and pad show the network whole images",
+            *(100 * lost.mean(), 100 * lost.max()),
+        )
     rows = [(sha256, view) for sha256 in images.sha256 for view in dict.fromkeys([*training, *evaluation])]
     store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
     if share.world_size > 1:
@@ -53,18 +55,6 @@ def main() -> None:
         largest_rounding=store.largest_rounding(rows),
     )
     extraction.assemble(store, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
-
-
-def warn_of_crop(preprocessing: Preprocessing, images: Images) -> None:
-    """Log how much of the images view 0 does not show, where it is over a tenth on average."""
-    share = preprocessing.cut_away(images.width, images.height)
-    if share.mean() > LARGEST_SHARE_CUT_AWAY:
-        logs.log.warning(
-            "features.resize: crop cuts away %.0f %% of an image's area on average, of one image %.0f %%; "
-            "squash and pad show the network whole images",
-            100 * share.mean(),
-            100 * share.max(),
-        )
 
 
 if __name__ == "__main__":

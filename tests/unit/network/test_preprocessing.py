@@ -1,8 +1,10 @@
-"""Preprocessing: how much of an image the crop cuts away."""
+"""Preprocessing: how much of the images the crop cuts away."""
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline.features.views import make_views
 from tests.factories import PLAIN, PREPROCESSING
 
 IMAGENET = PREPROCESSING.model_copy(update={"resize": (256,), "crop": 224})
@@ -11,7 +13,7 @@ IMAGENET = PREPROCESSING.model_copy(update={"resize": (256,), "crop": 224})
 @pytest.mark.parametrize(
     ("changes", "size", "share"),
     [
-        ({}, (300, 300), 1 - (224 / 256) ** 2),
+        ({}, (300, 300), 1 - (224 / 256) ** 2),  # the default data: 23 %
         ({}, (500, 250), 1 - 224 / 256 * 224 / 512),
         ({}, (250, 500), 1 - 224 / 256 * 224 / 512),
         ({}, (400, 40), 1 - 224 / 256 * 224 / 2560),
@@ -33,10 +35,6 @@ def test_share_that_is_cut_away(changes: dict[str, object], size: tuple[int, int
 
 def test_share_that_is_cut_away_is_what_view_0_does_not_show() -> None:
     """A ramp from the left to the right: the range of the view is the part of the width that it shows."""
-    from PIL import Image
-
-    from pipeline.features.views import make_views
-
     ramp = Image.fromarray(np.broadcast_to(np.linspace(0, 255, 512), (64, 512)).astype(np.uint8))
     options = IMAGENET.model_copy(update={"resize": (32,), "crop": 32})
     (pixels,) = make_views(ramp, "", [0], options, PLAIN)
