@@ -303,7 +303,7 @@ def test_a_random_crop_is_a_part_of_the_image_in_the_place_of_the_whole(geometry
 
 def test_a_random_crop_of_an_image_of_a_few_pixels_has_at_least_one():
     options = augmentation(crop_area=(0.01, 0.02), crop_aspect=(2.0, 2.0))
-    for shape in SHAPES:
+    for shape in (*SHAPES, (50, 1)):
         for geometry in ("squash", "pad"):
             assert fitted(geometry, marked(*shape), options, *augmented(1)).shape == (16, 16, 3)
 
