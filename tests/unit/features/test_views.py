@@ -305,7 +305,8 @@ def test_a_random_crop_of_an_image_of_a_few_pixels_has_at_least_one():
     options = augmentation(crop_area=(0.01, 0.02), crop_aspect=(2.0, 2.0))
     for shape in (*SHAPES, (50, 1)):
         for geometry in ("squash", "pad"):
-            assert fitted(geometry, marked(*shape), options, *augmented(1)).shape == (16, 16, 3)
+            pixels = fitted(geometry, marked(*shape), options, *augmented(1))
+            assert (pixels.max(axis=2) > 100).all(), "nothing is black, as a part without pixels would be"
 
 
 # load_batches
