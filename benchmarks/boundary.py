@@ -51,7 +51,7 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     split = manifest.read_split(0, labels.image_id)
     train, val = split.rows("train")[:n_images], split.rows("val")[:8]
     backbone = backbones.load(choose(name), None)
-    prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), cuts.ALL, "none")
+    prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), cuts.ALL, cuts.Pool("none", 0))
     if is_cached:
         pairs = [(int(row), view) for row in train for view in VIEWS] + [(int(row), 0) for row in val]
         load, _ = fine_tune.load_activations(prefix, files, pairs, params, torch.device("cpu"))

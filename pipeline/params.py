@@ -71,6 +71,8 @@ Precision = Literal["fp32", "bf16"]
 Symmetry = Literal[
     "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
 ]  # fmt: skip
+Pooling = Literal["none", "avg", "flatten", "cls", "cls+avg"]
+Geometry = Literal["crop", "squash", "pad"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
@@ -125,8 +127,9 @@ class FeatureOptions(Record):
 
     views: Count
     image_size: Annotated[int, Field(ge=8, le=4096)] | None
+    resize: Geometry
     cut: Boundary
-    pool: Literal["none", "avg", "flatten"]
+    pool: Pooling
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
     store_dtype: Literal["fp32", "fp16"]

@@ -121,14 +121,16 @@ LINEAR = HeadOptions(
     epochs=1,
     batch_size=8,
 )
-PREPROCESSING = Preprocessing(resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+PREPROCESSING = Preprocessing(
+    geometry="crop", resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+)
 CHOICE = BackboneChoice.of("timm/test_resnet", "random", 0)
 
 
 def feature_options(**changes: Any) -> FeatureOptions:
     """Two views, in torch."""
-    plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "engine": "torch"}
-    precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32"}
+    plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "resize": "crop"}
+    precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "engine": "torch"}
     return FeatureOptions(**plain | precision | changes)
 
 
@@ -184,6 +186,7 @@ def backbone_plan(**changes: Any) -> BackbonePlan:
         "feature_dim": 5,
         "cut": "all",
         "pool": "none",
+        "prefix_tokens": 0,
         "feature_shape": (5,),
         "parameters": 1000,
         "flops_per_image": 10**6,

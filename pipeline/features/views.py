@@ -102,17 +102,20 @@ def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transfor
     """The evaluation crop, and the random transform of augmented views (None if there is none)."""
     from torchvision.transforms import InterpolationMode, v2
 
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    evaluation = [v2.Resize(list(preprocessing.resize), interpolation=interpolation), v2.CenterCrop(preprocessing.crop)]
+    interpolation, size = InterpolationMode(preprocessing.interpolation), preprocessing.crop
+    evaluation: list = [v2.Resize(list(preprocessing.resize), interpolation=interpolation), v2.CenterCrop(size)]
+    random_crop = v2.RandomResizedCrop(size, a.crop_area, a.crop_aspect, interpolation=interpolation)
+    if preprocessing.geometry != "crop":
+        evaluation = [partial(_whole, preprocessing, (1.0, 1.0), (1.0, 1.0))]
+        random_crop = partial(_whole, preprocessing, a.crop_area, a.crop_aspect)
     crops = (a.crop_area, a.crop_aspect) != ((1.0, 1.0), (1.0, 1.0))
     moves = a.rotation_degrees or a.shift_fraction or a.scale != (1.0, 1.0)
     colours = a.brightness, a.contrast, a.saturation, a.hue
     random: list = []
     if crops:
-        size = preprocessing.crop
-        random.append(v2.RandomResizedCrop(size, a.crop_area, a.crop_aspect, interpolation=interpolation))
+        random.append(random_crop)
     if moves:
-        shift, fill = (a.shift_fraction, a.shift_fraction), [round(255 * mean) for mean in preprocessing.mean]
+        shift, fill = (a.shift_fraction, a.shift_fraction), list(preprocessing.mean_colour)
         bilinear = InterpolationMode.BILINEAR
         random.append(
             v2.RandomAffine(
@@ -122,6 +125,31 @@ def _transforms(preprocessing: Preprocessing, a: Augmentation) -> tuple[Transfor
     if any(colours):
         random.append(v2.ColorJitter(*colours))
     return v2.Compose(evaluation), v2.Compose(([] if crops else evaluation) + random) if random else None
+
+
+def _whole(
+    preprocessing: Preprocessing, area: tuple[float, float], aspect: tuple[float, float], image: Image.Image
+) -> Image.Image:
+    """The whole image as a square, squashed or padded, or a random box that takes its place.
+
+    `area`: share of the image's area; `aspect`: width / height of the box, relative to that of the image. So a box of a
+    wide image is wide, and holds no padding.
+    """
+    from torchvision.transforms import RandomResizedCrop
+
+    (width, height), side = image.size, preprocessing.crop
+    size = side, side
+    if preprocessing.geometry == "pad":
+        longer = max(image.size)
+        size = max(1, round(side * width / longer)), max(1, round(side * height / longer))
+    if (area, aspect) != ((1.0, 1.0), (1.0, 1.0)):
+        aspects = [relative * width / height for relative in aspect]
+        top, left, rows, columns = RandomResizedCrop.get_params(image, [*area], aspects)  # pyright: ignore[reportArgumentType] (it takes images too)
+        image = image.crop((left, top, left + max(1, columns), top + max(1, rows)))
+    small = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()]).convert("RGB")
+    square = Image.new("RGB", (side, side), preprocessing.mean_colour)
+    square.paste(small, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
 
 
 def _symmetry(k: int, a: Augmentation) -> tuple[bool, int]:

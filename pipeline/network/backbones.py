@@ -8,7 +8,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from pipeline.logs import one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, State, bundled_state, load_own
-from pipeline.params import BackboneChoice
+from pipeline.params import BackboneChoice, Geometry
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
 
@@ -38,6 +38,10 @@ class Backbone:
     weights_sha256: str
     feature_dim: int
     licence: str | None
+
+    def with_geometry(self, geometry: Geometry) -> "Backbone":
+        """The same network, for which images become squares by `geometry` (see Preprocessing)."""
+        return replace(self, preprocessing=self.preprocessing.model_copy(update={"geometry": geometry}))
 
 
 def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
@@ -66,7 +70,7 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
-    backbone = load(plan.choice, plan.image_size)
+    backbone = load(plan.choice, plan.image_size).with_geometry(plan.preprocessing.geometry)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
             f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "
@@ -145,6 +149,7 @@ def _build_torchvision(name: str, weights: str, size: int | None) -> Built:
         and not path.startswith(AUXILIARY)
     )
     geometry = Preprocessing(
+        geometry="crop",
         resize=tuple(preset.resize_size),
         crop=preset.crop_size[0],
         interpolation=preset.interpolation.value,
@@ -192,6 +197,7 @@ def _build_timm(name: str, weights: str, size: int | None) -> Built:
         raise ValueError(f"timm/{name}: its weights need crop mode {config['crop_mode']!r}, which is not supported")
     side = int(config["input_size"][1] / config["crop_pct"])
     geometry = Preprocessing(
+        geometry="crop",
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
         crop=config["input_size"][1],
         interpolation=config["interpolation"],

@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isqrt
+from typing import get_args
 
 import torch
 from torch import nn
@@ -12,9 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline.network.backbones import Backbone
 from pipeline.network.preprocessing import Normalize
 from pipeline.network.tracing import Meter, divide, find, tensors_read
+from pipeline.params import Pooling
 
 NONE, ALL = "none", "all"  # the boundaries before the first layer and behind the last, for which nothing is traced
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+PREFIX_TOKENS = re.compile(r"(cls|class|dist|distillation|reg|register)_tokens?\d*")  # names of parameters
 
 
 @dataclass(frozen=True)
@@ -34,24 +38,30 @@ class CutPoint:
 
 
 class Pool(nn.Module):
-    """Pooling of the features at the end of the base: none, avg (over pixels or tokens), or flatten."""
+    """Pooling of the features at the end of the base: none, avg, flatten, cls or cls+avg (see params.yaml).
 
-    def __init__(self, kind: str) -> None:
+    Of tokens, the first `prefix_tokens` are a class token and registers; avg leaves them out.
+    """
+
+    def __init__(self, kind: str, prefix_tokens: int) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.prefix_tokens = kind, prefix_tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, *shape) -> (n, *shape) or, pooled, (n, d).
+        """(n, *shape) -> (n, *shape) or, pooled, (n, d); `count_prefix_tokens` checks the shape.
 
-        Crops are square, so that the two equal sides of a map are its pixels, behind the channels or before them.
+        Views are square, so that the two equal sides of a map are its pixels, behind the channels or before them.
         """
         if self.kind == "none":
             return x
-        if x.ndim == 2:
-            raise ValueError(f"params.yaml: features.pool: {self.kind}, but features.cut gives vectors; expected none")
         if self.kind == "flatten":
             return x.flatten(1)
-        is_channels_last = x.ndim == 3 or (x.shape[1] == x.shape[2] != x.shape[3])
+        if self.kind == "cls":
+            return x[:, 0]
+        if x.ndim == 3:
+            mean = x[:, self.prefix_tokens :].mean(1)
+            return torch.cat((x[:, 0], mean), 1) if self.kind == "cls+avg" else mean
+        is_channels_last = x.shape[1] == x.shape[2] != x.shape[3]
         return x.flatten(1, -2).mean(1) if is_channels_last else x.flatten(2).mean(2)
 
 
@@ -121,16 +131,68 @@ def split(backbone: Backbone, *boundaries: str) -> list[nn.Module]:
     return [*(nn.Identity() for _ in range(n_none)), *pieces, *(nn.Identity() for _ in range(n_all))]
 
 
-def prefix_and_suffix(backbone: Backbone, boundary: str, cut: str, pool: str) -> tuple[Prefix, nn.Sequential]:
+def prefix_and_suffix(backbone: Backbone, boundary: str, cut: str, pool: Pool) -> tuple[Prefix, nn.Sequential]:
     """The prefix before the freeze boundary, and the suffix between it and the end of the base.
 
     The base ends at `cut` with the pooling `pool`, which is part of the prefix if the boundary is there too, else of
     the suffix. Raises ValueError if the boundary lies behind the cut.
     """
     before, between, _ = split(backbone, boundary, cut)
-    pools = (pool, "none") if boundary == cut else ("none", pool)
-    module = nn.Sequential(Normalize(backbone.preprocessing), before, Pool(pools[0]))
-    return Prefix(module, backbone, boundary, pools[0]), nn.Sequential(between, Pool(pools[1]))
+    pools = (pool, Pool(NONE, 0)) if boundary == cut else (Pool(NONE, 0), pool)
+    module = nn.Sequential(Normalize(backbone.preprocessing), before, pools[0])
+    return Prefix(module, backbone, boundary, pools[0].kind), nn.Sequential(between, pools[1])
+
+
+def count_prefix_tokens(backbone: Backbone, cut: str, shape: tuple[int, ...], pool: str) -> int:
+    """How many tokens stand before those of the patches in features of `shape` at `cut`; 0 if they are no tokens.
+
+    Raises ValueError if the pooling `pool` does not go with such features.
+    """
+    poolings, n = _poolings(backbone.module, set() if cut == ALL else _tensors_before(backbone)[cut], shape)
+    if pool in poolings:
+        return n
+    earlier = _cut_for(pool, backbone)
+    raise ValueError(
+        f"params.yaml: features.pool: {pool}, but features.cut gives "
+        + ("vectors" if len(shape) == 1 else f"features of {'x'.join(map(str, shape))}")
+        + (" without a class token" if pool.startswith("cls") and len(shape) > 1 else "")
+        + f"; expected {', '.join(poolings)}"
+        + (f", or an earlier cut, such as {earlier}" if earlier else "")
+    )
+
+
+def _cut_for(pool: str, backbone: Backbone) -> str:
+    """The last cut point in a module whose features can be pooled so; empty if there is none."""
+    try:
+        points, before = describe(backbone, 1), _tensors_before(backbone)
+    except ValueError:  # it cannot be traced
+        return ""
+    children = dict(backbone.module.named_children())
+    for point in reversed(points):
+        is_pooled = len(point.shape) == 1 or sorted(point.shape)[-2] == 1  # by the network itself
+        poolings, _ = _poolings(backbone.module, before[point.name], point.shape)
+        if pool in poolings and point.name.split(".")[0] in children and not is_pooled:
+            return point.name
+    return ""
+
+
+def _poolings(network: nn.Module, read: set[int], shape: tuple[int, ...]) -> tuple[list[str], int]:
+    """The poolings that go with features of `shape`, and how many tokens stand before those of the patches.
+
+    Class tokens and registers are parameters, put before the tokens of the patches where the network reads them. It
+    may cut some off again; views are square, so the number of patches, a square, tells which are left.
+    """
+    named = [(name.rpartition(".")[2], value) for name, value in network.named_parameters() if id(value) in read]
+    tokens = [(name, value.numel() // value.shape[-1]) for name, value in named if PREFIX_TOKENS.fullmatch(name)]
+    sums = {0}
+    for _, n in tokens:
+        sums |= {n + other for other in sums}
+    possible = [n for n in sums if len(shape) == 2 and n < shape[0] and isqrt(shape[0] - n) ** 2 == shape[0] - n]
+    n_before = max(possible, default=0)
+    is_map = len(shape) == 3 and shape[1] in (shape[0], shape[2])
+    has_class_token = n_before > 0 and any(name.startswith("cl") for name, _ in tokens)
+    allowed = {"none": True, "avg": is_map or bool(possible), "flatten": len(shape) > 1}
+    return [kind for kind in get_args(Pooling) if allowed.get(kind, has_class_token)], n_before
 
 
 def describe(backbone: Backbone, value_bytes: int) -> list[CutPoint]:

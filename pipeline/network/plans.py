@@ -22,7 +22,8 @@ class BackbonePlan(Record):
 
     `licence` is that of published weights, where the library states it: a short name or an address.
     `weights_sha256` (hex) digests all tensors of the network without its classification layer; `feature_dim` is the
-    width of its last features. The base ends at the cut point `cut` with the pooling `pool`: `feature_shape` is what
+    width of its last features. The base ends at the cut point `cut` with the pooling `pool`; of tokens there, the first
+    `prefix_tokens` are a class token and registers, the others stand for patches of the image. `feature_shape` is what
     comes out for one image, `parameters` and `flops_per_image` (forward pass) are those of the base.
     """
 
@@ -34,6 +35,7 @@ class BackbonePlan(Record):
     feature_dim: int
     cut: str
     pool: str
+    prefix_tokens: int
     feature_shape: tuple[int, ...]
     parameters: int
     flops_per_image: int

@@ -26,6 +26,7 @@ from pipeline.features import hdf5
 from pipeline.features.hdf5 import Provenance
 from pipeline.files import write_text
 from pipeline.network import backbones
+from pipeline.network.preprocessing import LARGEST_SHARE
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, PARAMS, load_params
 from pipeline.report import charts, evidence, gallery, pictures, provenance
 from pipeline.report.evidence import Figure
@@ -62,9 +63,11 @@ def assemble() -> Json:
     seeds = strategies[best]["seeds"]
     runs = [RUNS / best] if best == HEAD_ONLY else [RUNS / best / f"seed_{seed}" for seed in seeds]
     provenance.check(stages, [path.as_posix() for path in runs])
-    album = Album(Path(params.dataset.path), manifest.read_images())
+    images = manifest.read_images()
+    album = Album(Path(params.dataset.path), images)
     tested = gallery.average([read_run(best, seed).test for seed in seeds])
     errors, correct = gallery.examples(tested, labels, album)
+    cut_away = features.provenance.backbone.preprocessing.cut_away(images.width, images.height).mean()
     class_rows, timings = evidence.class_rows(strategies, names), provenance.timings()
     return {
         "params": params,
@@ -111,6 +114,7 @@ def assemble() -> Json:
         "versions": provenance.versions(),
         "stages": stages,
         "backbone": features.provenance.backbone,
+        "cut_away": cut_away if cut_away > LARGEST_SHARE else 0,
     }
 
 

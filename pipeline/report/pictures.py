@@ -124,7 +124,8 @@ def map_features(features: Features) -> tuple[np.ndarray, np.ndarray, list[float
     rows = np.arange(n)
     if n > MAX_POINTS:
         rows = np.sort(np.random.default_rng(0).choice(n, MAX_POINTS, replace=False))
-    pool = cuts.Pool("avg" if features.values.ndim > 3 else "none")
+    is_vector = features.values.ndim == 3
+    pool = cuts.Pool("none" if is_vector else "avg", features.provenance.backbone.prefix_tokens)
     vectors = [pool(torch.from_numpy(features.values[row, :1].astype(np.float32))) for row in rows]
     pca = PCA(2, svd_solver="randomized", random_state=0)
     return rows, pca.fit_transform(torch.cat(vectors).numpy()), pca.explained_variance_ratio_.tolist()

@@ -16,6 +16,7 @@ from pipeline.features.hdf5 import Provenance
 from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device
+from pipeline.network.preprocessing import LARGEST_SHARE
 from pipeline.params import load_params
 
 
@@ -26,11 +27,18 @@ def main() -> None:
     features, runtime = params.features, params.runtime
     torch.set_num_threads(params.threads)
     backbone = backbones.load_planned(plan, str(plans.BACKBONE))
-    base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, plan.pool)
+    base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
     computation = extraction.prepare(base, params.augmentation, features, choose_device(runtime.device))
     paths = extraction.locate(images, params.dataset.path)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
+    lost = plan.preprocessing.cut_away(images.width, images.height)
+    if share.rank == 0 and lost.mean() > LARGEST_SHARE:
+        logs.log.warning(
+            "features.resize: crop cuts away %.0f %% of an image's area on average, at most %.0f %%; "
+            "squash and pad show the network whole images",
+            *(100 * lost.mean(), 100 * lost.max()),
+        )
     rows = [(sha256, view) for sha256 in images.sha256 for view in dict.fromkeys([*training, *evaluation])]
     store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
     if share.world_size > 1:

@@ -44,7 +44,8 @@ def main() -> None:
     split = manifest.read_split(seed, labels.image_id)
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(base, recipe, seed, labels.class_names)
-    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, base.pool)
+    pool = cuts.Pool(base.pool, base.prefix_tokens)
+    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, pool)
     train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
     if plan.is_cached:
@@ -94,7 +95,7 @@ def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str
         _, dense = cuts.split(backbone, base.cut)
         return card, backbone, load_head(path, card, dense)
     random = base.choice.model_copy(update={"weights": "random", "seed": seed})
-    backbone = backbones.load(random, base.image_size)
+    backbone = backbones.load(random, base.image_size).with_geometry(base.preprocessing.geometry)
     _, dense = cuts.split(backbone, base.cut)
     torch.manual_seed(seed)
     return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)

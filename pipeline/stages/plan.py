@@ -27,7 +27,7 @@ def main() -> None:
     params = load_params()
     device = choose_device(params.runtime.device)
     engine.check_precision("features.precision", params.features.precision, device)
-    backbone = backbones.load(params.backbone, params.features.image_size)
+    backbone = backbones.load(params.backbone, params.features.image_size).with_geometry(params.features.resize)
     base = plan_backbone(backbone, params)
     strategies, value_bytes = {}, np.dtype(STORE_DTYPES[params.features.store_dtype]).itemsize
     for name in params.fine_tune.run:
@@ -46,10 +46,12 @@ def main() -> None:
 def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
     """Resolve `features.cut`, measure the base, and check that the head fits it; ValueError if not."""
     features = params.features
-    base, _ = _divide(backbone, features.cut, None, features.pool, "features.cut")
+    base, _ = _divide(backbone, features.cut, None, cuts.Pool(cuts.NONE, 0), "features.cut")
     pixels = _black_image(backbone)
     with torch.no_grad():
-        shape = tuple(base.module(pixels).shape[1:])
+        values = base.module(pixels)
+    prefix_tokens = cuts.count_prefix_tokens(backbone, base.boundary, tuple(values.shape[1:]), features.pool)
+    shape = tuple(cuts.Pool(features.pool, prefix_tokens)(values).shape[1:])
     _, dense = cuts.split(backbone, base.boundary)
     heads.build(shape, 2, params.head, dense)
     return BackbonePlan(
@@ -61,6 +63,7 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
         feature_dim=backbone.feature_dim,
         cut=base.boundary,
         pool=features.pool,
+        prefix_tokens=prefix_tokens,
         feature_shape=shape,
         parameters=count_parameters(base.module),
         flops_per_image=flops_per_image(base.module, pixels),
@@ -69,7 +72,7 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
 
 def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, value_bytes: int, key: str) -> StrategyPlan:
     """Resolve the freeze boundary and measure prefix and suffix; ValueError, naming `key`, if it is behind the base."""
-    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, base.pool, key)
+    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, cuts.Pool(base.pool, base.prefix_tokens), key)
     pixels = _black_image(backbone)
     with torch.no_grad():
         activation = prefix.module(pixels)
@@ -102,7 +105,7 @@ def remark(base: BackbonePlan) -> None:
 
 
 def _divide(
-    backbone: Backbone, where: str | int, end: str | None, pool: str, key: str
+    backbone: Backbone, where: str | int, end: str | None, pool: cuts.Pool, key: str
 ) -> tuple[cuts.Prefix, nn.Sequential]:
     """Prefix and suffix of the base, which ends at the cut point `end`, or at `where` itself if that is None."""
     try:

@@ -76,8 +76,9 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 def _describe(key: dict[str, Any]) -> str:
     views = "augmented views" if key["augmentation"] else "symmetries"
     engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
+    geometry = "" if (kind := key["preprocessing"].get("geometry", "crop")) == "crop" else f" ({kind})"
     network = f"{key['backbone']} (weights {key['weights_sha256'][:8]}) at {key['cut']}, pool {key['pool']}"
-    return f"{network}, {key['preprocessing']['crop']} px, {views}, {engine}"
+    return f"{network}, {key['preprocessing']['crop']} px{geometry}, {views}, {engine}"
 
 
 def status() -> None:

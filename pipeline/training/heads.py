@@ -128,7 +128,7 @@ def build(shape: tuple[int, ...], n_classes: int, options: HeadOptions, dense: n
     if len(shape) != 1:
         raise ValueError(
             f"params.yaml: features.pool: the features at features.cut have the shape {shape}, and "
-            f"`head.kind: {options.kind}` needs vectors; expected avg or flatten"
+            f"`head.kind: {options.kind}` needs vectors; expected avg or flatten; of tokens, also cls or cls+avg"
         )
     width = shape[0]
     layers: list[nn.Module] = [Standardize(width)]

@@ -84,7 +84,7 @@ def load_network(path: Path) -> tuple[nn.Sequential, Card]:
     base, dense = cuts.split(backbone, plan.cut)
     if state:
         base.load_state_dict(state)
-    pixels_to_features = nn.Sequential(Normalize(plan.preprocessing), base, cuts.Pool(plan.pool))
+    pixels_to_features = nn.Sequential(Normalize(plan.preprocessing), base, cuts.Pool(plan.pool, plan.prefix_tokens))
     return nn.Sequential(pixels_to_features, load_head(path, card, dense)).eval(), card
 
 

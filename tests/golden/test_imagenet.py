@@ -59,6 +59,7 @@ def test_the_bundled_weights_recognise(
 def test_view_0_normalised_is_what_torchvision_does(photograph: str, weights: ResNet18_Weights | ResNet50_Weights):
     theirs = weights.transforms()
     preprocessing = Preprocessing(
+        geometry="crop",
         resize=tuple(theirs.resize_size),
         crop=theirs.crop_size[0],
         interpolation=theirs.interpolation.value,

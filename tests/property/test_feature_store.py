@@ -152,6 +152,7 @@ KEYED = {  # what can change a row: a change of each, and back, is one step of a
     "crop": (8, 6),
     "interpolation": ("bilinear", "bicubic"),
     "mean": (0.5, 0.4),
+    "geometry": ("crop", "pad"),
 }
 OF_VIEWS = {
     "seed": (0, 1),
@@ -176,7 +177,12 @@ def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
     augmentation = AUGMENTATION.model_copy(update={n: values[at[f"view {n}"]] for n, values in OF_VIEWS.items()})
     crop, mean = int(v["crop"]), float(v["mean"])
     geometry = Preprocessing(
-        resize=(crop,), crop=crop, interpolation=str(v["interpolation"]), mean=(mean,) * 3, std=(0.5,) * 3
+        geometry=v["geometry"],  # pyright: ignore[reportArgumentType]
+        resize=(crop,),
+        crop=crop,
+        interpolation=str(v["interpolation"]),
+        mean=(mean,) * 3,
+        std=(0.5,) * 3,
     )
     layers = network_of(int(v["seed"]), crop)
     backbone = Backbone(str(v["network"]), layers, geometry, state_sha256(layers), 5, None)

@@ -104,7 +104,10 @@ def test_params_are_frozen(tmp_path: Path):
         ({"split.seeds": [2**32]}, f"split.seeds.0: found {2**32}; expected it to be less than {2**32}"),
         ({"head.regularization_strengths": []}, "head.regularization_strengths: found []; "),
         ({"fine_tune.run": ["../up"]}, 'fine_tune.run.0: found "../up"; '),
-        ({"features.pool": "max"}, "features.pool: found \"max\"; expected it to be 'none', 'avg' or 'flatten'"),
+        (
+            {"features.pool": "max"},
+            "features.pool: found \"max\"; expected it to be 'none', 'avg', 'flatten', 'cls' or 'cls+avg'",
+        ),
         ({"features.store_dtype": "bf16"}, "features.store_dtype: found \"bf16\"; expected it to be 'fp32' or 'fp16'"),
         *(({key: value}, f"{key}: found {found}; {BOUNDARY}") for key in BOUNDARIES for value, found in NO_BOUNDARIES),
     ],

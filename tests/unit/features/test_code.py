@@ -38,9 +38,9 @@ def test_a_copy_has_the_digest_of_the_pipeline(package: Path) -> None:
     [
         ("features/views.py", '"flip_vertical": (True, 2)', '"flip_vertical": (True, 0)'),
         ("features/views.py", "pixels[:, ::-1] if is_flipped", "pixels[::-1] if is_flipped"),
-        ("features/views.py", "v2.CenterCrop(preprocessing.crop)", "v2.CenterCrop(preprocessing.crop - 1)"),
+        ("features/views.py", "v2.CenterCrop(size)", "v2.CenterCrop(size - 1)"),
         ("features/views.py", 'f"{augmentation.seed} {name} {k}"', 'f"{augmentation.seed}  {name} {k}"'),
-        ("features/views.py", "round(255 * mean)", "round(256 * mean)"),
+        ("network/preprocessing.py", "round(255 * mean)", "round(256 * mean)"),
         ("network/preprocessing.py", "255 * torch", "256 * torch"),
         ("network/cuts.py", "x.flatten(2).mean(2)", "x.flatten(2).amax(2)"),
         ("network/device.py", '"cpu": 8', '"cpu": 16'),

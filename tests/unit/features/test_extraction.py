@@ -116,7 +116,7 @@ def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) ->
 
 def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
     backbone = backbones.load(BackboneChoice.of("torchvision/squeezenet1_1", "random", 0), 64)
-    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", "none")
+    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", cuts.Pool("none", 0))
     pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = []
     for threads in (1, 2):
@@ -169,9 +169,10 @@ def test_other_augmentation_leaves_view_0_in_place(paths: dict[str, Path], compu
         {"name": "timm/tiny"},
         {"preprocessing": PREPROCESSING.model_copy(update={"crop": 6})},
         {"preprocessing": PREPROCESSING.model_copy(update={"interpolation": "bicubic"})},
+        {"preprocessing": PREPROCESSING.model_copy(update={"geometry": "pad"})},
         {"preprocessing": PREPROCESSING.model_copy(update={"mean": (0.4, 0.5, 0.5)})},
     ],
-    ids=["weights", "cut", "pool", "stored type", "network", "size", "interpolation", "mean"],
+    ids=["weights", "cut", "pool", "stored type", "network", "size", "interpolation", "geometry", "mean"],
 )
 def test_whatever_can_change_a_row_has_a_key_of_its_own(
     paths: dict[str, Path], computed: list[Row], change: dict[str, Any]

@@ -39,7 +39,9 @@ KNOBS: list[dict[str, Any]] = [
     {"noise_std": 20.0},
 ]
 EVERYTHING: dict[str, Any] = {key: value for knob in KNOBS for key, value in knob.items()}
-SMALL = Preprocessing(resize=(20,), crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+SMALL = Preprocessing(
+    geometry="crop", resize=(20,), crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)
+)
 NAME = "0" * 64
 
 
@@ -203,6 +205,108 @@ def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     make_views(photograph(), NAME, [0, *augmented(0, 1, 2)], SMALL, augmentation(**EVERYTHING))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# geometry
+
+WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+SHAPES = [(400, 40), (40, 400), (60, 50), (50, 50), (16, 16), (5, 3), (100, 2), (2, 100)]
+
+
+def marked(width: int, height: int) -> Image.Image:
+    """White, with a red mark at the start of the longer side and a blue one at its end."""
+    image = Image.new("RGB", (width, height), WHITE)
+    mark = max(1, round(max(width, height) / 8))
+    size = (mark, height) if width >= height else (width, mark)
+    image.paste(RED, (0, 0, *size))
+    image.paste(BLUE, (width - size[0], height - size[1], width, height))
+    return image
+
+
+def fitted(geometry: str, image: Image.Image, options: Augmentation = PLAIN, code: int = 0) -> np.ndarray:
+    return make_views(image, NAME, [code], SMALL.model_copy(update={"geometry": geometry}), options)[0]
+
+
+def amount(pixels: np.ndarray, colour: tuple[int, ...]) -> float:
+    """How many pixels have about this colour."""
+    return float((np.abs(pixels.astype(int) - colour).max(axis=2) < 100).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squash_and_pad_show_both_ends_of_the_image_and_crop_shows_the_middle_of_a_long_one(shape: tuple[int, int]):
+    image = marked(*shape)
+    for geometry in ("squash", "pad"):
+        pixels = fitted(geometry, image)
+        assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
+        assert amount(pixels, RED) > 0
+        assert amount(pixels, BLUE) > 0
+    if max(shape) > 2 * min(shape):
+        assert (fitted("crop", image) == WHITE).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squash_fills_the_square_and_pad_keeps_the_shape_on_the_mean_colour(shape: tuple[int, int]):
+    image, mean = Image.new("RGB", shape, WHITE), SMALL.mean_colour
+    assert mean == (128, 102, 76)
+    assert (fitted("squash", image) == 255).all()
+    pixels = fitted("pad", image)
+    is_image = (pixels == 255).all(axis=2)
+    assert (pixels[~is_image] == mean).all()
+    rows, columns = is_image.any(axis=1).nonzero()[0], is_image.any(axis=0).nonzero()[0]
+    found = len(columns), len(rows)
+    assert found == tuple(max(1, round(16 * side / max(shape))) for side in shape)
+    assert is_image.sum() == found[0] * found[1]
+    for seen in (rows, columns):
+        assert abs(seen[0] - (15 - seen[-1])) <= 1, "in the middle"
+
+
+@pytest.mark.parametrize("knob", [{}, *KNOBS, EVERYTHING])
+@pytest.mark.parametrize("side", [7, 16, 50])
+def test_of_a_square_image_pad_gives_what_squash_gives(side: int, knob: dict[str, Any]):
+    image, options = photograph().resize((side, side)), augmentation(**knob)
+    for code in (0, 1, *augmented(0, 1, 2)):
+        assert np.array_equal(fitted("pad", image, options, code), fitted("squash", image, options, code))
+
+
+@pytest.mark.parametrize("geometry", ["squash", "pad"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_whole_view_is_pillows_resize(geometry: str, mode: str):
+    image = photograph().convert(mode)
+    size = (16, 16) if geometry == "squash" else (16, round(16 * image.height / image.width))
+    expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"))
+    top = (16 - size[1]) // 2
+    assert np.array_equal(fitted(geometry, image)[top : top + size[1]], expected)
+
+
+@pytest.mark.parametrize("geometry", ["squash", "pad"])
+@pytest.mark.parametrize("knob", [*KNOBS[:4], {"rotation_degrees": 2.0}, {"shift_fraction": 0.02}, {"noise_std": 5.0}])
+def test_augmented_views_show_both_ends_too(geometry: str, knob: dict[str, Any]):
+    for k in range(8):
+        pixels = fitted(geometry, marked(400, 40), augmentation(**knob), *augmented(k))
+        assert amount(pixels, RED) > 0
+        assert amount(pixels, BLUE) > 0
+
+
+@pytest.mark.parametrize("geometry", ["squash", "pad"])
+def test_a_random_crop_is_a_part_of_the_image_in_the_place_of_the_whole(geometry: str):
+    """A wide image whose columns grow from dark to bright: how much of the range is seen is the width of the box."""
+    ramp = np.broadcast_to(np.linspace(0, 250, 400), (40, 400)).astype(np.uint8)
+    plain = fitted(geometry, Image.fromarray(ramp))
+    shares = []
+    for k in range(20):
+        pixels = fitted(geometry, Image.fromarray(ramp), augmentation(crop_area=(0.25, 0.25)), *augmented(k + 1))
+        is_image = slice(None) if geometry == "squash" else slice(7, 9)  # rows
+        assert (pixels[~np.isin(np.arange(16), np.arange(16)[is_image])] == SMALL.mean_colour).all()
+        shares.append(np.ptp(pixels[is_image].astype(int)) / np.ptp(plain[is_image].astype(int)))
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.05), "half as wide and half as high: a quarter of the area"
+
+
+def test_a_random_crop_of_an_image_of_a_few_pixels_has_at_least_one():
+    options = augmentation(crop_area=(0.01, 0.02), crop_aspect=(2.0, 2.0))
+    for shape in (*SHAPES, (50, 1)):
+        for geometry in ("squash", "pad"):
+            pixels = fitted(geometry, marked(*shape), options, *augmented(1))
+            assert (pixels.max(axis=2) > 100).all(), "nothing is black, as a part without pixels would be"
 
 
 # load_batches

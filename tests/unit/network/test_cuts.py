@@ -1,8 +1,10 @@
 """cuts: the pieces of a network are the network, and the description of a cut point can be counted by hand."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from math import prod
+from typing import cast
 
 import pytest
 import timm
@@ -39,7 +41,9 @@ def backbone(name: str) -> Backbone:
 
 def wrap(module: nn.Module, size: int = 8, name: str = "timm/toy") -> Backbone:
     """A network for images of `size` pixels as a backbone."""
-    geometry = Preprocessing(resize=(size,), crop=size, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+    geometry = Preprocessing(
+        geometry="crop", resize=(size,), crop=size, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     return Backbone(name, module.eval(), geometry, "", 0, None)
 
 
@@ -456,12 +460,108 @@ def test_descriptions_grow_with_depth_and_agree_with_the_pieces(name: str) -> No
 )
 def test_pooling_is_over_the_pixels_wherever_they_stand(shape: tuple[int, ...], pixels: tuple[int, ...]) -> None:
     x = torch.randn(2, *shape)
-    torch.testing.assert_close(cuts.Pool("avg")(x), x.mean([axis + 1 for axis in pixels]))
-    assert torch.equal(cuts.Pool("flatten")(x), x.reshape(2, -1))
-    assert cuts.Pool("none")(x) is x
+    torch.testing.assert_close(cuts.Pool("avg", 0)(x), x.mean([axis + 1 for axis in pixels]))
+    assert torch.equal(cuts.Pool("flatten", 0)(x), x.reshape(2, -1))
+    assert cuts.Pool("none", 0)(x) is x
 
 
-@pytest.mark.parametrize("kind", ["avg", "flatten"])
-def test_vectors_are_not_pooled(kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"features\.pool: {kind}, but features\.cut gives vectors; expected none"):
-        cuts.Pool(kind)(torch.zeros(2, 5))
+def test_class_token_and_registers_are_not_averaged() -> None:
+    x = torch.randn(2, 3 + 4, 5)
+    cls, avg, both = (cuts.Pool(kind, 3)(x) for kind in ("cls", "avg", "cls+avg"))
+    torch.testing.assert_close(avg, x[:, 3:].mean(1))
+    assert torch.equal(cls, x[:, 0])
+    assert torch.equal(both, torch.cat([cls, avg], 1))
+
+
+@cache
+def load(name: str, size: int) -> Backbone:
+    return backbones.load(BackboneChoice.of(name, "random", 0), size)
+
+
+def shape_at(whole: Backbone, cut: str) -> tuple[str, tuple[int, ...]]:
+    """The name of the cut point, and the shape of one image's features there."""
+    name = cuts.resolve(whole, cut)
+    return name, tuple(cuts.split(whole, name)[0](images(whole, 1)).shape[1:])
+
+
+CLS, NO_CLS = ["none", "avg", "flatten", "cls", "cls+avg"], ["none", "avg", "flatten"]
+VIT_DINOV3 = "timm/vit_small_patch16_dinov3"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cut", "n_prefix", "poolings"),
+    [
+        (VIT, 64, "norm", 1, CLS),
+        (VIT, 64, "patch_embed", 0, NO_CLS),  # before the class token
+        (VIT, 64, "patch_embed.flatten", 0, ["none", "flatten"]),  # 192 channels of 16 tokens
+        ("timm/deit_tiny_distilled_patch16_224", 32, "blocks.3", 2, CLS),  # and a token for distillation
+        (VIT_DINOV3, 64, "norm", 5, CLS),  # and four registers
+        (VIT_DINOV3, 64, "getitem_7", 0, NO_CLS),  # cut off again, for the average
+        ("timm/vit_small_patch14_reg4_dinov2", 28, "norm", 5, CLS),
+        ("timm/test_vit2", 160, "norm", 1, NO_CLS),  # one register, no class token
+        ("timm/test_vit3", 160, "attn_pool.add", 0, NO_CLS),  # one token, pooled by attention
+        ("timm/convit_tiny", 64, "blocks.9", 0, NO_CLS),  # the class token comes after ten blocks
+        ("timm/convit_tiny", 64, "blocks.10", 1, CLS),
+        ("timm/swin_tiny_patch4_window7_224", 64, "layers.2", 0, NO_CLS),  # maps, channels last
+        ("timm/swin_tiny_patch4_window7_224", 64, "layers.1.downsample.reshape", 0, ["none", "flatten"]),
+        (RESNET, 64, "layer3", 0, NO_CLS),
+        (RESNET, 64, "flatten", 0, ["none"]),
+    ],
+)
+def test_what_can_be_pooled_is_found_by_the_tokens_that_the_network_adds(
+    name: str, size: int, cut: str, n_prefix: int, poolings: list[str]
+) -> None:
+    whole = load(name, size)
+    point, shape = shape_at(whole, cut)
+    for pool in CLS:
+        if pool in poolings:
+            assert cuts.count_prefix_tokens(whole, point, shape, pool) == n_prefix
+            assert cuts.Pool(pool, n_prefix)(torch.zeros(2, *shape)).ndim == (2 if pool != "none" else 1 + len(shape))
+            continue
+        with pytest.raises(ValueError, match=rf"^params\.yaml: features\.pool: {re.escape(pool)}, but ") as error:
+            cuts.count_prefix_tokens(whole, point, shape, pool)
+        assert f"; expected {', '.join(poolings)}" in str(error.value)
+        assert is_one_line(error)
+
+
+def test_tokens_of_torchvision_are_counted_too() -> None:
+    whole = torchvision_vit()
+    point, shape = shape_at(whole, "encoder.ln")
+    assert shape == (5, 8)
+    assert cuts.count_prefix_tokens(whole, point, shape, "cls+avg") == 1
+
+
+@pytest.mark.parametrize(("name", "size", "own"), [(VIT, 64, "token"), (VIT_DINOV3, 64, "avg")])
+def test_pooled_tokens_are_those_of_timm(name: str, size: int, own: str) -> None:
+    whole = load(name, size)
+    point, shape = shape_at(whole, "norm")
+    tokens = cuts.split(whole, point)[0](images(whole))
+    pool = cast(Callable[..., torch.Tensor], whole.module.pool)
+    for kind, theirs in (("cls", "token"), ("avg", "avg")):
+        found = cuts.Pool(kind, cuts.count_prefix_tokens(whole, point, shape, kind))(tokens)
+        torch.testing.assert_close(found, pool(tokens, pool_type=theirs))
+        assert torch.allclose(found, whole.module(images(whole))) == (theirs == own), "what `cut: all` gives"
+
+
+@pytest.mark.parametrize(
+    ("name", "pool", "instead"),
+    [
+        (VIT, "cls+avg", ", or an earlier cut, such as norm.layer_norm"),
+        (VIT_DINOV3, "cls", ", or an earlier cut, such as norm.layer_norm"),
+        ("timm/test_vit2", "avg", ", or an earlier cut, such as norm"),
+        ("timm/test_vit2", "cls", ""),
+        (RESNET, "avg", ", or an earlier cut, such as layer4.1.relu_1"),
+        (RESNET, "cls", ""),
+    ],
+)
+def test_vectors_are_not_pooled_and_the_error_names_the_last_cut_that_would_do(
+    name: str, pool: str, instead: str
+) -> None:
+    whole = load(name, 160 if name.endswith("vit2") else 64)
+    with pytest.raises(ValueError, match="features") as error:
+        cuts.count_prefix_tokens(whole, "all", (whole.feature_dim,), pool)
+    expected = f"params.yaml: features.pool: {pool}, but features.cut gives vectors; expected none{instead}"
+    assert str(error.value) == expected
+    if instead:
+        point, shape = shape_at(whole, instead.rpartition(" ")[2])
+        cuts.count_prefix_tokens(whole, point, shape, pool)

@@ -95,6 +95,13 @@ def test_numbers_equal_those_of_the_details(root: Path):
     assert text.split()[0].replace("\u2009%", "") == f"{100 * accuracy:.1f}"
 
 
+def test_the_page_says_how_much_of_the_images_the_crop_cuts_away(root: Path, monkeypatch: pytest.MonkeyPatch):
+    note = "cuts away 32 % of an image's area on average"  # of images of 40 x 30 px, at the weights' crop_pct of 0.95
+    assert note in Page(written()).texts()
+    monkeypatch.setattr(page, "LARGEST_SHARE", 0.4)
+    assert note not in Page(written()).texts()
+
+
 def test_what_the_user_names_is_text_and_never_markup(root: Path):
     found = Page(written())
     scripts = [attributes for tag, attributes in found.elements if tag == "script"]

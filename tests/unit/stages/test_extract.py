@@ -1,16 +1,19 @@
 """The stage extract: features of training and evaluation views, of a network of seconds."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.features import extraction, hdf5
 from pipeline.features.hdf5 import Row
 from pipeline.features.views import AUGMENTED
-from pipeline.stages import extract, plan
+from pipeline.stages import extract, index, plan, split, train_head
+from pipeline.training.runs import read_run
 from tests import factories
 from tests.factories import N_STUDY
 
@@ -82,3 +85,42 @@ def test_features_have_the_same_bytes_where_only_the_key_changes(
         extract.main()
         assert len(computed) == n_rows, "a key of its own"
         assert hdf5.FEATURES.read_bytes() == before
+
+
+def make_wide_images(directory: Path) -> None:
+    """Ten times as wide as high; two classes that differ at the left end only."""
+    random = np.random.default_rng(0)
+    for number in range(40):
+        is_red = number % 2
+        pixels = random.integers(90, 110, (20, 200, 3), np.uint8)
+        pixels[:, :20] = random.integers(0, 50, (20, 20, 3)) + ((200, 40, 40) if is_red else (40, 40, 200))
+        path = directory / ("red" if is_red else "blue") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize(("resize", "is_learnt"), [("crop", False), ("squash", True), ("pad", True)])
+def test_a_head_learns_from_the_ends_of_wide_images_where_views_show_them_and_the_crop_is_reported(
+    resize: str, is_learnt: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "pipeline")
+    monkeypatch.setattr("sys.argv", ["a stage"])
+    make_wide_images(Path("data/wide"))
+    configure(
+        dataset={"path": "data/wide", "max_rejected_fraction": 0.0},
+        split={"seeds": [0], "test_fraction": 0.3, "val_fraction": 0.2},
+        features={"resize": resize},
+        fine_tune={"run": [], "seeds": [0]},
+    )
+    for stage in (index, split, plan, extract, train_head):
+        stage.main()
+    test, classes = read_run("feature_extraction", 0).test, np.arange(40) % 2
+    names = [path.name for path in sorted(Path("data/wide").glob("*/*"))]
+    label = np.array([classes[int(name.removesuffix(".png"))] for name in names])[test.rows]
+    accuracy = (test.log_probability.argmax(1) == label).mean()
+    assert accuracy == 1 if is_learnt else accuracy < 0.9
+    warnings = [message for message in caplog.messages if "features.resize" in message]
+    assert len(warnings) == (not is_learnt)
+    if not is_learnt:
+        found = "crop cuts away 91 % of an image's area on average, at most 91 %"
+        assert warnings == [f"features.resize: {found}; squash and pad show the network whole images"]

@@ -31,7 +31,7 @@ SIZE = 32
 COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
 N_IMAGES = 30
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
-SWIN = "timm/swin_tiny_patch4_window7_224"
+SWIN, VIT = "timm/swin_tiny_patch4_window7_224", "timm/test_vit"
 PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
 
 
@@ -234,6 +234,8 @@ def head_of_run() -> nn.Module:
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
         (SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
+        (VIT, {"cut": "norm", "pool": "cls+avg", "resize": "squash"}, {}, {"freeze_until": "blocks.2"}),
+        (VIT, {"cut": "norm", "pool": "avg", "resize": "pad"}, {}, {"init": "random", "batchnorm": "train"}),
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
     ],
 )
@@ -271,7 +273,7 @@ def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
     end = cuts.resolve(backbone, features["cut"])
     boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
     prefix, suffix = cuts.prefix_and_suffix(
-        backbone, end if boundary == "all" else boundary, end, features.get("pool", "none")
+        backbone, end if boundary == "all" else boundary, end, cuts.Pool(features.get("pool", "none"), 0)
     )
     trained = nn.Sequential(suffix, head_of_run()).eval().requires_grad_(True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -113,6 +113,17 @@ def test_the_log_states_what_an_image_costs_where_the_published_size_is_large(
     assert (f"takes images of {size} px: 31.0 GFLOPs a view; features.image_size can be set" in caplog.text) == is_told
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_plan_of_a_transformer_holds_its_tokens_and_how_images_become_squares(resize: str) -> None:
+    configure({}, "timm/test_vit", features={"cut": "norm", "pool": "cls+avg", "resize": resize})
+    plan.main()
+    found = plans.read_backbone()
+    assert (found.pool, found.prefix_tokens, found.feature_shape) == ("cls+avg", 1, (2 * found.feature_dim,))
+    loaded = backbones.load_planned(found, "here")
+    assert loaded.preprocessing == found.preprocessing
+    assert loaded.preprocessing.geometry == resize
+
+
 @pytest.mark.parametrize("boundary_cache", ["on", "off"])
 @pytest.mark.parametrize("store_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("freeze_until", ["none", "layer2", 3, "all"])
@@ -185,7 +196,16 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
         ),
         ({}, {"features": {"cut": "layer9"}}, "features.cut: 'layer9' holds no cut point"),
         ({}, {"features": {"cut": "layer3"}}, "features.pool: the features at features.cut have the shape"),
-        ({}, {"features": {"pool": "avg"}}, "features.pool: avg, but features.cut gives vectors; expected none"),
+        (
+            {},
+            {"features": {"pool": "avg"}},
+            "features.pool: avg, but features.cut gives vectors; expected none, or an earlier cut, such as layer3.",
+        ),
+        (
+            {},
+            {"features": {"cut": "layer3", "pool": "cls+avg"}},
+            "features.pool: cls+avg, but features.cut gives features of 192x2x2 without a class token; expected none, ",
+        ),
         ({}, {"features": {"cut": "layer4"}, "head": PRETRAINED}, "head.kind: pretrained: the network has no dense"),
         ({}, {"features": {"cut": "layer2"}, "head": PRETRAINED}, "head.kind: pretrained: behind features.cut there"),
         ({}, {"backbone": {"name": "timm/resnet1"}}, "backbone.name: timm/resnet1 is not in timm; nearest: "),

@@ -104,7 +104,9 @@ def load(name: str) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
-        geometry = Preprocessing(resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+        geometry = Preprocessing(
+            geometry="crop", resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+        )
         return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
     size = 64 if name == ALEXNET else 32
     backbone = backbones.load(BackboneChoice.of(name, "random", 0), size)
@@ -139,7 +141,7 @@ def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions =
     images = make_images(backbone.preprocessing.crop)
     end = cuts.resolve(backbone, cut)
     base, dense = cuts.split(backbone, end)
-    whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool))
+    whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool, 0))
     features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU)))[:, None]
     train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
     torch.manual_seed(0)
@@ -152,7 +154,7 @@ def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
     backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
     boundary = cuts.resolve(backbone, freeze_until)
     boundary = prepared.cut if boundary == cuts.ALL else boundary
-    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, prepared.pool)
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, cuts.Pool(prepared.pool, 0))
     network = nn.Sequential(prefix.module, suffix, copy.deepcopy(prepared.fitted.head))
     place(network, CPU)
     return network
@@ -237,7 +239,6 @@ def test_nothing_can_be_frozen_behind_the_end_of_the_base(cut: str, behind: str 
         (VGG_CONVOLUTIONS, 1, "none", PRETRAINED, "behind features.cut there is more than dense layers"),
         (VGG_LINEAR, "features", "none", HEAD, "`head.kind: linear` needs vectors; expected avg or flatten"),
         (VGG_LINEAR, "features", "none", MLP, "`head.kind: mlp` needs vectors; expected avg or flatten"),
-        (RESNET, "all", "avg", HEAD, "features.cut gives vectors; expected none"),
     ],
 )
 def test_cuts_and_heads_that_do_not_go_together_are_refused(
