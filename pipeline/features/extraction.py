@@ -71,9 +71,14 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
         "machine": engine.machine(runner.engine, device),
         "batch": list(shape),
         "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
-        "versions": {name: metadata.version(name) for name in LIBRARIES} | {n: pillow.version(n) for n in DECODERS},
+        "versions": versions(),
     }
     return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the libraries that can change a row; None for a decoder that Pillow has not."""
+    return {name: metadata.version(name) for name in LIBRARIES} | {name: pillow.version(name) for name in DECODERS}
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
