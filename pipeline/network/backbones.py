@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.logs import one_line
+from pipeline.logs import is_out_of_memory, one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, bundled_state, load_state, read_state
@@ -99,6 +99,8 @@ def _build_torchvision(name: str, pretrained: bool, _size: int | None) -> Built:
     try:
         network = torchvision.models.get_model(name, weights=published if pretrained else None, **options)
     except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
+        if is_out_of_memory(error):
+            raise
         raise _unreachable(f"torchvision/{name}", error) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
@@ -133,6 +135,8 @@ def _build_timm(name: str, pretrained: bool, size: int | None) -> Built:
         network = timm.create_model(name, pretrained=pretrained, **options)
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if not pretrained or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise _unreachable(f"timm/{name}", error) from None
@@ -181,6 +185,8 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"params.yaml: features.image_size: {name} takes no images of {size} px ({one_line(error)})"
         ) from None

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.logs import is_out_of_memory
+
 WEIGHTS = Path("data/weights")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # the keys of the state dict in training checkpoints
 PREFIXES = ("module.", "_orig_mod.", "model.")  # which wrappers of a network put before the names of its tensors
@@ -53,6 +55,8 @@ def read_state(name: str, expected: State) -> State:
             state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     # On broken files the unpickler, which builds nothing but tensors, raises errors of almost any type
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason})") from None
     while isinstance(state, dict) and (key := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):

@@ -166,4 +166,4 @@ def measure_cost(base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("batch_size", "features.image_size", logs.WORKERS))

@@ -16,8 +16,9 @@ from typing import Any
 import vl_convert
 
 from pipeline.comparison.plots import VEGA_LITE
+from pipeline.logs import one_line
 from pipeline.params import load_params
-from pipeline.tools.git import git
+from pipeline.report.provenance import file_at, git
 
 DETAILS = Path("reports/details.json")
 PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json", "reports/confusion")
@@ -77,14 +78,16 @@ def show(revision: str, pictures: Path | None) -> None:
 
 def text_at(revision: str) -> str:
     """details.json as git has it at `revision`; ValueError if there is no such commit, or no such file in it."""
-    commit = f"{revision}^{{commit}}"
-    problem = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
     try:
-        git("rev-parse", "--verify", "--quiet", "--end-of-options", commit)
-        problem = f"that commit has no {DETAILS}; run `dvc repro` there and commit"
-        return git("show", f"{revision}:./{DETAILS.as_posix()}")
-    except ValueError:
-        raise ValueError(f"--against {revision}: {problem}") from None
+        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
+        text = file_at(commit, DETAILS.as_posix())
+    except ValueError as error:
+        nothing = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
+        problem = str(error).removeprefix("git rev-parse: ").strip()  # empty where there is just no such commit
+        raise ValueError(f"--against {revision}: {problem or nothing}") from None
+    if text is None:
+        raise ValueError(f"--against {revision}: that commit has no {DETAILS}; run `dvc repro` there and commit")
+    return text
 
 
 def parse(text: str, source: str) -> tuple[Figures, str]:
@@ -92,8 +95,8 @@ def parse(text: str, source: str) -> tuple[Figures, str]:
     try:
         details = json.loads(text)
         strategies, recommendation = dict(details["strategies"]), str(details["recommendation"]["text"])
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{source}: damaged, or of another version; run: dvc repro") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{source}: damaged, or of another version ({one_line(error)}); run: dvc repro") from None
     return dict(_flat(strategies)), recommendation
 
 

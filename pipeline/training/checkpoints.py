@@ -24,7 +24,7 @@ from torch import nn
 from pipeline.features.code import MODULES, digest_of_code
 from pipeline.files import digest, replacing, shared
 from pipeline.logs import one_line
-from pipeline.training.runs import Candidates, join_candidates
+from pipeline.training.runs import CHECKPOINTS, Candidates, join_candidates
 
 TRAINING = (*MODULES, "features/hdf5.py", "features/store.py", "training/*.py", "stages/fine_tune.py")
 ARRAYS = ("predicted", "true_log_probability", "positive_log_probability")  # of candidates
@@ -48,18 +48,15 @@ class Training:
     candidates: list[Candidates]
 
 
-def root() -> Path:
-    """The directory of the checkpoints, which all experiments share."""
-    return shared(".checkpoints")
-
-
 def locate(network: nn.Module, inputs: dict[str, Any]) -> Path:
     """The path of the checkpoint of the run that starts from `network` as it is now, with `inputs` (JSON)."""
     start = hashlib.sha256()
     for name, value in network.state_dict().items():
         start.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         start.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return root() / digest({"start": start.hexdigest(), "code": digest_of_code(modules=TRAINING), **inputs})
+    return shared(CHECKPOINTS) / digest(
+        {"start": start.hexdigest(), "code": digest_of_code(modules=TRAINING), **inputs}
+    )
 
 
 def write(path: Path, training: Training) -> int:
