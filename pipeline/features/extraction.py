@@ -111,7 +111,7 @@ def share_of_environment() -> Share:
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
     size = found.get("WORLD_SIZE", "1")
     if "DVC_STAGE" in os.environ:
-        if found.keys() & {"RANK", "WORLD_SIZE"}:
+        if (found.get("RANK", "0"), size) != ("0", "1"):
             log.warning(
                 "environment: %s is not for a stage that dvc runs, and ignored; to run ranks: torchrun "
                 "--nproc-per-node N -m pipeline.stages.extract && dvc repro",

@@ -200,7 +200,7 @@ def _load(
                 raise ValueError("the file changed since it was indexed; run: dvc repro")
             pixels.extend(make_views(decode(content), name, views, preprocessing, augmentation))
         except MemoryError as error:
-            return MemoryError(f"{path}: {error or 'cannot be decoded in the memory there is'}")
+            return MemoryError(f"{path}: {str(error) or 'cannot be decoded in the memory there is'}")
         except (OSError, ValueError) as error:
             return ValueError(f"{path}: {error}")
     if is_piped:

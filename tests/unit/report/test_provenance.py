@@ -31,9 +31,7 @@ def test_the_lock_of_the_repository_can_be_read():
 )
 def test_a_damaged_lock_is_refused(tmp_path: Path, text: str):
     (tmp_path / "dvc.lock").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"dvc\.lock: damaged, or a merge conflict \(.+\); take one side, then run: dvc repro$"
-    ):
+    with pytest.raises(ValueError, match=r"dvc\.lock: damaged, or a merge conflict \(.+\); take .*; run: dvc repro$"):
         provenance.read_lock(tmp_path / "dvc.lock")
 
 
@@ -72,7 +70,7 @@ def test_in_a_directory_of_a_larger_repository_only_its_own_files_count(
     assert (len(found["hash"]), found["n_changed"], found["missing"]) == (40, 1, "")
     assert provenance.file_at("HEAD", "a.txt") == "1"
     assert provenance.file_at("HEAD", "b.txt") is None
-    with pytest.raises(ValueError, match="^git ls-tree: fatal: "):
+    with pytest.raises(ValueError, match=r"^git ls-tree: fatal: "):
         provenance.file_at("nowhere", "a.txt")
 
 
