@@ -79,5 +79,6 @@ def _read(path: Path, kind: type[P]) -> P:
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run: dvc repro plan") from None
     except ValidationError as error:
-        problem = f"damaged, or written by another version ({one_line(error)})"
-        raise ValueError(f"{path}: {problem}; run: dvc repro plan") from None
+        raise ValueError(
+            f"{path}: damaged, or written by another version ({one_line(error)}); run: dvc repro plan"
+        ) from None
