@@ -156,7 +156,7 @@ def load_batches(
     """
     workers = min(workers, len(batches))
     n_waiting, largest = PREFETCHED * workers + 2, max(map(len, batches), default=0)
-    is_piped = not _has_shared_memory(n_waiting * largest * 3 * preprocessing.crop**2)
+    is_piped = workers > 0 and not _has_shared_memory(n_waiting * largest * 3 * preprocessing.crop**2)
     loader = DataLoader(
         batches,  # pyright: ignore[reportArgumentType] (a sequence does)
         batch_size=None,

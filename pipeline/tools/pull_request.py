@@ -6,6 +6,7 @@ which `git show` reads.
 
 import difflib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -171,7 +172,9 @@ def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
 
 
 def _dvc(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments, "--json"], capture_output=True, encoding="utf-8")
+    command = [sys.executable, "-m", "dvc", *arguments, "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # whatever this terminal can show
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
     print(done.stderr, end="", file=sys.stderr)  # what it could not read at one of the revisions
