@@ -75,7 +75,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
     state = Training(network, optimizer, schedule, order, best_epoch=0, best={}, curve=[], candidates=[])
-    if checkpoint and checkpoints.restore(checkpoint, state):
+    if checkpoint is not None and checkpoints.restore(checkpoint, state):
         log.info("%s goes on after epoch %d, from %s", name, len(state.curve) - 1, checkpoint)
     start, n_bytes, writing_seconds = time.perf_counter(), 0, 0.0
     for epoch in range(len(state.curve), strategy.epochs + 1):
@@ -104,7 +104,7 @@ def train(
             state.best_epoch, state.best = epoch, copy.deepcopy(network.state_dict())
         state.curve.append(line)
         state.candidates.append(candidate)
-        if checkpoint:
+        if checkpoint is not None:
             writing = time.perf_counter()
             n_bytes = checkpoints.write(checkpoint, state)
             writing_seconds += time.perf_counter() - writing
