@@ -51,7 +51,7 @@ def verify() -> None:
 @click.option("--days", type=float, required=True, metavar="N", help="Remove keys that no run used for N days.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def gc(days: float, *, yes: bool) -> None:
-    """Remove keys that were not used lately, and left-overs."""
+    """Remove keys that were not used lately, left-overs, and checkpoints of interrupted training."""
     from pipeline.tools import store
 
     store.collect_garbage(days, is_asked=not yes)

@@ -5,13 +5,14 @@ differs from run to run.
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,15 +29,28 @@ T = TypeVar("T")
 
 TIMINGS = Path("reports/timings")
 STAGES = "pipeline.stages."
+# Each library has its own words for it: torch on a CPU and a GPU, cuBLAS, cuDNN, oneDNN, OpenVINO, numpy, HDF5, Linux
+NO_MEMORY = re.compile(
+    r"out of memory|(can.?t|cannot|unable to|failed to) allocate|(not enough|insufficient) memory|bad_?alloc"
+    r"|alloc_failed|memory allocation failed|could not create a memory(?! descriptor)",
+    re.IGNORECASE,
+)
+NO_SHARED_MEMORY = re.compile(r"unable to (allocate|write|open|resize).*/torch_|signal: Bus error", re.IGNORECASE)
+NO_MORE_ALLOWED = re.compile(r"can't start new thread|items of ancdata|Too many open files", re.IGNORECASE)
+WORKERS = "runtime.workers"
 
 log = logging.getLogger("pipeline")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main`. A user's mistake (ValueError, OSError) ends it with one line and no traceback.
+def run(main: Callable[[], None], memory: Sequence[str] = ()) -> None:
+    """Run a stage's `main`. A user's mistake, or a limit of the machine, ends it with one line and no traceback.
 
-    SIGTERM ends it as Ctrl-C does: with the line "interrupted", and with every finished file kept.
+    `memory`: the parameters that need less memory when they are lowered. SIGTERM ends the stage as Ctrl-C does: with
+    the line "interrupted", and with every finished file kept. What the terminal cannot show is printed as an escape.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "timm", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -49,14 +63,45 @@ def run(main: Callable[[], None]) -> None:
         note_timing(time.perf_counter() - start)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # HDF5 reports a full disk in ten lines
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # torch's own message when a worker was killed
+    except (MemoryError, OSError, RuntimeError) as error:
+        line = explain(error, memory)
+        if line is None:
             raise
-        sys.exit(f"error: a process that decodes images was killed, probably because memory is full ({error})")
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def explain(error: Exception, memory: Sequence[str] = ()) -> str | None:
+    """One line, with the error's own words, for what the machine or the user causes; None for a bug.
+
+    `memory`: the parameters that need less memory when they are lowered.
+    """
+    words = " ".join(str(error).split())  # HDF5 reports a full disk in ten lines
+    if "Original Traceback" in words:  # of a worker: the error itself is the last line
+        words = str(error).strip().splitlines()[-1]
+    short, is_runtime_error = words[:200].strip() or type(error).__name__, isinstance(error, RuntimeError)
+    if NO_MORE_ALLOWED.search(words) and isinstance(error, OSError | RuntimeError):
+        return f"this user may not have more ({short}); raise the limit (ulimit -n, ulimit -u), or lower {WORKERS}"
+    if is_runtime_error and NO_SHARED_MEMORY.search(words):
+        way_out = f"raise the limit (docker run --shm-size=1g), or set {WORKERS} to 0"
+        return f"too little shared memory, /dev/shm, for the processes that decode images ({short}); {way_out}"
+    if is_out_of_memory(error):
+        on_gpu = re.search("CUDA|CUBLAS|CUDNN", words) is not None
+        lower = ", ".join(key for key in memory if not (on_gpu and key == WORKERS))
+        way_out = f"lower {lower} in params.yaml" if lower else "end other programs, or use a machine with more"
+        return f"too little memory{' on the GPU' if on_gpu else ''} ({short}); {way_out}"
+    if is_runtime_error and words.startswith("DataLoader worker"):  # torch's own message when a worker was killed
+        is_crash = "signal:" in words and "Killed" not in words and "Terminated" not in words
+        why = "an image crashes its decoder" if is_crash else "memory is probably full"
+        return f"a process that decodes images was killed ({short}); {why}; lower {WORKERS} in params.yaml"
+    return words if isinstance(error, OSError) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    is_system = isinstance(error, OSError | RuntimeError)
+    return isinstance(error, MemoryError) or (is_system and NO_MEMORY.search(str(error)) is not None)
 
 
 def leave_signals(*_worker: int) -> None:
@@ -67,7 +112,8 @@ def leave_signals(*_worker: int) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error of another library in one line of at most 500 characters, without colours."""
-    return " ".join(re.sub(r"\x1b\[[\d;?]*[@-~]", "", str(error)).split())[:500]
+    text = " ".join(re.sub(r"\x1b\[[\d;?]*[@-~]", "", str(error)).split())
+    return text[:500] or type(error).__name__
 
 
 def note_timing(wall_seconds: float) -> None:

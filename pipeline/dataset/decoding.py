@@ -94,6 +94,8 @@ def check_sums(content: bytes) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.verify()
+    except MemoryError:  # as above
+        raise
     except Exception as error:  # as above
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 

@@ -14,10 +14,10 @@ MODULES = ("dataset/decoding.py", "network/*.py", "features/engine.py", "feature
 
 
 @cache
-def digest_of_code(package: Path = PIPELINE) -> str:
-    """SHA-256 (hex) of the modules of `package` that compute a row: decoding, the network, views and extraction."""
+def digest_of_code(package: Path = PIPELINE, modules: tuple[str, ...] = MODULES) -> str:
+    """SHA-256 (hex) of `modules` of `package`, by default those that compute a row: decoding, network, views, …"""
     total = hashlib.sha256()
-    for path in sorted(path for pattern in MODULES for path in package.glob(pattern)):
+    for path in sorted(path for pattern in modules for path in package.glob(pattern)):
         tree = _Wordless().visit(ast.parse(path.read_text(encoding="utf-8")))
         total.update(f"{path.relative_to(package).as_posix()}\n{ast.dump(tree)}\n".encode())
     return total.hexdigest()

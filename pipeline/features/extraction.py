@@ -71,9 +71,14 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
         "machine": engine.machine(runner.engine, device),
         "batch": list(shape),
         "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
-        "versions": {name: metadata.version(name) for name in LIBRARIES} | {n: pillow.version(n) for n in DECODERS},
+        "versions": versions(),
     }
     return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the libraries that can change a row; None for a decoder that Pillow has not."""
+    return {name: metadata.version(name) for name in LIBRARIES} | {name: pillow.version(name) for name in DECODERS}
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
@@ -83,10 +88,14 @@ def locate(images: Images, directory: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of the missing rows that this process computes: rank `rank` of `world_size` that fill one store."""
+    """The share of the missing rows that this process computes: rank `rank` of `world_size` that fill one store.
+
+    `local_rank` numbers the GPU of this process on its machine.
+    """
 
     rank: int
     world_size: int
+    local_rank: int = 0
 
     def holds(self, row: Row) -> bool:
         """Whether the row is in this share: the image's digest decides, so the ranks need not communicate."""
@@ -94,13 +103,29 @@ class Share:
 
 
 def share_of_environment() -> Share:
-    """The share of RANK and WORLD_SIZE, which torchrun sets; all rows where they are not set. ValueError if wrong."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    found = {"RANK": os.environ.get("RANK", "0" if size == "1" else ""), "WORLD_SIZE": size}
-    rank, world_size = (int(value) if value.isdecimal() else -1 for value in found.values())
-    if not 0 <= rank < world_size:
-        raise ValueError(f"environment: found {found}, expected 0 <= RANK < WORLD_SIZE, as torchrun sets them")
-    return Share(rank, world_size)
+    """The share of RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; all rows where they are not set.
+
+    A stage that DVC runs must write its outputs, so it is never one of several ranks: what a cluster or a notebook has
+    set for another program is left out there, with a warning. ValueError for values that make no sense.
+    """
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    size = found.get("WORLD_SIZE", "1")
+    if "DVC_STAGE" in os.environ:
+        if (found.get("RANK", "0"), size) != ("0", "1"):
+            log.warning(
+                "environment: %s is not for a stage that dvc runs, and ignored; to run ranks: torchrun "
+                "--nproc-per-node N -m pipeline.stages.extract && dvc repro",
+                found,
+            )
+        return Share(0, 1)
+    given = (found.get("RANK", "0" if size == "1" else ""), size, found.get("LOCAL_RANK", "0") if size != "1" else "0")
+    rank, world_size, local_rank = (int(value) if value.isdecimal() else -1 for value in given)
+    if not (0 <= rank < world_size and local_rank >= 0):
+        raise ValueError(
+            f"environment: found {found}, expected 0 <= RANK < WORLD_SIZE; to run ranks: torchrun --nproc-per-node N "
+            "-m pipeline.stages.extract && dvc repro; for one process, unset them"
+        )
+    return Share(rank, world_size, local_rank)
 
 
 def fill(

@@ -169,6 +169,8 @@ def read_features(path: Path = FEATURES) -> Features:
         raise ValueError(f"{path}: not found; run: dvc repro extract") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno:  # of the system (no permission, a lock), not of the content
+            raise OSError(f"{path}: {reason}") from None
         raise ValueError(f"{path}: not written by this pipeline ({reason}); run: dvc repro extract") from None
 
 

@@ -7,7 +7,9 @@ Only geometry and colour change here. Scaling to floats is the first layer of th
 that the decoding processes send a quarter of the bytes.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
@@ -19,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
 from pipeline.dataset.decoding import decode, sha256
-from pipeline.logs import leave_signals
+from pipeline.logs import explain, leave_signals
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
 
@@ -35,6 +37,8 @@ SYMMETRIES = {  # flipped left to right or not, and then turned counter-clockwis
     "transverse": (True, 3),
 }
 AUGMENTED = len(SYMMETRIES)
+PREFETCHED = 4  # batches for each worker
+SHARED_MEMORY = "/dev/shm"
 FLIPS = {
     "none": ("identity",),
     "horizontal": ("identity", "flip_horizontal"),
@@ -175,29 +179,45 @@ def load_batches(
 ) -> Iterator[torch.Tensor]:
     """Decode batches in order, in worker processes: uint8 (len(batch), crop, crop, 3) each.
 
-    Raises ValueError for a file that cannot be read or that changed since it was indexed.
+    Raises ValueError for a file that cannot be read or that changed since it was indexed, MemoryError if there is too
+    little memory.
     """
     workers = min(workers, len(batches))
+    n_waiting, largest = PREFETCHED * workers + 2, max(map(len, batches), default=0)
+    is_piped = workers > 0 and not _has_shared_memory(n_waiting * largest * 3 * preprocessing.crop**2)
     loader = DataLoader(
         batches,  # pyright: ignore[reportArgumentType] (a sequence does)
         batch_size=None,
-        collate_fn=partial(_load, preprocessing, augmentation),
+        collate_fn=partial(_load, preprocessing, augmentation, is_piped),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         generator=torch.Generator(),  # not the global one, from which dropout draws
     )
     for batch in loader:
-        if isinstance(batch, ValueError):
+        if isinstance(batch, Exception):
             raise batch
-        yield batch
+        yield torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch
+
+
+def _has_shared_memory(n_bytes: int) -> bool:
+    """Whether /dev/shm has room for `n_bytes`, twice over for who else uses it; a container often has only 64 MB.
+
+    Systems without this directory have no such limit.
+    """
+    with suppress(OSError):
+        return shutil.disk_usage(SHARED_MEMORY).free >= 2 * n_bytes
+    return True
 
 
 def _load(
-    preprocessing: Preprocessing, augmentation: Augmentation, batch: Sequence[Sample]
-) -> torch.Tensor | ValueError:
-    """A batch, or the error to raise in the main process: one that is raised in a worker comes with a traceback."""
+    preprocessing: Preprocessing, augmentation: Augmentation, is_piped: bool, batch: Sequence[Sample]
+) -> torch.Tensor | np.ndarray | Exception:
+    """A batch, or the error to raise in the main process: one that is raised in a worker comes with a traceback.
+
+    A worker hands over a tensor in shared memory, and an array (`is_piped`) through a pipe.
+    """
     pixels = []
     for path, group in groupby(batch, lambda sample: sample.path):
         samples = list(group)  # the views of one image, which is decoded once
@@ -207,6 +227,15 @@ def _load(
             if sha256(content) != name:
                 raise ValueError("the file changed since it was indexed; run: dvc repro")
             pixels.extend(make_views(decode(content), name, views, preprocessing, augmentation))
-        except (OSError, ValueError, MemoryError) as error:
-            return ValueError(f"{path}: {error or 'needs more memory than there is'}")
-    return default_collate([torch.from_numpy(view) for view in pixels])  # a worker writes it to shared memory
+        except MemoryError as error:
+            return MemoryError(f"{path}: {str(error) or 'cannot be decoded in the memory there is'}")
+        except (OSError, ValueError) as error:
+            return ValueError(f"{path}: {error}")
+    if is_piped:
+        return np.stack(pixels)
+    try:
+        return default_collate([torch.from_numpy(view) for view in pixels])
+    except RuntimeError as error:
+        if explain(error) is None:
+            raise
+        return error

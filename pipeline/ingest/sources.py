@@ -4,6 +4,7 @@
 """
 
 import difflib
+import errno
 import inspect
 import re
 import shutil
@@ -45,6 +46,7 @@ TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {
 }
 NOT_DOWNLOADED = ("FER2013", "ImageNet", "StanfordCars")  # by torchvision
 LABEL_WIDTH = {"CLEVRClassification": 2, "GTSRB": 2}  # digits, of labels without names
+OF_THIS_MACHINE = (errno.EACCES, errno.EDQUOT, errno.EMFILE, errno.ENOSPC, errno.EROFS)  # no fault of the data set
 FAILURES = (OSError, RuntimeError, ValueError, EOFError, HTTPException, TarError, BadZipFile)
 
 
@@ -174,6 +176,8 @@ def _load(name: str, split: str, root: Path, *, download: bool) -> Any:  # noqa:
     try:
         return make_dataset(root, **options)
     except FAILURES as error:
+        if logs.is_out_of_memory(error) or getattr(error, "errno", None) in OF_THIS_MACHINE:
+            raise
         why = " ".join(str(error).split()) or type(error).__name__
         expected = f"its files in {root.with_name(name)}/ as torchvision.datasets.{name} wants them"
         network = "" if name in NOT_DOWNLOADED else "a network, or "

@@ -8,8 +8,8 @@ from torch import nn
 BATCH = {"cpu": 8, "cuda": 64}  # rows that go through a frozen network together
 
 
-def choose_device(requested: str) -> torch.device:
-    """The device for `runtime.device`; ValueError if there is none. LOCAL_RANK selects one of several GPUs."""
+def choose_device(requested: str, number: int = 0) -> torch.device:
+    """The device for `runtime.device`; ValueError if there is none. `number` selects one of several GPUs."""
     has_cuda = torch.cuda.is_available()
     if requested == "cuda" and not has_cuda:
         raise ValueError("params.yaml: runtime.device: cuda, but torch finds no GPU; expected auto or cpu")
@@ -18,10 +18,9 @@ def choose_device(requested: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if not local_rank.isdecimal() or int(local_rank) >= torch.cuda.device_count():
-        raise ValueError(f"environment: LOCAL_RANK: found {local_rank}, expected less than {torch.cuda.device_count()}")
-    return torch.device("cuda", int(local_rank))
+    if number >= torch.cuda.device_count():
+        raise ValueError(f"environment: LOCAL_RANK: found {number}, expected less than {torch.cuda.device_count()}")
+    return torch.device("cuda", number)
 
 
 def place(module: nn.Module, device: torch.device) -> None:

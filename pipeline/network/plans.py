@@ -7,6 +7,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from pipeline.files import write_json
+from pipeline.logs import one_line
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import BackboneChoice, Record, Strategy
 
@@ -88,5 +89,7 @@ def _read(path: Path, kind: type[P]) -> P:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run: dvc repro plan") from None
-    except ValidationError:
-        raise ValueError(f"{path}: damaged, or written by another version; run: dvc repro plan") from None
+    except ValidationError as error:
+        raise ValueError(
+            f"{path}: damaged, or written by another version ({one_line(error)}); run: dvc repro plan"
+        ) from None

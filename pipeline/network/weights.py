@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import logs
+from pipeline.logs import is_out_of_memory
 from pipeline.params import BackboneChoice
 
 WEIGHTS = Path("data/weights")
@@ -132,6 +133,8 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # On broken files the unpickler, which builds nothing but tensors, raises errors of almost any type
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # torch wraps what it says in a page that recommends to trust the file
         cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
         reason = logs.one_line(cause).partition(" Please use")[0] or type(cause).__name__

@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.logs import TIMINGS
+from pipeline.logs import TIMINGS, one_line
 
 LOCK = Path("dvc.lock")
 LIBRARIES = (
@@ -54,8 +54,9 @@ def read_lock(path: Path = LOCK) -> dict[str, Stage]:
         return TypeAdapter(dict[str, Stage]).validate_python(lock["stages"])
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; the page shows what `dvc repro` computed, so run that first") from None
-    except (YAMLError, ValidationError, UnicodeDecodeError, LookupError, TypeError):
-        raise ValueError(f"{path}: damaged; run: dvc repro") from None
+    except (YAMLError, ValidationError, UnicodeDecodeError, LookupError, TypeError) as error:
+        problem = f"damaged, or a merge conflict ({one_line(error)}); take one side of it with git"
+        raise ValueError(f"{path}: {problem}; run: dvc repro") from None
 
 
 def check(stages: dict[str, Stage], paths: Iterable[str]) -> None:
@@ -77,13 +78,17 @@ def digest(path: Path) -> str:
     return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def commit() -> dict[str, Any] | None:
-    """The commit of the checkout, its date, and how many files differ from it; None without git."""
+def commit() -> dict[str, Any]:
+    """The commit of the checkout, its date, and how many files below this directory differ from it.
+
+    Where git gives none, `hash` is empty and `missing` says why.
+    """
     try:
-        found, date = _git("show", "--no-patch", "--format=%H %cs", "HEAD").split()
-        return {"hash": found, "date": date, "n_changed": len(_git("status", "--porcelain").splitlines())}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        found, date = git("show", "--no-patch", "--format=%H %cs", "HEAD").split()
+        n_changed = len(git("status", "--porcelain", "--", ".").splitlines())
+    except ValueError as error:
+        return {"hash": "", "date": "", "n_changed": 0, "missing": str(error)}
+    return {"hash": found, "date": date, "n_changed": n_changed, "missing": ""}
 
 
 def versions() -> dict[str, str]:
@@ -97,10 +102,25 @@ def timings(directory: Path = TIMINGS) -> list[Timing]:
     for path in directory.glob("*.json"):
         try:
             found.append(Timing(stage=path.stem, **json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}: damaged; delete it") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({one_line(error)}); delete it") from None
     return sorted(found, key=lambda timing: -timing.wall_seconds)
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+def git(*arguments: str) -> str:
+    """Output of a git command in this directory; ValueError with git's own words if it fails or is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise ValueError(f"git {arguments[0]}: git is not installed, or not on the PATH") from None
+    if done.returncode:
+        raise ValueError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def file_at(revision: str, path: str) -> str | None:
+    """The text of a file of this directory at a revision; None if it is not in that commit.
+
+    The directory may lie below the top of the git repository.
+    """
+    return git("show", f"{revision}:./{path}") if git("ls-tree", revision, "--", path) else None

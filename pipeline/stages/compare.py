@@ -89,8 +89,9 @@ def read_checked(name: str, split: Split) -> Run:
         candidates, expected = run.candidates, (len(run.candidates.names), len(run.val.rows))
         if not candidates.predicted.shape == candidates.true_log_probability.shape == expected:
             raise ValueError("candidates that are not of the validation images")
-    except (SafetensorError, LookupError, TypeError, ValueError):
-        raise ValueError(f"{RUNS / name}/seed_{split.seed}: damaged, or of another version; run: dvc repro") from None
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        problem = f"damaged, or of another version ({logs.one_line(error)})"
+        raise ValueError(f"{RUNS / name}/seed_{split.seed}: {problem}; run: dvc repro") from None
     for role, predictions in (("val", run.val), ("test", run.test)):
         if not np.isfinite(predictions.log_probability).all():
             raise ValueError(f"{name}, seed {split.seed}: {role} predictions are not finite; the run has diverged")

@@ -28,7 +28,8 @@ def main() -> None:
     torch.set_num_threads(params.threads)
     backbone = backbones.load_planned(plan, str(plans.BACKBONE))
     base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
-    computation = extraction.prepare(base, params.augmentation, features, choose_device(runtime.device))
+    device = choose_device(runtime.device, share.local_rank)
+    computation = extraction.prepare(base, params.augmentation, features, device)
     paths = extraction.locate(images, params.dataset.path)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
@@ -58,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("features.image_size", logs.WORKERS))

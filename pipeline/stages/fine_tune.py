@@ -4,11 +4,13 @@ Reads   data/images.csv and the images it names, data/labels.csv, data/splits/se
         data/plan/backbone.json, data/plan/<strategy>.json, models/feature_extraction/seed_<s>.*
 Writes  models/<strategy>/seed_<s>.safetensors, .json
         reports/runs/<strategy>/seed_<s>/     predictions for validation and test, candidates, learning curve
+        data/.checkpoints/    what an interrupted run goes on from; deleted when the run is saved
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ from pipeline.network.device import BATCH, choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
-from pipeline.training import fit, heads
+from pipeline.training import checkpoints, fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
@@ -59,7 +61,9 @@ def main() -> None:
     evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
     place(network, device)
     task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, evaluation_engine)
-    best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}")
+    inputs = describe(task, images, params, base, plan, seed) | {"machine": engine.machine(evaluation_engine, device)}
+    checkpoint = checkpoints.locate(network, inputs)
+    best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}", checkpoint)
     val_predictions, test_predictions = (
         Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
     )
@@ -80,6 +84,22 @@ def main() -> None:
     }
     chosen = {"epoch": best_epoch}
     save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
+    checkpoints.remove(checkpoint)
+
+
+def describe(
+    task: Task, images: Images, params: Params, base: BackbonePlan, plan: StrategyPlan, seed: int
+) -> dict[str, Any]:
+    """Everything that can change the run but the network and the code, as JSON: a checkpoint is found by it."""
+    rows = {part: [images.sha256[row] for row in getattr(task, part)] for part in ("train", "val")}
+    plain = {"seed": seed, "threads": params.threads, "versions": extraction.versions(), **rows}
+    options = (base, plan, params.augmentation, params.evaluation, params.features)
+    return {
+        **plain,
+        "options": [record.model_dump(mode="json") for record in options],
+        "labels": [[values[rows].tolist() for values in (task.label, task.weight)] for rows in (task.train, task.val)],
+        "views": [[*task.train_views], [*task.evaluation_views]],
+    }
 
 
 def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str]) -> tuple[Card, Backbone, nn.Module]:
@@ -147,4 +167,4 @@ def measure_cost(base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("batch_size", "features.image_size", logs.WORKERS))

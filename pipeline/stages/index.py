@@ -77,4 +77,4 @@ def write_tables(kept: pd.DataFrame, *, is_grouped: bool) -> None:
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=(logs.WORKERS,))

@@ -225,4 +225,4 @@ def _linear(options: SuspectOptions) -> HeadOptions:
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("features.views", "features.image_size"))

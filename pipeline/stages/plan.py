@@ -123,4 +123,4 @@ def _black_image(backbone: Backbone) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("features.image_size",))

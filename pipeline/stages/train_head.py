@@ -93,4 +93,4 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("features.views", "features.image_size", "head.batch_size"))

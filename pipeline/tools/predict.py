@@ -1,6 +1,8 @@
 """Predict new images with a saved run."""
 
+import codecs
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def show(run: str, images: Sequence[Path], *, is_json: bool) -> None:
     card = Path(run.removesuffix(".safetensors").removesuffix(".json") + ".json")
     predictions, failures = predict(card, images)
     if is_json:
-        print(json.dumps(predictions, indent=2, ensure_ascii=False))
+        is_ascii = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
+        print(json.dumps(predictions, indent=2, ensure_ascii=is_ascii))
     else:
         width = max((len(entry["class"]) for entry in predictions), default=0)
         for entry in predictions:

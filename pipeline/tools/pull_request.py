@@ -8,6 +8,7 @@ any other figure by the intervals of both sides, and one without an interval as 
 
 import difflib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,8 +23,9 @@ from scipy.special import ndtri
 from pipeline.comparison import shared
 from pipeline.comparison.plots import VEGA_LITE
 from pipeline.comparison.shared import Tested
+from pipeline.logs import one_line
 from pipeline.params import Compare, load_params
-from pipeline.tools.git import git
+from pipeline.report.provenance import file_at, git
 
 DETAILS, OUTCOMES = Path("reports/details.json"), Path("reports/outcomes.json")
 ACCURACY = ".test.metrics.accuracy.value"  # the figure that is compared image by image
@@ -93,18 +95,16 @@ def show(revision: str, pictures: Path | None) -> None:
 
 def texts_at(revision: str) -> tuple[str, str | None]:
     """details.json and, if it is there, outcomes.json as git has them at `revision`; ValueError if there are none."""
-    commit = f"{revision}^{{commit}}"
-    problem = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
     try:
-        git("rev-parse", "--verify", "--quiet", "--end-of-options", commit)
-        problem = f"that commit has no {DETAILS}; run `dvc repro` there and commit"
-        found = git("show", f"{revision}:./{DETAILS.as_posix()}")
-    except ValueError:
-        raise ValueError(f"--against {revision}: {problem}") from None
-    try:
-        return found, git("show", f"{revision}:./{OUTCOMES.as_posix()}")
-    except ValueError:
-        return found, None
+        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}").strip()
+        found, tested = (file_at(commit, path.as_posix()) for path in (DETAILS, OUTCOMES))
+    except ValueError as error:
+        nothing = "no such commit here; expected a branch, tag or hash (git fetch brings those of a remote)"
+        problem = str(error).removeprefix("git rev-parse: ").strip()  # empty where there is just no such commit
+        raise ValueError(f"--against {revision}: {problem or nothing}") from None
+    if found is None:
+        raise ValueError(f"--against {revision}: that commit has no {DETAILS}; run `dvc repro` there and commit")
+    return found, tested
 
 
 def parse(details: str, tested: str | None, where: str = "") -> Side:
@@ -115,8 +115,8 @@ def parse(details: str, tested: str | None, where: str = "") -> Side:
         strategies, recommendation = dict(found["strategies"]), str(found["recommendation"]["text"])
         path = OUTCOMES
         outcomes = shared.decode(json.loads(tested)) if tested is not None else None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{where}{path}: damaged, or of another version; run: dvc repro") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}{path}: damaged, or of another version ({one_line(error)}); run: dvc repro") from None
     return Side(dict(_flat(strategies)), recommendation, outcomes)
 
 
@@ -236,7 +236,9 @@ def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
 
 
 def _dvc(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments, "--json"], capture_output=True, encoding="utf-8")
+    command = [sys.executable, "-m", "dvc", *arguments, "--json"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # whatever this terminal can show
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
     print(done.stderr, end="", file=sys.stderr)  # what it could not read at one of the revisions

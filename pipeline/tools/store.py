@@ -1,4 +1,4 @@
-"""store: list the keys of the feature store, check its shards, and remove what is not used."""
+"""store: list the keys of the feature store, check its shards, and remove what is not used; checkpoints, too."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.features import hdf5, store
 from pipeline.features.store import read_shards
-from pipeline.files import digest
+from pipeline.files import digest, shared
+from pipeline.training.runs import CHECKPOINTS
 
 HOUR, DAY = 3600, 86_400  # s; a temporary file that is older than an hour was left by a process that is gone
 
@@ -64,6 +65,15 @@ def _directories() -> list[_Directory]:
     return sorted(found, key=lambda directory: -directory.last_use)
 
 
+def _checkpoints() -> list[Path]:
+    """What interrupted training left: checkpoints, and temporary files."""
+    return sorted(path for path in shared(CHECKPOINTS).glob("*") if not path.is_dir())
+
+
+def _days(path: Path) -> float:
+    return (time.time() - _size_and_time(path)[1]) / DAY
+
+
 def _size_and_time(path: Path) -> tuple[int, float]:
     """Bytes, and seconds since the epoch of the last change; 0 bytes and now for a file that was removed meanwhile."""
     try:
@@ -96,6 +106,9 @@ def status() -> None:
         damaged = f", {n_damaged} damaged or left over" if n_damaged else ""
         print(f"{directory.line(contents)}{damaged}: {directory.description}")
     print(f"{store.root()}: {len(directories)} keys, {_size(sum(directory.n_bytes for directory in directories))}")
+    if checkpoints := _checkpoints():
+        size = _size(sum(_size_and_time(path)[0] for path in checkpoints))
+        print(f"{shared(CHECKPOINTS)}: {len(checkpoints)} files of interrupted training, {size}")
 
 
 def verify() -> None:
@@ -114,19 +127,25 @@ def verify() -> None:
 
 
 def collect_garbage(days: float, *, is_asked: bool) -> None:
-    """Remove keys that no run used for `days` days, and left-overs of the others; asks first if `is_asked`."""
+    """Remove keys that no run used for `days` days, left-overs of the others, and checkpoints as old.
+
+    Asks first if `is_asked`.
+    """
     if not days >= 0:
         raise ValueError(f"--days: found {days:g}, expected 0 or more")
     directories = _directories()
     unused = [directory for directory in directories if directory.days_unused >= days]
     left_overs = [path for directory in directories if directory not in unused for path in directory.left_overs]
+    left_overs += [path for path in _checkpoints() if _days(path) >= days]
     if not unused and not left_overs:
         print(f"{store.root()}: nothing to remove")
         return
     for directory in unused:
         print(f"{directory.line()}: {directory.description}")
     n_bytes = sum(directory.n_bytes for directory in unused) + sum(_size_and_time(path)[0] for path in left_overs)
-    print(f"{len(unused)} keys and {len(left_overs)} left-overs of others, {_size(n_bytes)}", flush=True)
+    print(
+        f"{len(unused)} keys and {len(left_overs)} left-overs of others and of training, {_size(n_bytes)}", flush=True
+    )
     try:
         if is_asked and input("remove them? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was removed")
@@ -147,7 +166,10 @@ def _remove(path: Path) -> None:
         return
     shutil.rmtree(path, ignore_errors=True)  # another process may remove files at the same time
     if path.exists():
-        raise OSError(f"{path} could not be removed: no permission, or a run has just begun to use it")
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise OSError(f"{path} could not be removed ({error}): a run may have just begun to use it") from None
 
 
 def _size(n_bytes: int) -> str:

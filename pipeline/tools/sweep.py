@@ -8,6 +8,7 @@ The boundary with the lowest validation NLL is selected; its test accuracy is sh
 
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pandas as pd
 
 from pipeline.files import write_text
 from pipeline.params import HEAD_ONLY
-from pipeline.tools.git import git
+from pipeline.report.provenance import file_at, git
 
 DETAILS = "reports/details.json"
 PICTURE = Path("reports/sweep.svg")
+log = logging.getLogger("pipeline")
 
 
 def show(strategy: str) -> None:
@@ -44,9 +46,11 @@ def read(strategy: str) -> pd.DataFrame:
     refs = git("for-each-ref", "--format=%(refname)", f"refs/exps/{head[:2]}/{head[2:]}").split()
     rows = []
     for ref in [*refs, "HEAD"]:
+        text = file_at(ref, DETAILS)
         try:
-            strategies = json.loads(git("show", f"{ref}:{DETAILS}")).get("strategies", {})
-        except ValueError:  # a commit from before the first repro
+            strategies = json.loads(text).get("strategies", {}) if text else {}  # none before the first repro
+        except ValueError as error:
+            log.warning("%s: %s is damaged (%s), and left out", ref, DETAILS, error)
             continue
         if strategy in strategies:  # else another study, or reports of an earlier version
             rows.append(_row(HEAD_ONLY, strategies[HEAD_ONLY]))

@@ -7,8 +7,11 @@ activations, for which it is the identity) to the input of the suffix, the train
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from pipeline.features import engine
 from pipeline.logs import progress
 from pipeline.network.device import BATCH, autocast
 from pipeline.params import Strategy
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import Training
 from pipeline.training.heads import loss_weight, mean_log_probability
 from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
@@ -49,28 +54,33 @@ class Task:
 
 
 def train(
-    network: nn.Sequential, task: Task, strategy: Strategy, seed: int, name: str
+    network: nn.Sequential, task: Task, strategy: Strategy, seed: int, name: str, checkpoint: Path | None = None
 ) -> tuple[int, list[dict[str, Any]], Candidates]:
     """Train in place, on the device of `network`, and restore the epoch of the lowest validation NLL.
 
     Returns that epoch, the learning curve, and the candidates, which are the epochs; epoch 0 is the network before
-    training. With one number of threads the result has the same bytes on one kind of device. Raises ValueError, naming
-    the run `name`, when a loss is not finite.
+    training. With one number of threads the result has the same bytes on one kind of device, also if it goes on from
+    `checkpoint`, which is written after every epoch. Raises ValueError, naming the run `name`, when a loss is not
+    finite, and before training if BatchNorm cannot be trained on a batch.
     """
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
     network.requires_grad_(True)
     network[0].requires_grad_(False)
+    _check_batches(network, task, strategy, name)
     n_steps = len(_batches([(0, 0)] * len(task.train), strategy.batch_size))
     optimizer = _optimizer(network, strategy)
     in_loss = task.weight.copy()
     in_loss[task.train] = loss_weight(task.label[task.train], task.weight[task.train], strategy.class_weights)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
-    curve: list[dict[str, Any]] = []
-    candidates: list[Candidates] = []
-    best_epoch, best = 0, {}
-    for epoch in range(strategy.epochs + 1):
+    state = Training(network, optimizer, schedule, order, best_epoch=0, best={}, curve=[], candidates=[])
+    if checkpoint is not None and checkpoints.restore(checkpoint, state):
+        log.info("%s goes on after epoch %d, from %s", name, len(state.curve) - 1, checkpoint)
+    start, n_bytes, writing_seconds = time.perf_counter(), 0, 0.0
+    for epoch in range(len(state.curve), strategy.epochs + 1):
+        if strategy.patience is not None and epoch - 1 - state.best_epoch >= strategy.patience:
+            break
         train_loss = train_accuracy = None
         if epoch:
             view = task.train_views[(epoch - 1) % len(task.train_views)]
@@ -84,19 +94,27 @@ def train(
                 _check_finite(name, epoch, "training", total[0])
             train_loss, train_accuracy = (total / task.weight[task.train].sum()).tolist()
         log_probability = predict(network, task, task.val, strategy.precision)
-        candidates.append(make_candidates({f"epoch {epoch}": log_probability}, task.label[task.val]))
+        candidate = make_candidates({f"epoch {epoch}": log_probability}, task.label[task.val])
         line = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
-        curve.append(line | _validate(candidates[-1], task))
-        _check_finite(name, epoch, "validation", curve[-1]["val_loss"])
-        values = ", ".join(f"{key} {value:.4f}" for key, value in curve[-1].items() if isinstance(value, float))
+        line |= _validate(candidate, task)
+        _check_finite(name, epoch, "validation", line["val_loss"])
+        values = ", ".join(f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float))
         log.info("%s epoch %d: %s", name, epoch, values)
-        if epoch == 0 or curve[-1]["val_loss"] < curve[best_epoch]["val_loss"]:
-            best_epoch, best = epoch, copy.deepcopy(network.state_dict())
-        elif strategy.patience is not None and epoch - best_epoch >= strategy.patience:
-            break
-    network.load_state_dict(best)
+        if epoch == 0 or line["val_loss"] < state.curve[state.best_epoch]["val_loss"]:
+            state.best_epoch, state.best = epoch, copy.deepcopy(network.state_dict())
+        state.curve.append(line)
+        state.candidates.append(candidate)
+        if checkpoint is not None:
+            writing = time.perf_counter()
+            n_bytes = checkpoints.write(checkpoint, state)
+            writing_seconds += time.perf_counter() - writing
+    if n_bytes:
+        share = writing_seconds / (time.perf_counter() - start)
+        spent = f"{n_bytes / 1e6:.1f} MB took {writing_seconds:.1f} s, {share:.1%} of the time"
+        log.info("%s: checkpoints of %s", name, spent)
+    network.load_state_dict(state.best)
     network.eval()
-    return best_epoch, curve, join_candidates(candidates)
+    return state.best_epoch, state.curve, join_candidates(state.candidates)
 
 
 def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
@@ -105,6 +123,36 @@ def _batches(pairs: list[tuple[int, int]], size: int) -> list[list[tuple[int, in
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]
     return batches
+
+
+def _check_batches(network: nn.Sequential, task: Task, strategy: Strategy, name: str) -> None:
+    """ValueError if a batch of one image gives one value per channel to a BatchNorm layer in training mode.
+
+    The shapes are seen in evaluation mode, which changes no statistics and draws no random numbers.
+    """
+    set_training_mode(network, strategy)
+    layers = [(path, one) for path, one in network.named_modules() if isinstance(one, _BatchNorm) and one.training]
+    network.eval()
+    if not layers or min(map(len, _batches([(0, 0)] * len(task.train), strategy.batch_size))) > 1:
+        return
+    shapes: dict[str, torch.Size] = {}
+
+    def note(path: str, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        shapes[path] = given[0].shape
+
+    hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
+    (inputs,) = task.load([[(int(task.train[0]), task.train_views[0])]])
+    with torch.inference_mode():
+        network(inputs.to(_device(network)))
+    for hook in hooks:
+        hook.remove()
+    for path, shape in shapes.items():
+        if shape.numel() == shape[1]:
+            where = f"batch_size {strategy.batch_size}, {len(task.train)} training images"
+            raise ValueError(
+                f"{name}: `batchnorm: train` with a batch of one image ({where}): layer {path} gets {tuple(shape)}, "
+                "one value per channel, which has no variance; expected 2 or more of both, or `batchnorm: frozen`"
+            )
 
 
 def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:

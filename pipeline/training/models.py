@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from pipeline.files import replacing, write_json
+from pipeline.logs import one_line
 from pipeline.network import backbones, cuts
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Normalize
@@ -56,8 +57,8 @@ def read_card(path: Path) -> Card:
         raise FileNotFoundError(f"{path}: no such run; expected e.g. {MODELS / 'full_retrain' / 'seed_0'}")
     try:
         card = Card.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError):
-        raise ValueError(f"{path}: not a run saved by this version") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a run saved by this version ({one_line(error)})") from None
     if card.sha256 != _sha256(path.with_suffix(".safetensors")):
         raise ValueError(f"{path}: {path.stem}.safetensors beside it is damaged, or of another run")
     return card

@@ -18,6 +18,7 @@ from pipeline.params import Record
 
 RUNS = Path("reports/runs")
 MODELS = Path("models")  # the networks of the runs, see models.py
+CHECKPOINTS = ".checkpoints"  # in the directory that all experiments share, see checkpoints.py
 
 
 class Cost(Record):

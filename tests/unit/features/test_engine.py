@@ -187,3 +187,17 @@ signal.setitimer(signal.ITIMER_REAL, 0.01)
 time.sleep(0.1)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Cannot allocate memory")]
+)
+def test_too_little_memory_does_not_change_the_engine(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_network(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "_compile", compile_network)
+    for requested in ("auto", "openvino"):
+        with pytest.raises(type(error)) as caught:
+            engine.prepare(requested, nn.Flatten(), torch.zeros(8, 4, 4, 3), "fp32", torch.device("cpu"))
+        assert caught.value is error

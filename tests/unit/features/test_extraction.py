@@ -570,30 +570,56 @@ def test_ranks_share_the_rows_and_each_counts_the_size_of_all(paths: dict[str, P
         fill(make_computation(), paths, rows, max_gb=0.99 * needed, share=Share(0, 2))
 
 
+def set_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("found", "share"),
     [
         ({}, Share(0, 1)),
         ({"RANK": "1", "WORLD_SIZE": "4"}, Share(1, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Share(3, 4, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, Share(0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, Share(0, 1)),
+        ({"LOCAL_RANK": "x"}, Share(0, 1)),
     ],
 )
 def test_the_share_is_that_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, found: dict[str, str], share: Share
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-        if name in found:
-            monkeypatch.setenv(name, found[name])
+    set_environment(monkeypatch, **found)
     assert extraction.share_of_environment() == share
 
 
-@pytest.mark.parametrize("found", ["2 2", "x 2", "-1 2", "0 0", "0 x", "1 1", " 2"])
-def test_ranks_that_make_no_sense_or_were_forgotten_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    for name, value in zip(("RANK", "WORLD_SIZE"), found.split(" "), strict=True):
-        if value:
-            monkeypatch.setenv(name, value)
-        else:
-            monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize("found", ["0 2 0", "1 2 1", "x 2 0", "0 auto x", "7 1 7"])
+def test_in_a_stage_that_dvc_runs_ranks_are_those_of_another_program(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, found: str
+) -> None:
+    rank, world_size, local_rank = found.split()
+    set_environment(monkeypatch, DVC_STAGE="extract", RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank)
+    assert extraction.share_of_environment() == Share(0, 1)
+    (line,) = caplog.messages
+    assert line.startswith("environment: ")
+    assert f"'WORLD_SIZE': '{world_size}'" in line
+    assert "to run ranks: torchrun --nproc-per-node N -m pipeline.stages.extract && dvc repro" in line
+    caplog.clear()
+    set_environment(monkeypatch, DVC_STAGE="extract", LOCAL_RANK="3")
+    assert (extraction.share_of_environment(), caplog.messages) == (Share(0, 1), [])
+
+
+def test_a_rank_that_was_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, WORLD_SIZE="2")
+    with pytest.raises(ValueError, match=r"environment: found .*expected 0 <= RANK < WORLD_SIZE"):
+        extraction.share_of_environment()
+
+
+@pytest.mark.parametrize("found", ["2 2 0", "x 2 0", "-1 2 0", "0 0 0", "0 x 0", "1 1 0", "0 2 x"])
+def test_ranks_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    rank, world_size, local_rank = found.split()
+    set_environment(monkeypatch, RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=local_rank)
     with pytest.raises(ValueError, match=r"environment: found .*expected 0 <= RANK < WORLD_SIZE"):
         extraction.share_of_environment()

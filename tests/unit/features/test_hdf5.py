@@ -304,3 +304,16 @@ def test_file_that_is_no_hdf5_or_truncated_is_refused(tmp_path: Path, damaged: C
     path.write_bytes(damaged(path.read_bytes()))
     with pytest.raises(ValueError, match="not written by this pipeline"):
         hdf5.read_features(path)
+
+
+def test_features_that_the_system_does_not_open_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """h5py raises so for a file of another user, and for one that another program has locked."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Unable to synchronously open file (errno = 13, error message = 'Permission denied')")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(OSError, match=r"features\.h5: \[Errno 13\] Unable .* 'Permission denied'\)$"):
+        hdf5.read_features(tmp_path / "features.h5")

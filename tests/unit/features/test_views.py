@@ -1,6 +1,7 @@
 """Decoding, the evaluation transform, and augmented views that depend on seed, image and number alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.decoding import decode, sha256
+from pipeline.features import views
 from pipeline.features.views import (
     AUGMENTED,
     SYMMETRIES,
@@ -329,6 +331,49 @@ def test_batches_are_the_same_with_and_without_workers(tmp_path: Path):
     assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
     last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, augmented(2), SMALL, options)
     assert np.array_equal(alone[2].numpy(), last)
+
+
+@pytest.mark.parametrize(("free", "is_shared"), [(10**6, True), (10**4, False), (0, False)])
+def test_small_shared_memory_is_not_used(free: int, is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three batches of 2 views of 16 px, of which at most 10 wait: 15 kB, and as much again for other programs."""
+    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, *augmented(2))]
+    batches = [samples[:2], samples[2:4], samples[4:]]
+    expected = list(load_batches(batches, SMALL, PLAIN, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    found = list(load_batches(batches, SMALL, PLAIN, 1))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert {batch.is_shared() for batch in found} == {is_shared}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_needs_more_memory_than_there_is_is_not_called_damaged(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def decode(_: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(views, "decode", decode)
+    ((path, name),) = files(tmp_path, 1)
+    with pytest.raises(MemoryError, match=rf"^{path}: cannot be decoded in the memory there is$"):
+        list(load_batches([[Sample(path, name, 0)]], SMALL, PLAIN, workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_shared_memory_comes_without_the_traceback_of_a_worker_and_a_bug_with_it(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ((path, name),) = files(tmp_path, 1)
+    for text, begin in (
+        ("unable to write to file </torch_1_2>: No space left on device (28)", "unable"),
+        ("a bug", "Caught" if workers else "a bug"),
+    ):
+
+        def collate(_: object, text: str = text) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(views, "default_collate", collate)
+        with pytest.raises(RuntimeError, match=f"^{begin}"):
+            list(load_batches([[Sample(path, name, 0)]], SMALL, PLAIN, workers))
 
 
 def test_no_batches_are_no_batches():

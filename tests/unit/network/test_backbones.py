@@ -5,7 +5,7 @@ import urllib.error
 import pytest
 import torch
 
-from pipeline.network import backbones
+from pipeline.network import backbones, tracing
 from pipeline.network.backbones import Backbone
 from pipeline.params import BackboneChoice
 
@@ -115,3 +115,32 @@ def test_published_weights_without_a_network_are_one_line_with_the_way_out(
         load(name, "default")
     assert "data/weights/" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "weights"),
+    [
+        ("torch.nn.Module.__call__", SMALL, "random"),  # the width is measured
+        ("torchvision.models.get_model", SMALL, "default"),
+        ("timm.create_model", "timm/test_resnet", "random"),
+        ("timm.create_model", "timm/test_resnet", "default"),
+    ],
+)
+def test_too_little_memory_is_not_called_a_mistake(
+    broken: str, name: str, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(name)
+    monkeypatch.setattr(broken, no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load(name, weights)
+
+
+def test_tracing_without_memory_is_not_called_untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load()
+    monkeypatch.setattr(tracing, "Meter", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        tracing.find(backbone)

@@ -26,26 +26,52 @@ def test_the_lock_of_the_repository_can_be_read():
     assert "reports/details.json" in {out.path for out in stages["compare"].outs}
 
 
-@pytest.mark.parametrize("text", ["a: [", "stages: 3", "stages: {index: {outs: [{path: x}]}}"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "<<<<<<< HEAD\n  - a\n=======\n", "stages: 3", "stages: {index: {outs: [{path: x}]}}"]
+)
 def test_a_damaged_lock_is_refused(tmp_path: Path, text: str):
     (tmp_path / "dvc.lock").write_text(text)
-    with pytest.raises(ValueError, match=r"dvc\.lock: damaged; run: dvc repro"):
+    with pytest.raises(ValueError, match=r"dvc\.lock: damaged, or a merge conflict \(.+\); take .*; run: dvc repro$"):
         provenance.read_lock(tmp_path / "dvc.lock")
 
 
 @pytest.mark.parametrize("text", ["[1, {", "[]", '{"wall_seconds": "long"}'])
 def test_a_damaged_timing_is_named(tmp_path: Path, text: str):
     (tmp_path / "extract.json").write_text(text)
-    with pytest.raises(ValueError, match=r"extract\.json: damaged; delete it"):
+    with pytest.raises(ValueError, match=r"extract\.json: damaged \(.+\); delete it$"):
         provenance.timings(tmp_path)
 
 
 def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance.commit() is None
+    found = provenance.commit()
+    assert found["hash"] == ""
+    assert "not a git repository" in found["missing"]
     monkeypatch.setenv("PATH", "")
-    assert provenance.commit() is None
+    assert provenance.commit()["missing"] == "git show: git is not installed, or not on the PATH"
+
+
+def test_in_a_directory_of_a_larger_repository_only_its_own_files_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = tmp_path / "vision/study"
+    study.mkdir(parents=True)
+    monkeypatch.chdir(study)
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "a@b")
+    provenance.git("init", str(tmp_path))
+    (study / "a.txt").write_text("1")
+    provenance.git("add", ".")
+    provenance.git("commit", "--message", "m")
+    for path in (tmp_path / "of another team.txt", study / "b.txt"):
+        path.write_text("2")
+    found = provenance.commit()
+    assert (len(found["hash"]), found["n_changed"], found["missing"]) == (40, 1, "")
+    assert provenance.file_at("HEAD", "a.txt") == "1"
+    assert provenance.file_at("HEAD", "b.txt") is None
+    with pytest.raises(ValueError, match=r"^git ls-tree: fatal: "):
+        provenance.file_at("nowhere", "a.txt")
 
 
 def test_timing_of_a_stage_is_noted_beside_the_outs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,12 @@
 """fine_tune: training from cached activations is training through the whole network, on the stages' own path."""
 
 import logging
+import os
+import random
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -368,3 +373,107 @@ def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed
     with pytest.raises(ValueError, match=r"store_max_gb: 1e-06, but the cache at layer1.* needs .* GB; .* off"):
         tune(TINY, {"freeze_until": "layer1"}, runtime={"store_max_gb": 1e-6})
     assert computed == []
+
+
+OUTPUTS = ("models/tuned", "reports/runs/tuned")
+
+
+def outputs() -> dict[str, bytes]:
+    """What the stage wrote, by path; then deleted, as by DVC before a stage starts."""
+    found = {str(path): path.read_bytes() for out in OUTPUTS for path in Path(out).rglob("*") if path.is_file()}
+    for out in OUTPUTS:
+        shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+INTERRUPTED = {
+    "cached": {"freeze_until": "layer2"},
+    "whole": {"batchnorm": "train", "optimizer": "adamw"},
+    "random": {"init": "random", "batchnorm": "train", "views": 0},
+}
+
+
+@pytest.mark.parametrize("strategy", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_interrupted_run_goes_on_with_the_same_bytes_and_leaves_no_checkpoint(
+    strategy: dict[str, Any], tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(TINY, strategy)
+    expected, step, n_steps = outputs(), fit._step, 0
+
+    def interrupted(*arguments: Any) -> tuple[float, float]:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 8:  # in the third epoch of three steps
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(fit, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune.main()
+    assert len([*Path("data/.checkpoints").iterdir()]) == 1
+    fine_tune.main()
+    assert outputs() == expected
+    assert n_steps == 8 + 3
+    assert [*Path("data/.checkpoints").iterdir()] == []
+
+
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "recipe": {"fine_tune": {"strategies": {"tuned": STRATEGY | {"weight_decay": 0.02}}}},
+    "split": {"split": {"val_fraction": 0.3}},
+    "views of evaluation": {"evaluation": {"views": ["identity"]}},
+    "engine": {"features": {"engine": "openvino"}},
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_checkpoint_of_another_run_is_not_used(
+    changes: dict[str, Any], tune: Tune, steps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Path("data/.checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tune.checkpoints, "remove", lambda _: None)  # as if it were killed just before
+        tune(TINY, {})
+    assert len([*kept.iterdir()]) == 1
+    configure(TINY, **{"fine_tune": {"strategies": {"tuned": STRATEGY}}} | changes)
+    for stage in (split, plan, extract, train_head):
+        monkeypatch.setattr(sys, "argv", ["a stage"])
+        stage.main()
+    steps.clear()
+    monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
+    fine_tune.main()
+    assert len(steps) >= 2 * 3, "it starts at the beginning"
+    assert len([*kept.iterdir()]) == 1
+
+
+def in_a_process(main: Callable[[], None]) -> int:
+    """The process id of a copy of this process that runs `main`, and nothing of pytest."""
+    process = os.fork()
+    if not process:
+        try:
+            main()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return process
+
+
+@pytest.mark.end_to_end
+def test_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(tune: Tune, steps: list[float]) -> None:
+    tune(TINY, INTERRUPTED["whole"])
+    expected, moments, n_steps = outputs(), random.Random(0), []
+    start = time.perf_counter()
+    fine_tune.main()
+    seconds = time.perf_counter() - start
+    assert outputs() == expected
+    for _ in range(20):
+        process = in_a_process(fine_tune.main)
+        time.sleep(moments.uniform(0, 1.2 * seconds))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        outputs()
+        steps.clear()
+        fine_tune.main()
+        assert outputs() == expected
+        assert [*Path("data/.checkpoints").iterdir()] == []
+        n_steps.append(len(steps))
+    assert len({*n_steps}) > 2, "the moments differ"

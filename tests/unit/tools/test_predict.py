@@ -1,6 +1,8 @@
 """predict: a saved run loads alone, predicts what the network predicts, and is refused when tampered with."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +173,16 @@ def test_unreadable_images_are_failures_and_the_others_are_predicted(
         lines = printed.splitlines()
         assert [line.split()[-1] for line in lines] == [str(path) for path in photographs[:2]]
         assert all(line.startswith(CLASSES) for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_valid_whatever_the_terminal_can_show(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"class": "\u00e9t\u00e9 \u65e5\u672c \U0001f600", "probability": 0.9, "path": "x.png"}
+    monkeypatch.setattr(predict, "predict", lambda *_: ([entry], []))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace"))
+    predict.show("run", [], is_json=True)
+    sys.stdout.flush()
+    text = written.getvalue().decode(encoding)
+    assert json.loads(text) == [entry]
+    assert (entry["class"] in text) == (encoding == "utf-8")

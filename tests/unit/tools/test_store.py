@@ -340,3 +340,31 @@ def test_gc_removes_nothing_outside_the_store(run: Run, root: Path, tmp_path: Pa
     run("gc", "--days", "0", "--yes")
     assert (outside / "photo.png").exists()
     assert not (root / store_key().name(0)).exists()
+
+
+def test_checkpoints_of_interrupted_training_are_counted_and_the_old_ones_collected(run: Run, root: Path) -> None:
+    fill_store(store_key())
+    checkpoints = root.with_name(".checkpoints")
+    checkpoints.mkdir()
+    then = time.time() - 31 * DAY
+    for name, is_old in (("0a1b", True), ("0a1c", False), (".0a1d.c0ffee.tmp", True)):
+        (checkpoints / name).write_bytes(bytes(10**5))
+        if is_old:
+            os.utime(checkpoints / name, (then, then))
+    assert run("status").splitlines()[-1] == f"{checkpoints}: 3 files of interrupted training, 0.3 MB"
+    assert "0 keys and 2 left-overs of others and of training, 0.2 MB" in run("gc", "--days", "30", "--yes")
+    assert [path.name for path in checkpoints.iterdir()] == ["0a1c"]
+    assert run("gc", "--days", "30", "--yes") == f"{root}: nothing to remove\n"
+
+
+def test_what_cannot_be_removed_is_named_with_the_words_of_the_system(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    fill_store(store_key())
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(OSError, match=r"could not be removed \(\[Errno 13\] Permission denied: "):
+        cli(["store", "gc", "--days", "0", "--yes"], standalone_mode=False)

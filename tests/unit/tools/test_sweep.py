@@ -29,17 +29,28 @@ def git(*arguments: str, text: str | None = None) -> str:
 def commit(run: dict[str, Any], strategy: str = "partial_freeze") -> str:
     """A commit whose reports/details.json has the head alone and `run`."""
     content = {"strategies": {"feature_extraction": details("all", 10, 0.35, 0.83, 0.84), strategy: run}}
-    blob = git("hash-object", "-w", "--stdin", text=json.dumps(content))
+    return commit_text(json.dumps(content))
+
+
+def commit_text(text: str) -> str:
+    blob = git("hash-object", "-w", "--stdin", text=text)
     reports = git("mktree", text=f"100644 blob {blob}\tdetails.json\n")
     tree = git("mktree", text=f"040000 tree {reports}\treports\n")
+    for folder in reversed(Path.cwd().relative_to(Path(git("rev-parse", "--show-toplevel")).resolve()).parts):
+        tree = git("mktree", text=f"040000 tree {tree}\t{folder}\n")
     return git("commit-tree", tree, "-m", "m")
 
 
-@pytest.fixture
-def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """HEAD at blocks.5, experiments at blocks.3 and blocks.4, and one of another commit."""
+@pytest.fixture(params=[".", "vision/study"])
+def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """HEAD at blocks.5, experiments at blocks.3 and blocks.4, and one of another commit.
+
+    The project is the git repository, or a directory in it.
+    """
     monkeypatch.chdir(tmp_path)
     git("init", "-b", "main")
+    (tmp_path / request.param).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / request.param)
     head = commit(details("blocks.5.3.add", 300, 0.32, 0.85, 0.86))
     git("update-ref", "refs/heads/main", head)
     for name, boundary, trained, nll, test in (
@@ -83,3 +94,21 @@ def test_selection_is_by_validation_and_the_table_has_no_test_figures(
 def test_strategy_that_no_experiment_has_is_one_line(experiments: str) -> None:
     with pytest.raises(ValueError, match=r"no reports/details\.json of HEAD.* has the strategy full_retrain"):
         sweep.show("full_retrain")
+
+
+def test_experiment_with_damaged_details_is_left_out_with_its_name(
+    experiments: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = sweep.read("partial_freeze")
+    name = f"refs/exps/{experiments[:2]}/{experiments[2:]}/damaged-exp"
+    git("update-ref", name, commit_text("<<<<<<< HEAD"))
+    assert sweep.read("partial_freeze").equals(expected)
+    (line,) = caplog.messages
+    assert line.startswith(f"{name}: reports/details.json is damaged (")
+
+
+def test_words_of_git_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(ValueError, match="git rev-parse: fatal: not a git repository"):
+        sweep.show("partial_freeze")

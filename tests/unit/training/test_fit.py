@@ -453,3 +453,42 @@ def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None
     _, plain, _ = fit.train(build(prepare(RESNET), "all"), balanced, STRATEGY, 0, "run")
     assert curve[0] == plain[0], "validation goes by the images' weights"
     assert abs(curve[1]["train_loss"] - plain[1]["train_loss"]) > 1e-4
+
+
+def one_image(n_train: int = 24) -> Task:
+    return task(train=TRAIN[:n_train])
+
+
+@pytest.mark.parametrize(("changes", "n_train"), [({"batch_size": 1}, 24), ({"batch_size": 8}, 1)])
+def test_batchnorm_that_would_see_one_value_is_refused_before_training(changes: dict[str, Any], n_train: int) -> None:
+    network = build(prepare(RESNET), "layer2")  # 1 x 1 px at the end, of 32
+    before, seen = state(network), []
+
+    def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        seen.extend(batches)
+        return from_memory(IMAGES)(batches)
+
+    with pytest.raises(ValueError, match="`batchnorm: train` with a batch of one image") as caught:
+        fit.train(network, replace(one_image(n_train), load=load), strategy(batchnorm="train", **changes), 0, "run")
+    line = str(caught.value)
+    assert line.startswith(f"run: `batchnorm: train` with a batch of one image (batch_size {changes['batch_size']}, ")
+    assert f"{n_train} training images" in line
+    assert "layer 1.0.layer4.0.bn1 gets (1, 96, 1, 1)" in line
+    assert "or `batchnorm: frozen`" in line
+    assert "\n" not in line
+    assert len(seen) == 1, "no epoch was evaluated"
+    assert is_same(state(network), before)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (64, {"batch_size": 1, "batchnorm": "train"}),  # 2 x 2 px at the end
+        (32, {"batch_size": 1, "batchnorm": "frozen"}),
+        (32, {"batch_size": 8, "batchnorm": "train"}),
+    ],
+)
+def test_batches_that_batchnorm_can_be_trained_on_are_not_refused(size: int, changes: dict[str, Any]) -> None:
+    inputs = make_images(size)
+    _, curve, _ = fit.train(build(prepare(RESNET), "layer2"), task(inputs), strategy(epochs=1, **changes), 0, "run")
+    assert len(curve) == 2
