@@ -11,10 +11,21 @@ import pandas as pd
 
 from pipeline.dataset.decoding import EXTENSIONS
 from pipeline.ingest import duplicates
-from pipeline.ingest.indexing import Inspected
-from pipeline.ingest.listing import Listing, shorten
+from pipeline.ingest.indexing import NO_IMAGE, Inspected
+from pipeline.ingest.listing import Listing
+from pipeline.ingest.tree import IMAGE_EXTENSIONS, counted, printable, shorten
 
 SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS, SHOWN_NAMES = 20, 20, 50, 20  # at most, in the summary
+SHOWN_POOR = 100  # images of each kind, at most, in the summary
+TINY_SIDE, TINY_SHARE = 8, 6  # px of the shorter side below which an image is tiny, and below 1 / so much of the median
+BLURRED, BLURRED_SHARE = 0.02, 12  # sharpness below which it is blurred, and below 1 / so much of the upper quartile
+POOR = {  # what may be wrong with images, as it is reported
+    "flat": "of one colour",
+    "few levels": "with few of the grey levels of their 16 bits (scale them to the full range)",
+    "tiny": "of a few pixels, or far smaller than the others",
+    "dark": "almost black",
+    "blurred": "far less sharp than the others",
+}
 
 
 @dataclass(frozen=True)
@@ -22,31 +33,63 @@ class Inventory:
     """The content of a data set.
 
     `kept`: a row per usable image, with the columns of Listing.images and Inspected, and `near_duplicate_group`, a name
-    that is empty for an image without near-duplicates. `unreadable` and `conflicts` (images with the same bytes but
-    different labels): (path, reason) of the images that are rejected.
+    that is empty for an image without near-duplicates. `unreadable`, `conflicts` (images with the same bytes but
+    different labels) and `few` (images of classes that are too small): (path, reason) of the images that are rejected.
+    `small`: these classes and their sizes. `other_files`: of each class, the number of files that are no images, by
+    extension.
     """
 
     kept: pd.DataFrame
     unreadable: list[tuple[str, str]]
     conflicts: list[tuple[str, str]]
+    few: list[tuple[str, str]]
+    small: dict[str, int]
+    other_files: dict[str, dict[str, int]]
     summary: dict[str, Any]
 
 
-def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distance: int) -> Inventory:
-    """Combine what was listed with what was found in the files; images with conflicting labels are rejected."""
+def take(
+    listing: Listing, inspected: Sequence[Inspected], near_duplicate_distance: int, min_class_size: int
+) -> Inventory:
+    """Combine what was listed with what was found in the files.
+
+    Images with conflicting labels, and those of classes with fewer than `min_class_size` images, are rejected. Files
+    that claim no image format by their first bytes or their extension are left out, unless labels.csv lists them.
+    """
     found = listing.images.join(pd.DataFrame(inspected))
+    is_other = _is_other(found) & (not listing.is_table)
+    other, found = found[is_other], found[~is_other]
+    extensions = Counter(map(_extension, other["path"]))
+    skipped = listing.skipped | ({"no images": len(other)} if len(other) else {})
     is_readable = found["reason"] == ""
     unreadable = [*listing.rejected, *found.loc[~is_readable, ["path", "reason"]].itertuples(index=False, name=None)]
     readable = found[is_readable]
     is_disputed = readable.groupby("sha256")["label"].transform("nunique") > 1
     disputed = _equal_images(readable[is_disputed])
     conflicts = [(path, _conflict(path, label, group)) for group in disputed for path, label in group.items()]
-    kept = readable[~is_disputed].reset_index(drop=True)
+    agreed = readable[~is_disputed]
+    small = {name: n for name, n in _counts(agreed["label"]).items() if n < min_class_size}
+    is_small = agreed["label"].isin(small)
+    few = [
+        (path, f"of class {label!r}, which has {small[label]} images")
+        for path, label in agreed.loc[is_small, ["path", "label"]].itertuples(index=False, name=None)
+    ]
+    kept = agreed[~is_small].reset_index(drop=True)
+    poor = _poor(kept)
     same = _equal_images(kept)[:SHOWN_GROUPS]
+    warnings = _misnamed(kept)
+    if extensions:
+        warnings.append(f"{len(other)} files that are no images were left out: {printable(counted(extensions))}")
+    if small:
+        found = f"classes with fewer images than dataset.min_class_size ({min_class_size}) were left out"
+        warnings.append(f"{len(small)} {found}: {printable(counted(small, SHOWN_NAMES))}")
+    warnings += [f"{len(paths)} images are {what}, first {printable(paths[0])}" for what, paths in poor.items()]
     kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
     summary = {
         "n_images": len(kept),
-        "n_rejected": len(unreadable) + len(conflicts),
+        "n_rejected": len(unreadable) + len(conflicts) + len(few),
+        "n_skipped": sum(skipped.values()),
+        "skipped": skipped,
         "n_distinct": kept["sha256"].nunique(),
         "classes": _counts(kept["label"]),
         "width": _range(kept["width"]),
@@ -59,9 +102,38 @@ def take(listing: Listing, inspected: Sequence[Inspected], near_duplicate_distan
         "conflicts": [[*group][:SHOWN_MEMBERS] for group in disputed[:SHOWN_GROUPS]],
         "near_duplicates": pairs,
         "n_near_duplicates": n_near_duplicates,
-        "warnings": [*listing.warnings, *_misnamed(kept), *_differently_labelled(kept, pairs)],
+        "n_poor": {kind: len(paths) for kind, paths in poor.items()},
+        "poor": {kind: paths[:SHOWN_POOR] for kind, paths in poor.items()},
+        "warnings": [*listing.warnings, *warnings, *_differently_labelled(kept, pairs)],
     }
-    return Inventory(kept, sorted(unreadable), conflicts, summary)
+    by_class = {str(label): dict(Counter(map(_extension, paths))) for label, paths in other.groupby("label")["path"]}
+    return Inventory(kept, sorted(unreadable), conflicts, few, small, by_class, summary)
+
+
+def _extension(path: str) -> str:
+    return PurePosixPath(path).suffix.strip().lower() or "no extension"
+
+
+def _is_other(found: pd.DataFrame) -> pd.Series:
+    """Which rows are files beside images: by their first bytes no images, with an extension that images do not have.
+
+    An extension belongs to images if it is that of an image format, or if most files with it can be read.
+    """
+    extension = found["path"].map(_extension)
+    is_mostly_read = (found["reason"] == "").groupby(extension).transform("mean") > 0.5
+    return (found["format"] == NO_IMAGE) & ~extension.isin(IMAGE_EXTENSIONS) & ~is_mostly_read
+
+
+def _poor(kept: pd.DataFrame) -> dict[str, list[str]]:
+    """Paths of the images that may show nothing, by what is wrong with them (values of POOR)."""
+    side = kept[["width", "height"]].astype(int).min(axis=1)
+    sharpness = pd.to_numeric(kept["sharpness"])  # NaN where it is empty
+    is_poor = {kind: kept["look"] == kind for kind in ("flat", "few levels", "dark")}
+    is_poor["tiny"] = (side < TINY_SIDE) | (side * TINY_SHARE < side.median())
+    is_sharp = sharpness >= min(BLURRED, sharpness.quantile(0.75) / BLURRED_SHARE)
+    is_poor["blurred"] = ~is_sharp & sharpness.notna() & (kept["look"] == "")
+    found = {text: kept.loc[is_poor[kind], "path"].tolist() for kind, text in POOR.items()}
+    return {text: paths for text, paths in found.items() if paths}
 
 
 def _equal_images(images: pd.DataFrame) -> list[dict[str, str]]:

@@ -69,7 +69,8 @@ def test_a_file_is_described_by_its_content(tmp_path: Path):
     Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10) * 3).save(path, "JPEG", exif=exif)
     found = indexing.inspect_file(str(path))
     assert found.phash
-    expected = Inspected("", decoding.sha256(path.read_bytes()), "JPEG", "L", "8", "10", "6", found.phash)
+    sha256 = decoding.sha256(path.read_bytes())
+    expected = Inspected("", sha256, "JPEG", "L", "8", "10", "6", found.phash, "", found.sharpness)
     assert found == expected
 
 
@@ -82,7 +83,7 @@ def test_what_cannot_be_read_is_reported_and_does_not_hang(kind: str, reason: st
     if kind == "a pipe":
         os.mkfifo(path)
     elif kind == "large":
-        path.touch()
+        path.write_bytes(b"\x89PNG")
         os.truncate(path, indexing.LARGEST_FILE + 1)
     assert reason in indexing.inspect_file(str(path)).reason
 

@@ -9,10 +9,12 @@ from pipeline.ingest.listing import OPTIONAL, Listing
 SIZE = ("L", "30", "20", "1")
 
 
-def taken(*entries: tuple[str, str, Inspected], bits: int = 6) -> Inventory:
+def taken(
+    *entries: tuple[str, str, Inspected], bits: int = 6, min_class_size: int = 1, is_table: bool = False
+) -> Inventory:
     frame = pd.DataFrame([(path, label) for path, label, _ in entries], columns=["path", "label"]).assign(**OPTIONAL)
-    listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"])
-    return take(listing, [inspected for *_, inspected in entries], bits)
+    listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"], is_table=is_table)
+    return take(listing, [inspected for *_, inspected in entries], bits, min_class_size)
 
 
 def image(sha256: str, phash: int = 0, kind: str = "PNG") -> Inspected:
@@ -30,6 +32,8 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
     assert found.summary == {
         "n_images": 2,
         "n_rejected": 2,
+        "n_skipped": 0,
+        "skipped": {},
         "n_distinct": 2,
         "classes": {"cat": 1, "dog": 1},
         "width": {"min": 30, "median": 30.0, "max": 30},
@@ -42,6 +46,8 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
         "conflicts": [],
         "near_duplicates": [],
         "n_near_duplicates": 0,
+        "n_poor": {},
+        "poor": {},
         "warnings": ["left out"],
     }
 
