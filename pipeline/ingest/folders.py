@@ -18,7 +18,6 @@ from pipeline.ingest.tree import (
     Row,
     describe,
     left_out,
-    printable,
     shorten,
 )
 
@@ -123,7 +122,7 @@ def _doubts(directory: Path, rows: Sequence[Row], depth: int, tree: str) -> tupl
     labels = sorted({row["label"] for row in rows})
     names = sorted(set().union(*inner.values()))
     shared = [name for name in names if sum(name in found for found in inner.values()) > 1]
-    listed, below = (shorten([f"{printable(name)}/" for name in found], 4) for found in (labels, names))
+    listed, below = (shorten([f"{name}/" for name in found], 4) for found in (labels, names))
     meant = "each directory a class, or train/, val/ and test/ with the classes below, or a labels.csv"
     layout = f"found {tree}; expected {meant}"
     if len(labels) == 1 and len(names) > 1 and is_nested:

@@ -18,7 +18,9 @@ from pipeline.ingest.tree import IMAGE_EXTENSIONS, counted, printable, shorten
 SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_PAIRS, SHOWN_NAMES = 20, 20, 50, 20  # at most, in the summary
 SHOWN_POOR = 100  # images of each kind, at most, in the summary
 TINY_SIDE, TINY_SHARE = 8, 6  # px of the shorter side below which an image is tiny, and below 1 / so much of the median
-BLURRED, BLURRED_SHARE = 0.02, 12  # sharpness below which it is blurred, and below 1 / so much of the upper quartile
+# An image is blurred if its sharpness is below BLURRED and BLURRED_SHARE of the upper quartile of all, or below
+# FAR_BLURRED_SHARE of it
+BLURRED, BLURRED_SHARE, FAR_BLURRED_SHARE = 0.02, 1 / 12, 1 / 100
 POOR = {  # what may be wrong with images, as it is reported
     "flat": "of one colour",
     "few levels": "with few of the grey levels of their 16 bits (scale them to the full range)",
@@ -79,11 +81,11 @@ def take(
     same = _equal_images(kept)[:SHOWN_GROUPS]
     warnings = _misnamed(kept)
     if extensions:
-        warnings.append(f"{len(other)} files that are no images were left out: {printable(counted(extensions))}")
+        warnings.append(f"{len(other)} files that are no images were left out: {counted(extensions)}")
     if small:
         found = f"classes with fewer images than dataset.min_class_size ({min_class_size}) were left out"
-        warnings.append(f"{len(small)} {found}: {printable(counted(small, SHOWN_NAMES))}")
-    warnings += [f"{len(paths)} images are {what}, first {printable(paths[0])}" for what, paths in poor.items()]
+        warnings.append(f"{len(small)} {found}: {counted(small, SHOWN_NAMES)}")
+    warnings += [f"{len(paths)} images are {what}, first {paths[0]}" for what, paths in poor.items()]
     kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
     summary = {
         "n_images": len(kept),
@@ -104,7 +106,7 @@ def take(
         "n_near_duplicates": n_near_duplicates,
         "n_poor": {kind: len(paths) for kind, paths in poor.items()},
         "poor": {kind: paths[:SHOWN_POOR] for kind, paths in poor.items()},
-        "warnings": [*listing.warnings, *warnings, *_differently_labelled(kept, pairs)],
+        "warnings": [*listing.warnings, *map(printable, warnings + _differently_labelled(kept, pairs))],
     }
     by_class = {str(label): dict(Counter(map(_extension, paths))) for label, paths in other.groupby("label")["path"]}
     return Inventory(kept, sorted(unreadable), conflicts, few, small, by_class, summary)
@@ -130,8 +132,9 @@ def _poor(kept: pd.DataFrame) -> dict[str, list[str]]:
     sharpness = pd.to_numeric(kept["sharpness"])  # NaN where it is empty
     is_poor = {kind: kept["look"] == kind for kind in ("flat", "few levels", "dark")}
     is_poor["tiny"] = (side < TINY_SIDE) | (side * TINY_SHARE < side.median())
-    is_sharp = sharpness >= min(BLURRED, sharpness.quantile(0.75) / BLURRED_SHARE)
-    is_poor["blurred"] = ~is_sharp & sharpness.notna() & (kept["look"] == "")
+    usual = sharpness.quantile(0.75)
+    least = max(min(BLURRED, usual * BLURRED_SHARE), usual * FAR_BLURRED_SHARE)
+    is_poor["blurred"] = (sharpness < least) & (kept["look"] == "")
     found = {text: kept.loc[is_poor[kind], "path"].tolist() for kind, text in POOR.items()}
     return {text: paths for text, paths in found.items() if paths}
 

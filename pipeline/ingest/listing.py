@@ -14,7 +14,7 @@ import pandas as pd
 from pipeline.ingest.folders import from_folders
 from pipeline.ingest.names import unify
 from pipeline.ingest.table import SYNONYMS, from_table
-from pipeline.ingest.tree import OPTIONAL, TABLE, fits, walk
+from pipeline.ingest.tree import OPTIONAL, TABLE, fits, printable, walk
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ def find_images(
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
+    try:
+        return _find_images(directory, exclude, columns, similar)
+    except ValueError as error:  # names of files can contain line breaks
+        raise ValueError(printable(str(error))) from None
+
+
+def _find_images(directory: Path, exclude: Sequence[str], columns: Mapping[str, str], similar: str) -> Listing:
     table = directory / TABLE
     is_table = os.path.lexists(table)
     if columns and not is_table:
@@ -62,12 +69,11 @@ def find_images(
         raise ValueError(f"params.yaml: dataset.columns: {found}; expected {{}}, or a labels.csv")
     entries = sorted(walk(directory, exclude), key=lambda entry: entry[0])
     found = from_table(table, entries, exclude, columns) if is_table else from_folders(directory, entries, exclude)
-    warnings = [*found.warnings]
-    for pattern in exclude:
-        if not any(fits(path, pattern) for path, _ in entries):
-            warnings.append(f"dataset.exclude: {pattern!r} fits no file and no directory")
+    unused = [pattern for pattern in exclude if not any(fits(path, pattern) for path, _ in entries)]
+    warnings = found.warnings + [f"dataset.exclude: {pattern!r} fits no file and no directory" for pattern in unused]
     images = pd.DataFrame(found.rows, columns=["path", "label", *OPTIONAL], dtype=str)
     images = images.sort_values("path", ignore_index=True)
     images["split"] = [SYNONYMS.get(name.casefold(), "") for name in images["split"]]
     warnings += unify(directory, images, similar, is_table=is_table)
-    return Listing(images, sorted(found.rejected), warnings, found.skipped, is_table, found.layout)
+    texts, layout = list(map(printable, warnings)), printable(found.layout)
+    return Listing(images, sorted(found.rejected), texts, found.skipped, is_table, layout)

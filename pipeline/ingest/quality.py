@@ -4,8 +4,9 @@ import numpy as np
 from PIL import Image
 
 FLAT = 16  # grey levels of 255 that a picture of one colour spans at most, with the noise of a camera or of JPEG
-FEW_LEVELS = 16  # grey levels of 255 that an image of 16 bits uses at least, unless its values were never scaled
+FEW_LEVELS = 17  # grey levels of 255 that 12 bits use in a file of 16 bits, where their values were not scaled
 DARK_MEAN, DARK_VALUE, DARK_SHARE = 20, 40, 0.95  # a dark picture's mean grey level (of 255), and of which share of it
+ROUNDING = 20 / 12  # mean square of the Laplacian of rounding errors: 4² + 4 times the variance of one
 SIDE = 128  # px of the picture whose sharpness is measured: finer details hardly reach a network
 
 
@@ -36,4 +37,5 @@ def _sharpness(image: Image.Image) -> float:
     grey = np.asarray(small.convert("L")).astype(np.int16)
     laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
     variance = float(grey.var(dtype=np.float64))
-    return float(np.square(laplacian, dtype=np.int32).mean() / variance) if variance > 0 else 0.0
+    detail = float(np.square(laplacian, dtype=np.int32).mean()) - ROUNDING
+    return max(detail, 0.0) / variance if variance > 0 else 0.0

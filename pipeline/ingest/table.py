@@ -25,7 +25,6 @@ from pipeline.ingest.tree import (
     is_system,
     left_out,
     make_check,
-    printable,
     shorten,
 )
 
@@ -117,7 +116,7 @@ def _read_rows(table: Path, reader: Iterator[list[str]], columns: Mapping[str, s
     `columns` maps names of ours to those in the header; a column of ours that another one stands for is not read.
     """
     header = next(reader, [])
-    listed = printable(", ".join(header))
+    listed = ", ".join(header)
     for column, name in columns.items():
         if header.count(name) != 1:
             found = f"is missing; found {listed}" if name not in header else "is there twice"

@@ -149,10 +149,10 @@ def left_out(
     skipped, warnings = {}, []
     if n := hidden.total():
         skipped["hidden or of the system"] = n
-        warnings.append(f"{n} hidden or system files were left out: {printable(counted(+hidden))}")
+        warnings.append(f"{n} hidden or system files were left out: {counted(+hidden)}")
     if n := excluded.total():
         skipped["left out by dataset.exclude"] = n
-        warnings.append(f"{n} files were left out by dataset.exclude: {printable(counted(excluded))}")
+        warnings.append(f"{n} files were left out by dataset.exclude: {counted(excluded)}")
     return skipped, warnings
 
 
@@ -174,15 +174,15 @@ def describe(entries: Iterable[Entry]) -> str:
         if problem == FOLDER and "/" not in path:
             counts.setdefault(f"{path}/", {})
         elif problem is None:
-            kind = printable(os.path.splitext(path)[1].lower()) or "files"
+            kind = os.path.splitext(path)[1].lower() or "files"
             counts.setdefault(first, {}).setdefault(second, Counter())[kind] += 1
     shown = []
     for first, inner in sorted(counts.items()):
         listed = []
         for second, kinds in sorted(inner.items()):
             n = shorten([f"{count} {kind}" for kind, count in kinds.most_common()], 2)
-            listed.append(f"{printable(second)} {n}".strip())
-        shown.append(f"{printable(first)} ({shorten(listed, 3) or 'no files'})" if first else shorten(listed, 3))
+            listed.append(f"{second} {n}".strip())
+        shown.append(f"{first} ({shorten(listed, 3) or 'no files'})" if first else shorten(listed, 3))
     return shorten(shown, 4)
 
 

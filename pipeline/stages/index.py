@@ -61,7 +61,9 @@ def check(found: Inventory, options: Dataset, listed: Listing) -> None:
         path, reason = found.conflicts[0]
         problem = f"{len(found.conflicts)} images have other labels than images with the same bytes"
         advice = "correct the labels, or leave all of them out: dataset.on_conflict: drop"
-        raise ValueError(f"{problem}, first {options.path}/{path} ({reason}); all are in {where}; {advice}")
+        raise ValueError(
+            f"{problem}, first {printable(f'{options.path}/{path} ({reason})')}; all are in {where}; {advice}"
+        )
     classes, layout = set(listed.images["label"]), f"; {listed.layout}" if listed.layout else ""
     if found.small and options.small_classes == "error":
         problem = f"{len(found.small)} classes have fewer images than dataset.min_class_size ({options.min_class_size})"
@@ -69,10 +71,10 @@ def check(found: Inventory, options: Dataset, listed: Listing) -> None:
         raise ValueError(f"{options.path}: {problem}: {printable(counted(found.small, 20))}; {advice}")
     if lost := sorted(classes - set(found.kept["label"]) - set(found.small)):
         others = found.other_files.get(lost[0])
-        why = f"its files are no images: {counted(others)}{layout}" if others else f"see {where}"
+        why = f"its files are no images: {printable(counted(others))}{layout}" if others else f"see {where}"
         raise ValueError(f"{options.path}: no image of class {lost[0]!r} can be used; {why}")
     if len(left := set(found.kept["label"])) < 2:
-        problem = f"one class only ({min(left)})" if left else "no class with enough images"
+        problem = f"one class only ({printable(min(left))})" if left else "no class with enough images"
         raise ValueError(f"{options.path}: {problem}; expected two or more{layout}")
 
 

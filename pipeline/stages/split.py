@@ -23,6 +23,10 @@ from pipeline.params import Splitting, load_params
 
 REPORT = Path("reports/splits.json")
 MIN_TRAINING_IMAGES = 10  # a class with fewer of them is named
+MISSED_SHARE, MISSED_IMAGES = (
+    0.2,
+    2,
+)  # of what was asked, and images, by which a split may miss its share without a note
 SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # at most, in the report; its counts are of all
 
 
@@ -43,7 +47,7 @@ def main() -> None:
         for leak in splits.find_leaks(labels, split):
             by_tie.setdefault((leak.tie, leak.name), leak)
     leaks = list(by_tie.values())
-    notes = make_notes(labels, drawn, options) + few_units(drawn, units)
+    notes = make_notes(labels, drawn, options) + missed_shares(labels, drawn, units, options) + few_units(drawn, units)
     write_json(REPORT, as_report(drawn, leaks, notes, options))
     for note in notes:
         logs.log.warning("%s", note)
@@ -67,6 +71,32 @@ def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[s
         advice = "`class_weights: balanced` gives all classes the same influence on training"
         found = f"classes with fewer than {MIN_TRAINING_IMAGES} images to train on: {listed}"
         notes.append(f"{found}; add images, or merge classes; {advice}")
+    return notes
+
+
+def missed_shares(labels: Labels, drawn: list[Split], units: list[list[int]], options: Splitting) -> list[str]:
+    """A note on each of validation and test whose share of the images is far from the one asked for, with some seed."""
+    given = set(labels.given_split) if options.method == "given" else set()
+    shares = {"test": options.test_fraction, "val": options.val_fraction}
+    if "test" in given:
+        shares["val"] /= 1 - options.test_fraction  # as in splits: of the images that are not test
+    shares = {name: share for name, share in shares.items() if name not in given}
+    notes = []
+    for name, share in shares.items():
+        missed = []
+        for split in drawn:
+            n_all = sum(len(split.rows(other)) for other in ("train", *shares))
+            missed.append((abs(len(split.rows(name)) - share * n_all), split.seed, len(split.rows(name)), n_all))
+        most, seed, n, n_all = max(missed)
+        if most > max(MISSED_SHARE * share * n_all, MISSED_IMAGES):
+            largest = max(map(len, units))
+            why = (
+                f"images that stay together are not split (up to {largest})" if largest > 1 else "few images in a class"
+            )
+            found = (
+                f"{name} has {n} of {n_all} images ({n / n_all:.1%}) with seed {seed}, where {share:.1%} were asked for"
+            )
+            notes.append(f"{found}: {'hash meets shares on average only' if options.method == 'hash' else why}")
     return notes
 
 
