@@ -69,19 +69,23 @@ def from_folders(directory: Path, entries: Sequence[Entry], exclude: Sequence[st
             raise ValueError(f"{directory / folder}: class without an image; {advice}; found {tree}")
     if not rows:
         expected = "expected a sub-directory per class, or a labels.csv"
-        raise ValueError(f"{directory}: no image found; {expected}; found {tree or 'nothing'}")
+        raise ValueError(f"{directory}: no image found; {expected}; found {tree or 'nothing'}{_tables(loose)}")
     skipped, warnings = left_out(directory, entries, exclude)
     if loose:
         skipped["in no class directory"] = len(loose)
         found = f"{len(loose)} files lie in no class directory and were left out"
-        tables = [path for path in loose if re.search(r"\.(csv|tsv|xlsx?|ods)", path, re.IGNORECASE)]
-        advice = f"; a table is read only if it is called {TABLE}: {shorten(tables, 3)}" if tables else ""
-        warnings.insert(0, f"{found}: {shorten([repr(path) for path in loose], 3)}{advice}")
+        warnings.insert(0, f"{found}: {shorten([repr(path) for path in loose], 3)}{_tables(loose)}")
     if closed:
         found = f"{len(closed)} directories and all images in them were left out: {shorten(sorted(closed), 20)}"
         warnings.append(f"{found}; put a copy in place of a link (cp -rL), rename, or make readable")
     layout, doubts = _doubts(directory, rows, depth, tree)
     return Found(rows, rejected, warnings + doubts, skipped, layout)
+
+
+def _tables(loose: Sequence[str]) -> str:
+    """A hint for files that may have been meant as labels.csv."""
+    tables = [path for path in loose if re.search(r"\.(csv|tsv|xlsx?|ods)", path, re.IGNORECASE)]
+    return f"; a table is read only if it is called {TABLE}: {shorten(tables, 3)}" if tables else ""
 
 
 def _find_splits(directory: Path, folders: list[str], tree: str) -> dict[str, str]:

@@ -37,6 +37,7 @@ IMAGE_START = re.compile(
     re.DOTALL,
 )
 DOUBTFUL_START = re.compile(rb"BM|P[0-9fy]")
+LFS_START = b"version https://git-lfs"
 NO_IMAGE = "none"  # the format of a file that does not begin like an image
 CHUNK_FILES, CHUNK_BYTES = 64, 2_000_000  # handed to a process at a time: about so many files, or so many bytes of them
 MAX_ALONE = 8  # files up to which no process is started
@@ -135,6 +136,8 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
     except ValueError as error:
+        if content.startswith(LFS_START):
+            return Inspected("a pointer of Git LFS to a file that is not here; run: git lfs pull", sha256), None
         is_image = not sha256 or IMAGE_START.match(content)
         return Inspected(str(error), sha256, "" if is_image else NO_IMAGE), None
     except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time

@@ -85,6 +85,7 @@ def take(
     if small:
         found = f"classes with fewer images than dataset.min_class_size ({min_class_size}) were left out"
         warnings.append(f"{len(small)} {found}: {counted(small, SHOWN_NAMES)}")
+    warnings += _told_apart(kept)
     warnings += [f"{len(paths)} images are {what}, first {paths[0]}" for what, paths in poor.items()]
     kept["near_duplicate_group"], n_near_duplicates, pairs = _near_duplicates(kept, near_duplicate_distance)
     summary = {
@@ -185,6 +186,18 @@ def _misnamed(kept: pd.DataFrame) -> list[str]:
     ]
     shown = shorten(wrong, SHOWN_NAMES)
     return [f"{len(wrong)} files have the extension of another format: {shown}"] if wrong else []
+
+
+def _told_apart(kept: pd.DataFrame) -> list[str]:
+    """A warning for each property of the files in which all images of a class agree, and classes differ."""
+    warnings = []
+    size = kept["width"] + " x " + kept["height"] + " px"
+    for what, values in (("format", kept["format"]), ("mode", kept["mode"]), ("size", size)):
+        of_class = values.groupby(kept["label"]).agg(["nunique", "first"])
+        if (of_class["nunique"] == 1).all() and of_class["first"].nunique() > 1:
+            shown = shorten([f"{label} {value}" for label, value in of_class["first"].items()], 4)
+            warnings.append(f"the {what} of the files depends on the class ({shown}): a network may learn it instead")
+    return warnings
 
 
 def _differently_labelled(kept: pd.DataFrame, pairs: list[dict[str, Any]]) -> list[str]:

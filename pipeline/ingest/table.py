@@ -49,7 +49,7 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         with table.open(encoding="utf-8-sig", newline="") as file:
             numbered = list(_read_rows(table, csv.reader(file, strict=True), columns))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: not a CSV file in UTF-8: {error}") from None
+        raise ValueError(f"{table}: not a CSV file in UTF-8: {error}; save it as CSV in UTF-8") from None
     files = {path for path, problem in entries if problem is None}
     find = _make_finder(directory, files)
     rows: list[Row] = []

@@ -70,7 +70,9 @@ def walk(directory: Path, exclude: Sequence[str]) -> Iterator[Entry]:
             continue
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if is_system(entry.name):
+            if entry.name.endswith(".icloud"):
+                yield path, "is a placeholder of iCloud for a file that is not on this machine; download it"
+            elif is_system(entry.name):
                 yield path, HIDDEN
             elif any(fits(path, pattern) for pattern in exclude):
                 yield path, EXCLUDED

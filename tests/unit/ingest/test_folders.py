@@ -63,6 +63,7 @@ def test_plain_classes_are_no_reason_for_a_warning(names: list[str], tmp_path: P
             ["1.png", "2.png", "notes.txt"],
             "no image found; expected a sub-directory per class, or a labels.csv; found 2",
         ),
+        (["1.png", "labels.xlsx"], "a table is read only if it is called labels.csv: labels.xlsx"),
         (["train/cat/1.png", "test/1.png"], "test: no class directory in it; expected one per class; keep images"),
         (["train/cat/1.png", "val/cat/1.png", "notes/n.txt"], "notes/ lies beside train/, val/; expected train/, val/"),
         (

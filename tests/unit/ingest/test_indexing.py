@@ -100,6 +100,7 @@ def test_what_cannot_be_read_is_reported_and_does_not_hang(kind: str, reason: st
         (b"\xff\xd8\xff\xe0 cut", ""),
         (b"\x89PNG\r\n", ""),
         (b"II*\0", ""),
+        (b"version https://git-lfs.github.com/spec/v1", ""),
         (b"\0\0\0\x18ftypheic", ""),
     ],
 )

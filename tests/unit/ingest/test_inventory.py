@@ -190,3 +190,11 @@ def test_images_that_may_show_nothing_are_listed_and_counted():
 def test_a_set_of_soft_images_has_no_blurred_ones():
     found = taken(*((f"{n}.png", "cat", image(str(n))._replace(sharpness=f"0.00{n}")) for n in range(3, 9)))
     assert found.summary["n_poor"] == {}
+
+
+def test_classes_that_differ_in_the_format_of_their_files_are_a_warning():
+    found = taken(("a.png", "cat", image("1")), ("b.jpg", "dog", image("2", kind="JPEG")), ("c.png", "cat", image("3")))
+    expected = "the format of the files depends on the class (cat PNG, dog JPEG): a network may learn it instead"
+    assert found.summary["warnings"][1:] == [expected]
+    found = taken(("a.png", "cat", image("1")), ("b.jpg", "dog", image("2", kind="JPEG")), ("c.png", "dog", image("3")))
+    assert found.summary["warnings"][1:] == []

@@ -74,3 +74,9 @@ def test_a_pattern_leaves_out_rows_of_a_table_too(tmp_path: Path):
         "1 rows of labels.csv were left out by dataset.exclude",
         "1 images that labels.csv lists are hidden or of the system (thumbnails?), and used",
     ]
+
+
+def test_a_placeholder_of_a_file_that_is_in_icloud_is_rejected_and_not_hidden(tmp_path: Path):
+    touch(tmp_path, "cat/1.png", "cat/.2.png.icloud", "dog/1.png")
+    ((path, reason),) = find_images(tmp_path).rejected
+    assert (path, "download it" in reason) == ("cat/.2.png.icloud", True)
