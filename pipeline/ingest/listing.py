@@ -54,7 +54,9 @@ def find_images(
     and for a class without a file. Paths that do not exist, are no files or lead out of the directory are rejected.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory")
+        advice = f"; run: dvc pull {directory}" if os.path.exists(f"{directory}.dvc") else ""
+        advice = "; write the whole path, ~ is not replaced" if directory.parts[:1] == ("~",) else advice
+        raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory{advice}")
     try:
         return _find_images(directory, exclude, columns, similar)
     except ValueError as error:  # names of files can contain line breaks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-MISSING = {"nan", "none", "null", "na", "n/a", "<na>"}  # how programs write a value that is missing
+MISSING = {"nan", "none", "null", "na", "n/a", "#n/a", "<na>", "?", "-"}  # how programs write a value that is missing
 
 
 def unify(directory: Path, images: pd.DataFrame, similar: str, *, is_table: bool) -> list[str]:

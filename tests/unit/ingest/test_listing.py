@@ -109,6 +109,11 @@ def test_a_directory_without_images_says_what_is_expected(tmp_path: Path):
 def test_a_missing_directory_names_the_key(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"dataset\.path: .*nowhere is not a directory"):
         find_images(tmp_path / "nowhere")
+    (tmp_path / "nowhere.dvc").touch()
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a directory; run: dvc pull .*nowhere"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="~/photos is not a directory; write the whole path"):
+        find_images(Path("~/photos"))
 
 
 # splits
