@@ -95,3 +95,9 @@ def test_a_long_tree_is_shortened_and_names_stay_in_one_line(tmp_path: Path):
     assert re.search(
         r"found a/ \(0/ 1 .png, 1/ 1 .png, 2/ 1 .png, …\), b\\nc/ \(.*\), d/ \(.*\), e/ \(.*\), …$", warning
     )
+
+
+def test_an_error_about_a_name_with_a_line_break_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"b\\nc: class without an image") as error:
+        find_images(touch(tmp_path, "a/1.png", "b\nc/.hidden"))
+    assert len(str(error.value).splitlines()) == 1
