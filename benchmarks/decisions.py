@@ -68,10 +68,10 @@ def correlation(discordance: float) -> float:
     cut = [special.ndtri(ACCURACY)] * 2
 
     def excess(rho: float) -> float:
-        both = stats.multivariate_normal([0, 0], [[1, rho], [rho, 1]]).cdf(cut)
+        both = stats.multivariate_normal.cdf(cut, mean=[0, 0], cov=np.array([[1, rho], [rho, 1]]))
         return 2 * (ACCURACY - float(both)) - discordance
 
-    return float(optimize.brentq(excess, 0.0, 0.9999))
+    return optimize.root_scalar(excess, bracket=(0.0, 0.9999)).root
 
 
 def draw(case: Case, rho: float, random: np.random.Generator) -> tuple[dict[str, list[Outcomes]], Study]:
@@ -119,7 +119,7 @@ def simulate(case: Case, studies: int) -> dict[str, float]:
     rho, random = correlation(case.discordance), np.random.default_rng(0)
     truth = {str(number): points for number, points in enumerate(case.points)}
     best, names = max(truth.values()), list(truth)
-    rates = dict.fromkeys(("best in the set", "cheapest chosen", "settled", "settled wrongly"), 0.0)
+    rates: dict[str, float] = dict.fromkeys(("best in the set", "cheapest chosen", "settled", "settled wrongly"), 0.0)
     rates |= dict.fromkeys(("loss", "loss of argmax", "loss of the old rule"), 0.0)
     for _ in range(studies):
         runs, study = draw(case, rho, random)

@@ -68,6 +68,7 @@ Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Margin = Annotated[float, Field(gt=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
+COLUMNS = ("path", "label", "weight", "group", "stratum", "subset", "split")  # of a labels.csv
 Symmetry = Literal[
     "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
 ]  # fmt: skip
@@ -84,7 +85,7 @@ class Record(BaseModel):
 
 
 class Dataset(Record):
-    """Where the images are, and what to do about images that are unreadable or that occur twice."""
+    """Where the images are, what is left out, and what to do about images and classes that may be mistakes."""
 
     fetch: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     path: Text
@@ -92,6 +93,19 @@ class Dataset(Record):
     on_conflict: Literal["error", "drop"]
     near_duplicates: Literal["report", "group"]
     near_duplicate_correlation: Annotated[float, Field(ge=0.9, le=1)]
+    exclude: Annotated[tuple[Text, ...], AfterValidator(_distinct)]
+    columns: dict[str, Text]
+    similar_classes: Literal["error", "merge", "keep"]
+    min_class_size: Count
+    small_classes: Literal["error", "drop"]
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> Self:
+        if unknown := sorted(set(self.columns) - set(COLUMNS)):
+            raise ValueError(
+                f"columns: found {unknown}, expected {', '.join(COLUMNS)}, each with its name in labels.csv"
+            )
+        return self
 
 
 class Splitting(Record):

@@ -488,6 +488,8 @@ def study_reports(labels: Labels) -> None:
     summary = {
         "n_images": N_STUDY,
         "n_rejected": 1,
+        "n_skipped": 2,
+        "skipped": {"no images": 2},
         "n_distinct": N_STUDY,
         "classes": dict.fromkeys(sorted(HOSTILE), 8),
         "width": {"min": 40, "median": 40.0, "max": 40},
@@ -498,6 +500,8 @@ def study_reports(labels: Labels) -> None:
         "n_exact_duplicates": 1,
         "conflicts": [names[2:4]],
         "n_near_duplicates": 1,
+        "n_poor": {"of one colour": 30},
+        "poor": {"of one colour": names[6:8]},
         "warnings": [HOSTILE[0]],
     }
     write_json(Path("reports/data/summary.json"), summary)

@@ -6,6 +6,7 @@ inode is not read again. Deleting the memory costs time and changes no result.
 
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -23,11 +24,22 @@ import PIL
 
 from pipeline.dataset import decoding
 from pipeline.files import digest, shared, write_text
-from pipeline.ingest import duplicates
+from pipeline.ingest import duplicates, quality
 from pipeline.logs import leave_signals, log, progress
 
-CODE = decoding.__file__, duplicates.__file__, __file__  # decides what is remembered; an edit has all files read again
+# Decides what is remembered; an edit has all files read again
+CODE = decoding.__file__, duplicates.__file__, quality.__file__, __file__
 LARGEST_FILE = 1024**3  # bytes of an image file
+# How files begin that Pillow may take as images, or that are images which are not read. A text may begin like a BMP or
+# PPM file, with BM or P1, so that these two show nothing.
+IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|II[*+]\0|II\0\*|MM\0[*+]|MM\*\0|RIFF.{4}WEBP|.{4}ftyp(avi|mif1|msf1|hei|hev)"
+    rb"|\0\0\0\x0cj[PX]|\xff\x4f\xff\x51",
+    re.DOTALL,
+)
+DOUBTFUL_START = re.compile(rb"BM|P[0-9fy]")
+LFS_START = b"version https://git-lfs"
+NO_IMAGE = "none"  # the format of a file that does not begin like an image
 CHUNK_FILES, CHUNK_BYTES = 64, 2_000_000  # handed to a process at a time: about so many files, or so many bytes of them
 MAX_ALONE = 8  # files up to which no process is started
 TIME_STAMP_NS = 100_000_000  # a file changed so shortly before it is read could change again within one time stamp
@@ -36,8 +48,9 @@ TIME_STAMP_NS = 100_000_000  # a file changed so shortly before it is read could
 class Inspected(NamedTuple):
     """One image file, as text; `reason`, unless empty, says why it cannot be used.
 
-    `width`, `height`: px, upright; `mode`: of its pixels, by Pillow's name; `orientation`: EXIF's; `signature`: as
-    in duplicates (base64 of int16), empty for a flat picture.
+    `format`: of an image, by Pillow's name; of another file NO_IMAGE, or empty if it begins like an image or cannot be
+    read. `width`, `height`: px, upright; `mode`: of its pixels, by Pillow's name; `orientation`: EXIF's; `signature`:
+    as in duplicates (base64 of int16), empty for a flat picture; `look`, `sharpness`: see quality.look.
     """
 
     reason: str = ""
@@ -48,6 +61,8 @@ class Inspected(NamedTuple):
     height: str = ""
     orientation: str = ""
     signature: str = ""
+    look: str = ""
+    sharpness: str = ""
 
 
 class Stamp(NamedTuple):
@@ -115,7 +130,7 @@ def _inspect_chunk(paths: Sequence[str]) -> list[Inspected]:
 
 def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     """All but the signature, and the pixels that it is made from."""
-    sha256 = ""
+    sha256, content = "", b""
     try:
         content = _read(path)
         sha256 = decoding.sha256(content)
@@ -124,22 +139,31 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
     except ValueError as error:
-        return Inspected(str(error), sha256), None
+        if content.startswith(LFS_START):
+            return Inspected("a pointer of Git LFS to a file that is not here; run: git lfs pull", sha256), None
+        is_image = not sha256 or IMAGE_START.match(content)
+        return Inspected(str(error), sha256, "" if is_image else NO_IMAGE), None
     except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time
         return Inspected("needs more memory than there was"), None
     width, height = map(str, image.size)
-    return Inspected("", sha256, kind, mode, width, height, str(orientation)), duplicates.reduced(image)
+    reduced = duplicates.reduced(image)
+    look = quality.look(image, mode, reduced)
+    return Inspected("", sha256, kind, mode, width, height, str(orientation), "", *look), reduced
 
 
 def _read(path: str) -> bytes:
+    """The file's bytes; only the first ones of a file that does not begin like an image, which may be a large video."""
     # O_NONBLOCK: if a pipe has taken the file's place, opening it would wait forever
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", 0) as file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("not a file any more")
+        start = file.read(32)
+        if not (IMAGE_START.match(start) or DOUBTFUL_START.match(start)):
+            return start
         if info.st_size > LARGEST_FILE:
             raise ValueError(f"{info.st_size:,} bytes; expected at most {LARGEST_FILE:,}")
-        return file.read()
+        return start + file.read()
 
 
 # several processes

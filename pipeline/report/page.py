@@ -104,6 +104,10 @@ def assemble() -> Json:
         "splits": splits,
         "class_counts": gallery.class_counts(summary["classes"]),
         "rejected": _csv("data/rejected.csv"),
+        "poor": [
+            (what, summary["n_poor"][what], [shown for (shown,) in gallery.groups([[path] for path in paths], album)])
+            for what, paths in summary["poor"].items()
+        ],
         "exact": gallery.groups(summary["exact_duplicates"], album),
         "conflicts": gallery.groups(summary["conflicts"], album),
         "near": gallery.groups([[pair["a"], pair["b"]] for pair in near], album),

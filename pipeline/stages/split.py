@@ -26,6 +26,10 @@ from pipeline.params import Splitting, load_params
 
 REPORT = Path("reports/splits.json")
 MIN_TRAINING_IMAGES = 10  # a class with fewer of them is named
+MISSED_SHARE, MISSED_IMAGES = (
+    0.2,
+    2,
+)  # of what was asked, and images, by which a split may miss its share without a note
 SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # at most, in the report; its counts are of all
 
 
@@ -48,9 +52,9 @@ def main() -> None:
             by_tie.setdefault((leak.tie, leak.name), leak)
     leaks = list(by_tie.values())
     straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
-    straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
     followers = [splits.count_followers(labels, one, options) for one in drawn] if options.method == "hash" else []
-    notes = make_notes(labels, drawn, options) + few_units(drawn, units) + twin_notes(straddling, len(pairs))
+    notes = make_notes(labels, drawn, options) + missed_shares(labels, drawn, units, options) + few_units(drawn, units)
+    notes += twin_notes(straddling, len(pairs))
     if any(followers):
         notes.append(f"up to {max(followers):,} images follow their unit to another split than their own digest gives")
     report = as_report(drawn, leaks, notes, options)
@@ -83,6 +87,34 @@ def make_notes(labels: Labels, drawn: list[Split], options: Splitting) -> list[s
         advice = "`class_weights: balanced` gives all classes the same influence on training"
         found = f"classes with fewer than {MIN_TRAINING_IMAGES} images to train on: {listed}"
         notes.append(f"{found}; add images, or merge classes; {advice}")
+    return notes
+
+
+def missed_shares(labels: Labels, drawn: list[Split], units: list[list[int]], options: Splitting) -> list[str]:
+    """A note on each of validation and test whose share of the images is far from the one asked for, with some seed."""
+    given = set(labels.given_split) if options.method == "given" else set()
+    shares = {"test": options.test_fraction, "val": options.val_fraction}
+    if options.method == "folds":
+        shares["test"] = 1 / len(options.seeds)
+    if "test" in given:
+        shares["val"] /= 1 - options.test_fraction  # as in splits: of the images that are not test
+    shares = {name: share for name, share in shares.items() if name not in given}
+    notes = []
+    for name, share in shares.items():
+        missed = []
+        for split in drawn:
+            n_all = sum(len(split.rows(other)) for other in ("train", *shares))
+            missed.append((abs(len(split.rows(name)) - share * n_all), split.seed, len(split.rows(name)), n_all))
+        most, seed, n, n_all = max(missed)
+        if most > max(MISSED_SHARE * share * n_all, MISSED_IMAGES):
+            largest = max(map(len, units))
+            why = (
+                f"images that stay together are not split (up to {largest})" if largest > 1 else "few images in a class"
+            )
+            found = (
+                f"{name} has {n} of {n_all} images ({n / n_all:.1%}) with seed {seed}, where {share:.1%} were asked for"
+            )
+            notes.append(f"{found}: {'hash meets shares on average only' if options.method == 'hash' else why}")
     return notes
 
 

@@ -644,7 +644,8 @@ def test_mistake_is_one_line_without_a_traceback_under_dvc(repository: Repositor
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: 1 of 60 images cannot be read, first data/mine/images/nowhere.png (does not exist); all are in "
-        "reports/data/rejected.csv; repair or remove them, or raise dataset.max_rejected_fraction"
+        "reports/data/rejected.csv; repair, convert or remove them, leave them out (dataset.exclude), or raise "
+        "dataset.max_rejected_fraction"
     ]
     assert "Traceback" not in output
 

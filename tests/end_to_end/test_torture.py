@@ -250,12 +250,9 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "empty.png": (b"", "empty file"),
         "text.png": (b"path,label\na.png,cat\n", unknown),
         "page.jpg": (b"<!doctype html><title>404</title>", unknown),
-        "notes.txt": (b"Buy milk.", unknown),
         "zeros.jpg": (bytes(5000), unknown),
         "noise.png": (RANDOM.bytes(5000), unknown),
-        "archive.zip": (b"PK\x05\x06" + bytes(18), unknown),
         "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", unknown),
-        "paper.pdf": (b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\n%%EOF", unknown),
         "figure.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", unknown),
         "figure_named.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", unknown),
         "photo.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), unknown),
@@ -292,6 +289,14 @@ def bad() -> dict[str, tuple[bytes, str]]:
     }
 
 
+BESIDE = {  # files that claim no image format
+    "notes.txt": b"Buy milk.",
+    "caption.txt": b"P1 is the name of a patient, and of a format",
+    "archive.zip": b"PK\x05\x06" + bytes(18),
+    "paper.pdf": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\n%%EOF",
+    "plain.png:Zone.Identifier": b"[ZoneTransfer]\nZoneId=3\n",
+    "plain.credits": b"",
+}
 IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.png", "._photo.png", ".thumbs/t.png", "__MACOSX/x.png")
 
 
@@ -326,6 +331,8 @@ def make(root: Path) -> Folder:
     for name, (content, reason) in bad().items():
         folder.write(name, content)
         folder.bad[name] = reason
+    for name, content in BESIDE.items():
+        folder.write(name, content)
     for name in IGNORED:
         folder.write(name, distinct())
     outside = root.parent / "outside"
@@ -523,6 +530,7 @@ def test_the_summary_counts_and_warns(indexed: Indexed) -> None:
     assert "odd/plain.png" not in misnamed
     (ignored,) = (text for text in summary["warnings"] if "hidden or system" in text)
     assert ignored.startswith("7 ")
+    assert summary["skipped"] == {"hidden or of the system": 7, "no images": len(BESIDE)}
 
 
 def test_indexing_again_from_memory_gives_the_same_bytes_and_reads_what_was_refused_to_be_read(
@@ -651,7 +659,7 @@ def test_a_row_of_what_is_no_image_below_the_directory_is_rejected_with_a_reason
         "broken.png": "is a broken link",
         "pipe.png": "is a pipe",
         "images": "is a directory",
-        "images\\a.png": "is no plain path",
+        "images\\c.png": "is no plain path",
         "C:\\a.png": "is no plain path",
         "images/a\0.png": "is no plain path",
         "x" * 5000: "cannot be read: File name too long",

@@ -58,6 +58,20 @@ def test_params_are_frozen(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (
+            {"dataset.columns": {"label": "breed", "image": "id"}},
+            "dataset: columns: found ['image'], expected path, label, weight, group, stratum, subset, split, each with",
+        ),
+        ({"dataset.columns": {"label": ""}}, 'dataset.columns.label: found ""; expected a word'),
+        (
+            {"dataset.exclude": ["masks", "masks"]},
+            'dataset.exclude: found ["masks", "masks"]; expected each entry once',
+        ),
+        ({"dataset.exclude": "masks"}, 'dataset.exclude: found "masks"; expected a list'),
+        (
+            {"dataset.min_class_size": 0},
+            "dataset.min_class_size: found 0; expected it to be greater than or equal to 1",
+        ),
         ({"head.dropuot": 0.1}, "head.dropuot: unknown key; expected dropout"),
         ({"head.zzz": 3}, "head.zzz: unknown key; expected only keys of the params.yaml in git"),
         ({"split.seeds": []}, "split.seeds: found []; expected at least one entry"),

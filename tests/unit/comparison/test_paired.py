@@ -172,10 +172,10 @@ def test_identical_runs_need_few_units_but_some():
 def test_any_metric_is_compared_by_its_value(metric: str):
     runs, others, study = two_strategies(2, 2)
     found = compare(runs, others, replace(study, metric=metric))
-    scores = [
-        np.mean([metrics.score(run, study.label[run.rows], study.weight[run.rows], 2)[metric] for run in these])
-        for these in (runs, others)
-    ]
+    scores = []
+    for these in (runs, others):
+        found_in = [metrics.score(run, study.label[run.rows], study.weight[run.rows], 2)[metric] for run in these]
+        scores.append(np.mean(np.array(found_in, float)))
     assert (found.value, found.baseline_value) == pytest.approx(tuple(scores))
     assert found.low < found.difference < found.high
     assert (found.difference < 0) == (metric == "nll")

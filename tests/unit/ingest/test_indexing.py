@@ -69,7 +69,8 @@ def test_a_file_is_described_by_its_content(tmp_path: Path):
     Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10) * 3).save(path, "JPEG", exif=exif)
     found = indexing.inspect_file(str(path))
     assert found.signature
-    expected = Inspected("", decoding.sha256(path.read_bytes()), "JPEG", "L", "8", "10", "6", found.signature)
+    sha256 = decoding.sha256(path.read_bytes())
+    expected = Inspected("", sha256, "JPEG", "L", "8", "10", "6", found.signature, "", found.sharpness)
     assert found == expected
 
 
@@ -82,9 +83,38 @@ def test_what_cannot_be_read_is_reported_and_does_not_hang(kind: str, reason: st
     if kind == "a pipe":
         os.mkfifo(path)
     elif kind == "large":
-        path.touch()
+        path.write_bytes(b"\x89PNG")
         os.truncate(path, indexing.LARGEST_FILE + 1)
     assert reason in indexing.inspect_file(str(path)).reason
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "none"),
+        (b"<annotation/>", "none"),
+        (b"P1 lesion", "none"),
+        (b"BMW", "none"),
+        (b"Python", "none"),
+        (b"\0\0\0\x18ftypmp42", "none"),
+        (b"\xff\xd8\xff\xe0 cut", ""),
+        (b"\x89PNG\r\n", ""),
+        (b"II*\0", ""),
+        (b"version https://git-lfs.github.com/spec/v1", ""),
+        (b"\0\0\0\x18ftypheic", ""),
+    ],
+)
+def test_a_file_that_begins_like_no_image_is_told_from_a_broken_image(content: bytes, kind: str, tmp_path: Path):
+    (tmp_path / "file").write_bytes(content)
+    found = indexing.inspect_file(str(tmp_path / "file"))
+    assert (bool(found.reason), found.format) == (True, kind)
+
+
+def test_of_a_large_file_that_begins_like_no_image_only_the_start_is_read(tmp_path: Path):
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"\0\0\0\x18ftypmp42")
+    os.truncate(path, 100 * indexing.LARGEST_FILE)  # sparse
+    assert indexing.inspect_file(str(path)).format == indexing.NO_IMAGE
 
 
 def test_unchanged_files_are_not_read_again(names: list[str], read: list[str]):

@@ -5,17 +5,19 @@ from base64 import b64encode
 import numpy as np
 import pandas as pd
 
-from pipeline.ingest.indexing import Inspected
+from pipeline.ingest.indexing import NO_IMAGE, Inspected
 from pipeline.ingest.inventory import Inventory, take
 from pipeline.ingest.listing import OPTIONAL, Listing
 
 SIZE = ("L", "30", "20", "1")
 
 
-def taken(*entries: tuple[str, str, Inspected], correlation: float = 0.997) -> Inventory:
+def taken(
+    *entries: tuple[str, str, Inspected], correlation: float = 0.997, min_class_size: int = 1, is_table: bool = False
+) -> Inventory:
     frame = pd.DataFrame([(path, label) for path, label, _ in entries], columns=["path", "label"]).assign(**OPTIONAL)
-    listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"])
-    return take(listing, [inspected for *_, inspected in entries], correlation)
+    listing = Listing(frame, [("z", "is a pipe; expected a file")], ["left out"], is_table=is_table)
+    return take(listing, [inspected for *_, inspected in entries], correlation, min_class_size)
 
 
 def image(sha256: str, degrees: float | None = None, kind: str = "PNG") -> Inspected:
@@ -38,6 +40,8 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
     assert found.summary == {
         "n_images": 2,
         "n_rejected": 2,
+        "n_skipped": 0,
+        "skipped": {},
         "n_distinct": 2,
         "classes": {"cat": 1, "dog": 1},
         "width": {"min": 30, "median": 30.0, "max": 30},
@@ -49,6 +53,8 @@ def test_what_is_read_is_kept_and_what_is_not_is_rejected_beside_what_was_listed
         "n_exact_duplicates": 0,
         "conflicts": [],
         "n_near_duplicates": 0,
+        "n_poor": {},
+        "poor": {},
         "warnings": ["left out"],
     }
 
@@ -114,3 +120,87 @@ def test_files_with_the_extension_of_another_format_are_named_and_kept():
 def test_a_summary_of_nothing_is_a_summary():
     found = taken(("a.png", "cat", BAD))
     assert (found.summary["n_images"], found.summary["width"], list(found.kept["near_duplicate_group"])) == (0, {}, [])
+
+
+def other(reason: str = "not an image of a known format") -> Inspected:
+    return Inspected(reason, "0", NO_IMAGE)
+
+
+def test_files_that_claim_no_image_format_are_left_out_and_counted_by_extension():
+    entries = [(f"{n}.png", "cat", image(str(n))) for n in range(4)]
+    entries += [(f"{n}.XML", "cat", other()) for n in range(3)] + [("0.png:Zone.Identifier", "cat", other())]
+    entries += [("README", "cat", other()), ("empty", "cat", other("empty file"))]
+    bad = [("b.png", "cat", other()), ("c.heic", "cat", other()), ("d.txt", "cat", BAD), ("e.bin", "cat", BAD)]
+    found = taken(*entries, *bad)
+    assert found.summary["skipped"] == {"no images": 6}
+    assert found.summary["n_skipped"] == 6
+    assert [path for path, _ in found.unreadable] == ["b.png", "c.heic", "d.txt", "e.bin", "z"]
+    left_out = "6 files that are no images were left out: .xml (3), no extension (2), .identifier (1)"
+    assert left_out in found.summary["warnings"]
+    assert found.other_files == {"cat": {".xml": 3, ".identifier": 1, "no extension": 2}}
+
+
+def test_an_extension_that_most_readable_files_have_is_one_of_images():
+    entries = [(f"{n}.001", "cat", image(str(n))) for n in range(3)]
+    found = taken(*entries, ("8.001", "cat", other()), ("9.001", "cat", other("empty file")), ("x.002", "cat", other()))
+    assert [path for path, _ in found.unreadable] == ["8.001", "9.001", "z"]
+    assert found.summary["n_skipped"] == 1
+
+
+def test_what_a_table_lists_is_rejected_and_not_left_out():
+    found = taken(("a.png", "cat", image("1")), ("a.txt", "cat", other()), is_table=True)
+    assert [path for path, _ in found.unreadable] == ["a.txt", "z"]
+    assert found.summary["n_skipped"] == 0
+
+
+def test_classes_that_are_too_small_are_rejected_with_their_size():
+    entries = [(f"{n}.png", "cat", image(str(n))) for n in range(3)]
+    found = taken(*entries, ("o.png", "owl", image("8")), ("p.png", "owl", BAD), min_class_size=2)
+    assert set(found.kept["label"]) == {"cat"}
+    assert found.few == [("o.png", "of class 'owl', which has 1 images")]
+    assert found.small == {"owl": 1}
+    assert found.summary["n_rejected"] == 3
+    assert (
+        "1 classes with fewer images than dataset.min_class_size (2) were left out: owl (1)"
+        in found.summary["warnings"]
+    )
+
+
+def test_images_that_may_show_nothing_are_listed_and_counted():
+    def shown(name: str, look: str = "", sharpness: str = "0.3", side: str = "200") -> tuple[str, str, Inspected]:
+        return name, "cat", image(name)._replace(look=look, sharpness=sharpness, width=side, height="300")
+
+    good = [shown(f"good{n}.png") for n in range(6)]
+    found = taken(
+        *good,
+        shown("black.png", "flat", ""),
+        shown("deep.png", "few levels"),
+        shown("night.png", "dark", "0.001"),
+        shown("soft.png", sharpness="0.0123"),
+        shown("soft enough.png", sharpness="0.0212"),
+        shown("small.png", side="33"),
+        shown("dot.png", sharpness="", side="3"),
+    )
+    assert len(found.kept) == 13
+    assert found.summary["poor"] == {
+        "of one colour": ["black.png"],
+        "with few of the grey levels of their 16 bits (scale them to the full range)": ["deep.png"],
+        "of a few pixels, or far smaller than the others": ["small.png", "dot.png"],
+        "almost black": ["night.png"],
+        "far less sharp than the others": ["soft.png"],
+    }
+    assert list(found.summary["n_poor"].values()) == [1, 1, 2, 1, 1]
+    assert "2 images are of a few pixels, or far smaller than the others, first small.png" in found.summary["warnings"]
+
+
+def test_a_set_of_soft_images_has_no_blurred_ones():
+    found = taken(*((f"{n}.png", "cat", image(str(n))._replace(sharpness=f"0.00{n}")) for n in range(3, 9)))
+    assert found.summary["n_poor"] == {}
+
+
+def test_classes_that_differ_in_the_format_of_their_files_are_a_warning():
+    found = taken(("a.png", "cat", image("1")), ("b.jpg", "dog", image("2", kind="JPEG")), ("c.png", "cat", image("3")))
+    expected = "the format of the files depends on the class (cat PNG, dog JPEG): a network may learn it instead"
+    assert found.summary["warnings"][1:] == [expected]
+    found = taken(("a.png", "cat", image("1")), ("b.jpg", "dog", image("2", kind="JPEG")), ("c.png", "dog", image("3")))
+    assert found.summary["warnings"][1:] == []

@@ -129,3 +129,64 @@ def test_verify_is_an_option_and_nothing_else_is(index_with: Index, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["index", "--everything"])
     with pytest.raises(SystemExit):
         index_with()
+
+
+def test_files_beside_images_do_not_count_and_hide_no_broken_image(index_with: Index):
+    for path in [*Path("set").rglob("*.jpg")]:
+        path.with_suffix(".xml").write_text("<annotation/>")
+        path.with_name(f"{path.name}:Zone.Identifier").write_text("[ZoneTransfer]")
+    index_with(max_rejected_fraction=0.0)
+    assert len(manifest.read_images().image_id) == 10
+    assert rejected() == {}
+    Path("set/cat/0.jpg").write_bytes(picture(0)[:200])
+    with pytest.raises(ValueError, match=r"1 of 10 images cannot be read, first set/cat/0\.jpg"):
+        index_with(max_rejected_fraction=0.05)
+
+
+def test_a_class_of_files_that_are_no_images_is_an_error_that_shows_the_tree(index_with: Index):
+    Path("set/labels").mkdir()
+    Path("set/labels/0.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(ValueError, match=r"set: no image of class 'labels' can be used; its files are no images") as e:
+        index_with()
+    assert ": .txt (1); found cat/ (5 .jpg), dog/ (5 .jpg), labels/ (1 .txt); expected each directory" in str(e.value)
+    index_with(exclude=["labels"])
+    assert len(manifest.read_images().image_id) == 10
+
+
+def test_classes_around_the_classes_are_one_class_and_the_error_says_which_path_to_set(index_with: Index):
+    Path("outer").mkdir()
+    Path("set").rename("outer/set")
+    with pytest.raises(ValueError, match=r"one class only \(set\).* set dataset\.path: outer/set"):
+        index_with(path="outer")
+
+
+@pytest.mark.parametrize("choice", ["error", "drop"])
+def test_small_classes_are_refused_or_left_out_by_choice(choice: str, index_with: Index):
+    Path("set/owl").mkdir()
+    Path("set/owl/1.jpg").write_bytes(picture(77))
+    index_with()
+    assert "owl" in manifest.read_labels().class_names
+    if choice == "error":
+        with pytest.raises(
+            ValueError, match=r"1 classes have fewer images than dataset\.min_class_size \(5\): owl \(1\)"
+        ):
+            index_with(min_class_size=5)
+    else:
+        index_with(min_class_size=5, small_classes="drop", max_rejected_fraction=0.0)
+        assert manifest.read_labels().class_names == ["cat", "dog"]
+        assert rejected() == {"owl/1.jpg": "of class 'owl', which has 1 images"}
+
+
+def test_small_classes_all_dropped_is_an_error(index_with: Index):
+    with pytest.raises(ValueError, match="no class with enough images; expected two or more"):
+        index_with(min_class_size=50, small_classes="drop")
+
+
+def test_columns_and_similar_classes_are_those_of_the_parameters(index_with: Index):
+    rows = [f"{path.stem},{path.parent.name}" for path in sorted(Path("set").rglob("*.jpg"))]
+    Path("set/labels.csv").write_text("\n".join(["id,kind", *rows, ""]).replace("0,cat", "0,Cat"))
+    with pytest.raises(ValueError, match="classes 'Cat' and 'cat' differ by case"):
+        index_with(columns={"path": "id", "label": "kind"})
+    index_with(columns={"path": "id", "label": "kind"}, similar_classes="merge")
+    assert manifest.read_labels().class_names == ["cat", "dog"]
+    assert manifest.read_images().image_id[0] == "cat/0.jpg"

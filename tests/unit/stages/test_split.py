@@ -215,3 +215,27 @@ def test_fewer_than_ten_units_are_noted():
     split.main()
     assert [note.split(" units")[0] for note in report()["notes"]] == ["val has 7", "test has 6"]
     assert "with fewer than 10, confidence intervals are rough" in report()["notes"][0]
+
+
+def test_shares_that_groups_cannot_meet_are_noted_with_both_figures():
+    set_params(seeds=[0])
+    group = {row: f"patient {row // 30}" for row in range(120)}
+    set_labels(n=120, rare=60, group=group)
+    with pytest.raises(ValueError, match="none of them in"):
+        split.main()
+    set_labels(n=120, rare=60, group={row: f"patient {row // 15}" for row in range(120)})
+    split.main()
+    found = [note for note in notes() if "asked for" in note]
+    assert found
+    sizes = report()["sizes"]["0"]
+    for note in found:
+        name = note.split(" ")[0]
+        assert note.startswith(f"{name} has {sizes[name]} of 120 images ({sizes[name] / 120:.1%}) with seed 0, where ")
+        assert note.endswith("asked for: images that stay together are not split (up to 15)")
+
+
+def test_shares_that_are_met_are_not_noted():
+    set_params()
+    set_labels(n=120, rare=60, group={row: f"patient {row // 2}" for row in range(120)})
+    split.main()
+    assert notes() == []
