@@ -1,7 +1,7 @@
 """How often the recommendation errs, simulated: `python -m benchmarks.decisions [--studies N]`.
 
 Every row draws studies with known accuracies of 2, 3 or 5 strategies, the first of which is the cheapest, and applies
-the rule of pipeline/comparison/recommendation.py with a margin of 2 points and a confidence of 95 %. It counts how
+the rule of pipeline/comparison/recommendation.py with a margin of 3 points and a confidence of 95 %. It counts how
 often the set contains the best strategy, how often the cheapest is recommended, and how often a strategy is called
 settled that is truly worse than the best by more than the margin. The loss is the accuracy of the best minus that of
 the chosen strategy, in points: of this rule, of taking the best on validation, and of the rule before it (the cheapest
@@ -23,7 +23,7 @@ from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 
 STUDIES = 1_000
-ACCURACY, MARGIN, OLD_MARGIN, CONFIDENCE = 0.85, 0.02, 0.01, 0.95
+ACCURACY, MARGIN, OLD_MARGIN, CONFIDENCE = 0.85, 0.03, 0.01, 0.95
 SIZES, DISCORDANCES, DIFFERENCES = (100, 300, 1000, 3000, 10_000), (0.04, 0.1, 0.2), (-3, -2, -1, 0, 1, 2, 3)
 VAL_SHARE = 0.1125  # of all images, from which each seed draws its validation images
 KEPT_OVER_SEEDS = 0.7  # share of the variance of a strategy's errors that is the same in all seeds
@@ -68,7 +68,7 @@ def correlation(discordance: float) -> float:
     cut = [special.ndtri(ACCURACY)] * 2
 
     def excess(rho: float) -> float:
-        both = stats.multivariate_normal.cdf(cut, mean=[0, 0], cov=np.array([[1, rho], [rho, 1]]))
+        both = stats.multivariate_normal.cdf(cut, mean=[0, 0], cov=np.array([[1, rho], [rho, 1]]))  # pyright: ignore[reportArgumentType]
         return 2 * (ACCURACY - float(both)) - discordance
 
     return optimize.root_scalar(excess, bracket=(0.0, 0.9999)).root

@@ -13,3 +13,9 @@ Start with dvc.yaml, then stages/, then the packages from the top down: each imp
     tools                   the commands beside the stages (python -m pipeline --help)
     stages                  one module for each stage of dvc.yaml
 """
+
+import os
+
+# OpenMP threads that wait sleep instead of keeping a core busy: beside another program, training is up to four times as
+# fast. Must be set before torch is loaded; changes no bits.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -4,10 +4,12 @@ The rule. The *confidence set* holds every strategy that no other one is shown t
 cross-fitted validation; with the given confidence it contains the best (multiple comparisons with the best: Hsu 1996,
 "Multiple comparisons: theory and methods", chapter 4; one-sided bounds, corrected for the number of strategies by
 Bonferroni). The cheapest strategy of the set, in training FLOPs, is recommended. The choice is *settled* once it is
-shown, with the same bounds, to be at most the margin worse than every other strategy of the set; until then, and with
-fewer than 10 distinct validation units, it is *provisional*. Test figures do not enter the choice.
+shown, with the same bounds, to be at most the margin worse than every other strategy of the set; until then it is
+*provisional*. So it is with fewer than 10 distinct validation units, and with so few that a difference of the margin
+could show in none of them (`least_units`). Test figures do not enter the choice.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,7 +45,8 @@ class Rival:
 class Recommendation:
     """The recommended `strategy`, whether the choice is settled, and what else validation says.
 
-    `rivals` are all other strategies, by cost. `n_units`: distinct validation units, over all seeds. `units_needed`
+    `rivals` are all other strategies, by cost. `n_units`: distinct validation units, over all seeds; with fewer than
+    `least_units` nothing is settled. `units_needed`
     would show a true difference of the margin with 80 % power; None: more than 100,000, or nothing to compare.
     `not_beaten`: the reference classifiers that the strategy is not shown to beat.
     """
@@ -54,6 +57,7 @@ class Recommendation:
     margin: float
     confidence: float
     n_units: int
+    least_units: int
     units_needed: int | None
     rivals: list[Rival]
     not_beaten: list[str]
@@ -105,13 +109,17 @@ def recommend(
         one.units_needed for pair, one in contrasts.items() if chosen in pair and {*pair} & {r.strategy for r in in_set}
     ] or [one.units_needed for pair, one in contrasts.items() if chosen in pair]
     units_needed = max(needed, default=MOST_UNITS + 1)
+    # So many units, of which each would show a difference with the probability `margin`, show one with `confidence`
+    is_fraction = study.metric != "nll"
+    least_units = max(FEW_UNITS, math.ceil(math.log(1 - confidence) / math.log(1 - margin)) if is_fraction else 0)
     return Recommendation(
         strategy=chosen,
-        is_settled=is_close and n_units >= FEW_UNITS and len(runs) > 1,
+        is_settled=is_close and n_units >= least_units and len(runs) > 1,
         metric=study.metric,
         margin=margin,
         confidence=confidence,
         n_units=n_units,
+        least_units=least_units,
         units_needed=units_needed if units_needed <= MOST_UNITS else None,
         rivals=rivals,
         not_beaten=[
@@ -174,8 +182,8 @@ def _choice(found: Recommendation, strategies: Mapping[str, Json]) -> str:
         return f"{text}{': ' + _listed(left, found) if left else ''}. This is by the {n_val}."
     if left:
         text += f"The {n_val} cannot tell it from: {_listed(left, found)}. "
-    if found.n_units < FEW_UNITS:
-        text += f"With {found.n_units} distinct validation units, fewer than {FEW_UNITS}, no choice is settled. "
+    if found.n_units < found.least_units:
+        text += f"With {found.n_units} different validation units, fewer than {found.least_units}, nothing is settled. "
     needed = f"about {found.units_needed:,}" if found.units_needed else f"more than {MOST_UNITS:,}"
     return (
         f"{text}It is settled when none of them can be better by more than {amount(found.margin, found.metric)}: "

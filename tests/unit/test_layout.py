@@ -1,8 +1,10 @@
 """The layers of pipeline/, and what dvc.yaml says of the files that a stage loads."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -86,7 +88,16 @@ def test_every_package_is_listed_and_says_only_what_lives_there():
     for package in packages:
         tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), package
-        assert len(tree.body) == 1, package
+        assert len(tree.body) == (3 if package.name == "pipeline" else 1), package
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], found: str):
+    code = "import pipeline, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == found
 
 
 @pytest.mark.parametrize("module", MODULES)

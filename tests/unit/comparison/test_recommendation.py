@@ -122,9 +122,18 @@ def test_fewer_than_ten_units_settle_nothing():
     runs = {"cheap": right_on(ROWS), "dear": right_on(ROWS)}
     assert recommend(runs, margin=0.99).is_settled
     found = recommend(runs, margin=0.99, unit=ROWS // 50)
-    assert (found.n_units, found.is_settled) == (8, False)
-    assert "With 8 distinct validation units, fewer than 10, no choice is settled." in words(found, runs)
+    assert (found.n_units, found.least_units, found.is_settled) == (8, 10, False)
+    assert "With 8 different validation units, fewer than 10, nothing is settled." in words(found, runs)
     assert recommend(runs, margin=0.99, unit=ROWS // 40).is_settled
+
+
+def test_equal_predictions_are_settled_once_a_difference_of_the_margin_would_have_shown():
+    every = np.arange(N)
+    for n, is_settled in ((100, True), (98, False)):
+        study = ones_study(N, label=LABEL, weight=(every < n).astype(float), unit=np.minimum(every, n - 1))
+        runs = {name: [run[np.arange(n)] for run in right_on(ROWS[:80])] for name in FLOPS}
+        found = recommendation.recommend(runs, FLOPS, study, 0.03, 0.95, {})
+        assert (found.n_units, found.least_units, found.is_settled) == (n, 99, is_settled)
 
 
 def test_images_of_one_unit_say_less_than_as_many_units():

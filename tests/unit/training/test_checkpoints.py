@@ -139,7 +139,7 @@ def test_what_is_damaged_or_of_another_run_is_ignored_with_a_line(
     with caplog.at_level(logging.WARNING):
         *found, n_again = train(recipe())
     assert (found, n_again) == (expected, n_batches)
-    (line,) = caplog.messages
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert line.startswith(f"{PATH}: not a checkpoint of this run (")
     assert "\n" not in line
 
@@ -156,8 +156,9 @@ def test_disk_that_is_full_costs_the_checkpoint_and_not_the_run(
     with caplog.at_level(logging.WARNING):
         *found, _ = train(recipe())
     assert found == expected
-    assert len(caplog.messages) == EPOCHS + 1
-    assert "No space left on device" in caplog.messages[0]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == EPOCHS + 1
+    assert "No space left on device" in warnings[0]
     assert not [*PATH.parent.iterdir()]
 
 
