@@ -330,8 +330,8 @@ class Params(Record):
         reserved = (HEAD_ONLY, HEAD_ALL_SEEDS, *REFERENCES)
         baselines = f"{HEAD_ONLY} or an entry of fine_tune.run"
         for is_wrong, problem in (
-            (share >= 1, f"split: test_fraction + val_fraction: found {share:g}, expected less than 1"),
             (unnumbered, f"split.seeds: found {[*seeds]}; with `method: folds` expected the K folds, 0 to K - 1"),
+            (share >= 1, f"split: the shares of test and validation: found {share:g} in all, expected less than 1"),
             (
                 left_out,
                 f"fine_tune.seeds: found {[*self.fine_tune.seeds]}; with `split.method: folds` expected all of "

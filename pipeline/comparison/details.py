@@ -188,15 +188,17 @@ def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
     `n` and `n_twins` are numbers of images, means over the seeds, and sums over folds.
     """
     is_twin = [data.twins[one.run.seed][one.test.rows] for one in judged]
-    kept = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
-    if not np.concatenate(is_twin).any() or not all(len(one.rows) for one in kept):
+    clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
+    n_twins = sum(map(np.count_nonzero, is_twin))
+    if not n_twins:
         return None
+    counts = {"n": round(np.mean([len(one.rows) for one in clean])), "n_twins": round(n_twins / len(clean))}
+    if not (kept := [one for one in clean if len(one.rows)]):
+        return {**counts, "metrics": {}}
     labels, n_classes = data.labels, len(data.labels.class_names)
     estimates = intervals.metric_intervals(kept, labels.label, labels.weight, data.unit, n_classes)
-    n_twins = sum(map(np.count_nonzero, is_twin))
     return {
-        "n": round(np.mean([len(one.rows) for one in kept])),
-        "n_twins": round(n_twins / len(kept)),
+        **counts,
         "metrics": _estimates(
             estimates, SUBSET_METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
         ),

@@ -94,17 +94,17 @@ def placements(score: np.ndarray, is_positive: np.ndarray, weight: np.ndarray) -
 def _auroc(
     scores: np.ndarray, label: np.ndarray, weight: np.ndarray, fold: np.ndarray, n_classes: int
 ) -> Influence | None:
-    """One class against the rest, macro average, within folds; None where a fold lacks a class."""
-    if not scores.shape[1]:
-        return None
+    """One class against the rest, macro average, within the folds that hold all classes; None where no fold does."""
     inside = [np.flatnonzero(fold == k) for k in np.unique(fold)]
-    if any(len(np.unique(label[own])) < n_classes for own in inside):
+    inside = [own for own in inside if len(np.unique(label[own])) == n_classes]
+    if not scores.shape[1] or not inside:
         return None
+    total = sum(float(weight[own].sum()) for own in inside)
     value, influence, shares = 0.0, np.zeros(len(label)), np.zeros(len(label))
     for column, score in enumerate(scores.T, n_classes - scores.shape[1]):
         is_positive, area, placement, share = label == column, 0.0, np.zeros(len(label)), np.zeros(len(label))
         for own in inside:
-            part = float(weight[own].sum() / weight.sum()) / scores.shape[1]
+            part = float(weight[own].sum()) / total / scores.shape[1]
             of_fold, placement[own] = placements(score[own], is_positive[own], weight[own])
             area += part * of_fold
             totals = np.bincount(is_positive[own], weight[own])  # of the negatives and of the positives

@@ -131,8 +131,14 @@ def interval(by_run: Sequence[Influence | None], rows: Sequence[np.ndarray], uni
 
 
 def _binomial_size(p: float, spread: Spread, top: float) -> float:
-    """The number of independent images whose proportion p would vary as much; with 0.2 pseudo-units, half at an end."""
+    """The number of independent images whose proportion p would vary as much; with 0.2 pseudo-units, half at an end.
+
+    At an end, where all variance is that of the pseudo-units of classes, the proportion is taken for one unit off it.
+    """
     n = spread.n_effective
+    if min(p, 1 - p) < 1e-12 and spread.variance > 0:
+        q = 1 / (n + 2)
+        return n * q * (1 - q) / max(spread.variance / top**2, q * (1 - q))
     centre = (n * p + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
     second_moment = (n * (spread.variance / top**2 + p**2) + PSEUDO_UNITS / 2) / (n + PSEUDO_UNITS)
     return n * centre * (1 - centre) / (second_moment - centre**2)

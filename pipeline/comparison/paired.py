@@ -32,6 +32,7 @@ from pipeline.comparison.outcomes import Outcomes
 MIN_SEEDS_FOR_T = 5
 CROSS_FITTED = 1.07  # standard error of a cross-fitted difference: folds choose for one another; found by simulation
 POWER = 0.8  # with which `units_needed` units show a difference
+AT_MARGIN = 1.05  # standard error of a difference that is truly the margin, see contrast; found by simulation
 MCNEMAR, SIGN_FLIP, CORRECTED_T = "exact McNemar", "sign-flip permutation by unit", "corrected t over seeds"
 
 
@@ -74,12 +75,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference with a one-sided bound on either side, and the number of units that shows a difference `margin`."""
+    """A difference with a one-sided bound on either side, and the number of units that shows a difference `margin`.
+
+    `margin_low`, `margin_high`: bounds by which a difference of the margin is excluded; they lie outside the others.
+    """
 
     difference: float
     low: float
     high: float
+    margin_low: float
+    margin_high: float
     units_needed: int
+
+    def reversed(self) -> "Contrast":
+        """The same with the two strategies exchanged."""
+        return Contrast(-self.difference, -self.high, -self.low, -self.margin_high, -self.margin_low, self.units_needed)
 
 
 def compare(runs: Sequence[Outcomes], baseline: Sequence[Outcomes], study: Study) -> Difference:
@@ -116,12 +126,20 @@ def contrast(
     """The difference, its one-sided bounds at this confidence, and how many units would show a difference `margin`.
 
     So many units show, with power 0.8, that a strategy which is truly better by `margin` is better. Their number
-    depends on how often the two runs differ, not on which of them is ahead.
+    depends on how often the two runs differ, not on which of them is ahead. A difference of the margin is excluded with
+    the variance that it has at least, as in a score test (Tango 1998, "Equivalence test and confidence interval for the
+    difference in proportions for the paired-sample design"): few runs that differ could be luck.
     """
     pairs = _pairs(runs, others, study)
-    reach = float(special.ndtri(confidence) + special.ndtri(POWER)) / margin
+    centre, _, degrees = pairs.estimate()
+    quantiles = special.stdtrit(degrees, [confidence, POWER])
+    wider = CROSS_FITTED if pairs.is_cross_fitted and pairs.standard_error_over_seeds is None else 1.0
+    reach = wider * float(quantiles.sum()) / margin
     needed = pairs.second_moment * pairs.spread.n_units / pairs.spread.n_effective * reach**2
-    return Contrast(pairs.difference, pairs.bound(1 - confidence), pairs.bound(confidence), max(1, math.ceil(needed)))
+    low, high = pairs.bound(1 - confidence), pairs.bound(confidence)
+    at_margin = AT_MARGIN * float(special.ndtri(confidence)) * math.sqrt(margin * pairs.largest_share)
+    excluded = min(low, centre - at_margin), max(high, centre + at_margin)
+    return Contrast(pairs.difference, low, high, *excluded, max(1, math.ceil(needed)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -164,6 +182,12 @@ class _Pairs:
         """
         n, pseudo = self.spread.n_effective, max((self.spread.n_units / self.spread.n_images) ** 2, PSEUDO_UNITS)
         return (n * (self.spread.variance + self.difference**2) + pseudo) / (n + 2)
+
+    @property
+    def largest_share(self) -> float:
+        """Of a unit in the metric, over all seeds."""
+        shares = [difference.share for difference in self.differences]
+        return float(sum_by(shares, [self.study.unit[rows] for rows in self.rows]).max())
 
     def has_equal_single_images(self) -> bool:
         rows = self.rows[0]
@@ -231,6 +255,6 @@ def _measure(run: Outcomes, study: Study) -> Influence:
     if found is None:
         raise ValueError(
             f"params.yaml: compare.metric: {study.metric} is undefined for these predictions (AUROC needs two classes, "
-            "both in every fifth of the validation units); choose another metric, or raise split.val_fraction"
+            "and both of them in some fifth of the validation units); choose another metric"
         )
     return found

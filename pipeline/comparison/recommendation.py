@@ -4,12 +4,10 @@ The rule. The *confidence set* holds every strategy that no other one is shown t
 cross-fitted validation; with the given confidence it contains the best (multiple comparisons with the best: Hsu 1996,
 "Multiple comparisons: theory and methods", chapter 4; one-sided bounds, corrected for the number of strategies by
 Bonferroni). The cheapest strategy of the set, in training FLOPs, is recommended. The choice is *settled* once it is
-shown, with the same bounds, to be at most the margin worse than every other strategy of the set; until then it is
-*provisional*. So it is with fewer than 10 distinct validation units, and with so few that a difference of the margin
-could show in none of them (`least_units`). Test figures do not enter the choice.
+shown, with the same confidence, to be at most the margin worse than every other strategy of the set; until then, and
+with fewer than 10 distinct validation units, it is *provisional*. Test figures do not enter the choice.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 
 from pipeline.comparison import paired
 from pipeline.comparison.outcomes import Outcomes
-from pipeline.comparison.paired import Study
+from pipeline.comparison.paired import Contrast, Study
 from pipeline.comparison.tables import METRIC_NAMES, amount, of_runs, p_value, range_of, sampled, shown, teraflops
 from pipeline.dataset.units import FEW_UNITS
 from pipeline.params import HEAD_ALL_SEEDS
@@ -29,15 +27,17 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rival:
-    """Another strategy: its metric minus that of the recommended one, with the bounds that the rule uses.
+    """Another strategy: its metric minus that of the recommended one, with the bounds that rule strategies out.
 
-    `beaten_by`: a strategy that is shown to be better, which rules this one out; None if it is in the set.
+    `is_excluded`: it is shown not to be better by more than the margin. `beaten_by`: a strategy that is shown to be
+    better than this one, which rules it out; None if it is in the set.
     """
 
     strategy: str
     difference: float
     low: float
     high: float
+    is_excluded: bool
     beaten_by: str | None
 
 
@@ -45,8 +45,7 @@ class Rival:
 class Recommendation:
     """The recommended `strategy`, whether the choice is settled, and what else validation says.
 
-    `rivals` are all other strategies, by cost. `n_units`: distinct validation units, over all seeds; with fewer than
-    `least_units` nothing is settled. `units_needed`
+    `rivals` are all other strategies, by cost. `n_units`: distinct validation units, over all seeds. `units_needed`
     would show a true difference of the margin with 80 % power; None: more than 100,000, or nothing to compare.
     `not_beaten`: the reference classifiers that the strategy is not shown to beat.
     """
@@ -57,7 +56,6 @@ class Recommendation:
     margin: float
     confidence: float
     n_units: int
-    least_units: int
     units_needed: int | None
     rivals: list[Rival]
     not_beaten: list[str]
@@ -84,42 +82,38 @@ def recommend(
         for name in by_cost[number + 1 :]
     }
 
-    def between(name: str, other: str) -> tuple[float, float, float]:
-        """The difference name - other and its bounds."""
-        if (name, other) in contrasts:
-            found = contrasts[name, other]
-            return found.difference, found.low, found.high
-        found = contrasts[other, name]
-        return -found.difference, -found.high, -found.low
+    def oriented(name: str, other: str) -> Contrast:
+        """The contrast name - other."""
+        found = contrasts.get((name, other))
+        return found or contrasts[other, name].reversed()
 
     def is_better(name: str, other: str) -> bool:
         """Whether `name` is shown to be better."""
-        _, low, high = between(name, other)
-        return low > 0 if sign > 0 else high < 0
+        found = oriented(name, other)
+        return found.low > 0 if sign > 0 else found.high < 0
 
     beaten_by = {
         name: next((other for other in by_cost if other != name and is_better(other, name)), None) for name in by_cost
     }
     chosen = next(name for name in by_cost if beaten_by[name] is None)
-    rivals = [Rival(name, *between(name, chosen), beaten_by[name]) for name in by_cost if name != chosen]
+    rivals = []
+    for name in by_cost:
+        if name != chosen:
+            found = oriented(name, chosen)
+            is_excluded = (found.margin_high if sign > 0 else -found.margin_low) <= margin
+            rivals.append(Rival(name, found.difference, found.low, found.high, is_excluded, beaten_by[name]))
     in_set = [rival for rival in rivals if rival.beaten_by is None]
     n_units = len(np.unique(np.concatenate([study.unit[run.rows] for run in runs[chosen]])))
-    is_close = all((rival.high if sign > 0 else -rival.low) <= margin for rival in in_set)
-    needed = [
-        one.units_needed for pair, one in contrasts.items() if chosen in pair and {*pair} & {r.strategy for r in in_set}
-    ] or [one.units_needed for pair, one in contrasts.items() if chosen in pair]
-    units_needed = max(needed, default=MOST_UNITS + 1)
-    # So many units, of which each would show a difference with the probability `margin`, show one with `confidence`
-    is_fraction = study.metric != "nll"
-    least_units = max(FEW_UNITS, math.ceil(math.log(1 - confidence) / math.log(1 - margin)) if is_fraction else 0)
+    units_needed = max(
+        (oriented(one.strategy, chosen).units_needed for one in in_set or rivals), default=MOST_UNITS + 1
+    )
     return Recommendation(
         strategy=chosen,
-        is_settled=is_close and n_units >= least_units and len(runs) > 1,
+        is_settled=all(rival.is_excluded for rival in in_set) and n_units >= FEW_UNITS and len(runs) > 1,
         metric=study.metric,
         margin=margin,
         confidence=confidence,
         n_units=n_units,
-        least_units=least_units,
         units_needed=units_needed if units_needed <= MOST_UNITS else None,
         rivals=rivals,
         not_beaten=[
@@ -150,45 +144,47 @@ def _not_beaten(found: Recommendation, strategies: Mapping[str, Json], reference
     if not found.not_beaten:
         return ""
     listed = ", ".join(f"{name} ({_value(references[name], found.metric)})" for name in found.not_beaten)
+    own = f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}"
     return (
-        f"**First: {found.strategy} is not shown to beat what costs nothing.** On validation it has "
-        f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}; the reference classifiers "
-        f"have: {listed}."
+        f"**First: {found.strategy} is not shown to beat what costs nothing beyond the cached features.** Its {own} on "
+        f"validation is to be seen beside that of the reference classifiers: {listed}."
     )
 
 
 def _choice(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     names = [name for name in strategies if name != HEAD_ALL_SEEDS]
     own = f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}"
-    n_val = sampled({found.strategy: strategies[found.strategy]}, "val")
+    val = strategies[found.strategy]["val"]
+    is_several = len(val["n"]) > 1
+    n_val = f"{found.n_units:,} different validation units" if is_several else sampled({"": {"val": val}}, "val")
     if len(names) == 1:
         return (
             f"**Recommendation: {found.strategy}**, because nothing was compared with it: fine_tune.run is empty. "
             f"Its {own} on the {n_val}."
         )
-    cost = strategies[found.strategy]["cost"]["train_flops"]
+    cost = teraflops(strategies[found.strategy]["cost"]["train_flops"])
     state = "settled" if found.is_settled else "provisional"
     beaten = [rival for rival in found.rivals if rival.beaten_by]
     left = [rival for rival in found.rivals if not rival.beaten_by]
-    is_first = all(strategies[rival.strategy]["cost"]["train_flops"] >= cost for rival in beaten)
-    why = "it is the cheapest strategy" if is_first else "it is the cheapest strategy left"
-    text = f"**Recommendation: {found.strategy}, {state}.** "
-    text += f"Train {found.strategy}: {why}, with {teraflops(cost)} TFLOPs of training, that could be the best. "
+    text = f"**Recommendation: {found.strategy}, {state}.** Train {found.strategy}. "
+    text += f"Among the strategies that could be the best, it is the cheapest to train ({cost} TFLOPs). "
+    text += "The NLL decides: lower is better. " if found.metric == "nll" else ""
     if beaten:
         text += f"Shown to be worse than another strategy: {_listed(beaten, found)}. "
+    margin = amount(found.margin, found.metric)
     if found.is_settled:
-        no_better = f"no other strategy is better by more than {amount(found.margin, found.metric)}"
-        text += f"With {100 * found.confidence:g} % confidence, {no_better}"
-        return f"{text}{': ' + _listed(left, found) if left else ''}. This is by the {n_val}."
+        listed = f": {_listed(left, found)}" if left else ""
+        sure = f"With {100 * found.confidence:g} % confidence"
+        return f"{text}{sure}, no other strategy is better by more than {margin}{listed}. This is by the {n_val}."
     if left:
         text += f"The {n_val} cannot tell it from: {_listed(left, found)}. "
-    if found.n_units < found.least_units:
-        text += f"With {found.n_units} different validation units, fewer than {found.least_units}, nothing is settled. "
+    if found.n_units < FEW_UNITS:
+        return f"{text}With {found.n_units} different validation units, fewer than {FEW_UNITS}, nothing is settled."
     needed = f"about {found.units_needed:,}" if found.units_needed else f"more than {MOST_UNITS:,}"
     return (
-        f"{text}It is settled when none of them can be better by more than {amount(found.margin, found.metric)}: "
-        f"{needed} validation units would show a true difference of that size (80 % power). There are "
-        f"{found.n_units:,}. More images, more seeds, or `split.method: folds` give more."
+        f"{text}The choice is settled when none of them can be better by more than {margin}: {needed} validation units "
+        f"would show a true difference of that size between two strategies (80 % power). There are {found.n_units:,}; "
+        "more images give more, and so do more seeds that draw other validation images."
     )
 
 

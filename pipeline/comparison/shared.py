@@ -1,21 +1,22 @@
 """reports/outcomes.json: which test images each run predicts correctly, so that two commits can be compared in pairs.
 
 Images are in the order of their digests. A flag of all images takes a bit each, in base64. An image is known by the
-first 5 bytes of its SHA-256; above 20,000 images the file says only how many there are, and the digest of their list.
+first 5 bytes of its SHA-256; above 20,000 images the file says only how many there are, and a
+digest of which seed tests which.
 """
 
 import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.comparison import outcomes, paired
+from pipeline.comparison import paired
 from pipeline.comparison.details import Data
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
+from pipeline.files import digest
 from pipeline.training.runs import Run
 
 MAX_IMAGES = 20_000
@@ -27,7 +28,7 @@ Json = dict[str, Any]
 class Tested:
     """The content of outcomes.json.
 
-    `n` test images over all seeds, `digest` of the list of them. The rest is empty above 20,000 images: `image` (n,)
+    `n` test images over all seeds, `digest` of those of each seed. The rest is empty above 20,000 images: `image` (n,)
     bytes, `weight` (n,), `unit` (n,); `tested` bool (n,) by seed; `correct` bool (n,) by strategy and seed.
     """
 
@@ -47,11 +48,10 @@ def encode(runs: Mapping[str, Sequence[Run]], data: Data) -> Json:
     used = np.unique(np.concatenate([run.test.rows for these in runs.values() for run in these]))
     order = used[np.lexsort((used, np.array(labels.sha256)[used]))]
     digests = [labels.sha256[row] for row in order]
-    found: Json = {
-        "n": len(order),
-        "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
-        "folds": data.n_folds,
+    by_seed = {
+        run.seed: sorted(labels.sha256[row] for row in run.test.rows) for these in runs.values() for run in these
     }
+    found: Json = {"n": len(order), "digest": digest(by_seed), "folds": data.n_folds}
     if len(order) > MAX_IMAGES:
         return found
     place = np.zeros(len(labels.label), np.int64)
@@ -94,6 +94,9 @@ def decode(found: Json) -> Tested:
     }
     if not len(image) == len(weight) == len(unit) == n_known:
         raise ValueError("arrays of different lengths")
+    if not (np.isfinite(weight) & (weight > 0)).all() or any(by_seed.keys() - tested for by_seed in correct.values()):
+        raise ValueError("weights that are not above 0, or runs of unknown seeds")
+    unit = np.unique(unit, return_inverse=True)[1]
     return Tested(n, str(found["digest"]), int(found["folds"]), image, weight, unit, tested, correct)
 
 
@@ -107,24 +110,31 @@ def count_shared(before: Tested, after: Tested) -> int | None:
 def regression_bound(before: Tested, after: Tested, strategy: str, confidence: float) -> tuple[float, int] | None:
     """Lower bound, at this confidence, of the accuracy lost on the test images that both sides share; and their number.
 
-    The strategy's runs are paired by seed. None where no image is shared, or a side does not list its images.
-    Weights and units are those of `after`.
+    The strategy's runs are paired by seed; folds are pooled before. None where no image is shared, or a side does not
+    list its images. Weights and units are those of `after`.
     """
     _, at_before, at_after = np.intersect1d(before.image, after.image, return_indices=True)
     study = Study(np.ones(len(at_after), np.int64), after.weight[at_after], after.unit[at_after])
-    ours: list[Outcomes] = []
-    theirs: list[Outcomes] = []
-    for seed in sorted(before.correct.get(strategy, {}).keys() & after.correct.get(strategy, {}).keys()):
-        rows = np.flatnonzero(before.tested[seed][at_before] & after.tested[seed][at_after])
+    ours, theirs = (_flags_of(side, strategy, at) for side, at in ((before, at_before), (after, at_after)))
+    runs: list[tuple[Outcomes, Outcomes]] = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        rows = np.flatnonzero(ours[seed][0] & theirs[seed][0])
         if len(rows):
-            ours.append(_outcomes(rows, before.correct[strategy][seed][at_before][rows]))
-            theirs.append(_outcomes(rows, after.correct[strategy][seed][at_after][rows]))
-    if not ours:
+            runs.append((_outcomes(rows, ours[seed][1][rows]), _outcomes(rows, theirs[seed][1][rows])))
+    if not runs:
         return None
-    n_shared = len(np.unique(np.concatenate([one.rows for one in ours])))
-    if after.n_folds:
-        ours, theirs = [outcomes.pooled(ours)], [outcomes.pooled(theirs)]
-    return paired.lower_bound(ours, theirs, study, confidence), n_shared
+    n_shared = len(np.unique(np.concatenate([one.rows for one, _ in runs])))
+    return paired.lower_bound([one for one, _ in runs], [one for _, one in runs], study, confidence), n_shared
+
+
+def _flags_of(side: Tested, strategy: str, at: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By seed, which of the images `at` are tested, and predicted correctly; all folds together."""
+    by_seed = side.correct.get(strategy, {}).items()
+    flags = {seed: (side.tested[seed][at], is_correct[at]) for seed, is_correct in by_seed}
+    if side.n_folds and flags:
+        tested, correct = (np.logical_or.reduce([*columns]) for columns in zip(*flags.values(), strict=True))
+        return {"folds": (tested, correct)}
+    return flags
 
 
 def _outcomes(rows: np.ndarray, is_correct: np.ndarray) -> Outcomes:

@@ -28,14 +28,15 @@ def as_markdown(details: Json) -> str:
     columns += [name] if metric != "accuracy" else []
     columns += [f"difference from {baseline}", "p", "balanced accuracy", "NLL (nats)"]
     columns += ["trained parameters", "training TFLOPs"]
+    spread = "" if details["folds"] else "; ± is the standard deviation over n seeds"
     lines = [
         f"{details['recommendation']['text']}\n",
         *(f"**Note:** {note}.\n" for note in details["notes"]),
         f"Test accuracy in %, weighted by the images' weights, on {sampled(strategies, 'test')}{per_seed(details)}, "
-        f"with its 95 % interval over {unit_name(details)}s; ± is the standard deviation over n seeds. "
+        f"with its 95 % interval over {unit_name(details)}s{spread}. "
         f"{compared_on(details)} Validation figures are cross-fitted: each fifth of the validation units is predicted "
         f"by the candidate (epoch, regularization strength) that the other fifths choose.{differences} Rows in italics "
-        "are reference classifiers, which cost nothing and are never recommended.",
+        "are reference classifiers, which cost nothing beyond the cached features and are never recommended.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",

@@ -15,7 +15,7 @@ from pipeline.dataset.units import count_units, make_units, ties_of
 from pipeline.files import digest
 from pipeline.params import Splitting
 
-UNTIED = "add images, or raise split.test_fraction and split.val_fraction"
+UNTIED = "add images, raise split.test_fraction and split.val_fraction, or have fewer folds"
 TIED = "a class needs three groups (by group, equal bytes or near-duplicates), one for each split: add other groups"
 RANKED = ("test", "val", "train")  # where tied images disagree, the first of these counts
 

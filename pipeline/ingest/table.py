@@ -47,7 +47,8 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         raise ValueError(f"{table}: {table.stat().st_size:,} bytes; expected at most {LARGEST:,}")
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            numbered = list(_read_rows(table, csv.reader(file, strict=True), columns))
+            unread: list[str] = []
+            numbered = list(_read_rows(table, csv.reader(file, strict=True), columns, unread))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{table}: not a CSV file in UTF-8: {error}; save it as CSV in UTF-8") from None
     files = {path for path, problem in entries if problem is None}
@@ -100,6 +101,9 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         warnings.append(f"{found}, first {meant[0][0]!r} as {meant[0][1]!r}")
     if n_system := sum(any(map(is_system, path.split("/"))) for path in listed):
         warnings.append(f"{n_system} images that labels.csv lists are hidden or of the system (thumbnails?), and used")
+    if unread:
+        advice = f"to read one as group, set dataset.columns: {{group: {unread[0]!r}}}"
+        warnings.append(f"columns of {table.name} that are not read: {', '.join(unread[:10])}; {advice}")
     reasons = [(row["path"], problem) for _, row, problem in rejected]
     return Found(rows, reasons, warnings, skipped)
 
@@ -110,10 +114,13 @@ def _parts(path: str) -> list[str]:
     return ["/".join(names[: n + 1]) for n in range(len(names))]
 
 
-def _read_rows(table: Path, reader: Iterator[list[str]], columns: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
+def _read_rows(
+    table: Path, reader: Iterator[list[str]], columns: Mapping[str, str], unread: list[str]
+) -> Iterator[tuple[int, Row]]:
     """Number (as a spreadsheet counts) and fields of each row that is not empty.
 
     `columns` maps names of ours to those in the header; a column of ours that another one stands for is not read.
+    Names of columns that are not read are added to `unread`.
     """
     header = next(reader, [])
     listed = ", ".join(header)
@@ -133,6 +140,7 @@ def _read_rows(table: Path, reader: Iterator[list[str]], columns: Mapping[str, s
         if plain in OPTIONAL and plain not in columns and (column != plain or header.count(column) > 1):
             raise ValueError(f"{table}: column {column!r}; expected {plain!r}, once")
     place = {column: header.index(name) for column, name in (ours | dict(columns)).items()}
+    unread += [name for name in header if name not in place and name not in columns.values()]
     for number, fields in enumerate(reader, start=2):
         if len(fields) != len(header) and fields:
             raise ValueError(f"{table}: row {number}: {len(fields)} fields; expected {len(header)}, as in row 1")

@@ -10,6 +10,7 @@ and scaled by the mean and deviation of the training images. None of these class
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from scipy.special import log_softmax
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
@@ -18,6 +19,7 @@ from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
+from pipeline.network.cuts import Pool
 from pipeline.params import REFERENCES, load_params
 from pipeline.training.runs import Cost, Predictions, Run, make_candidates, save_run
 
@@ -33,7 +35,8 @@ def main() -> None:
     features, labels = hdf5.read_features(), manifest.read_labels()
     if features.sha256 != labels.sha256:
         raise ValueError(f"{hdf5.FEATURES}: other images than expected; run: dvc repro")
-    train, evaluation = average(features.values), average(features.evaluation)
+    prefix_tokens = features.provenance.backbone.prefix_tokens
+    train, evaluation = (average(values, prefix_tokens) for values in (features.values, features.evaluation))
     for seed in params.split.seeds:
         split = manifest.read_split(seed, labels.image_id)
         x = standardized(train, evaluation, split)
@@ -48,15 +51,14 @@ def main() -> None:
             save(name, split, labels, found, passes, passes * features.provenance.backbone.flops_per_image)
 
 
-def average(values: np.ndarray) -> np.ndarray:
-    """The mean (n, d) float32 over views, and over pixels or tokens, of features (n, n_views, …): channels come first
-    in maps (c, h, w), and last in tokens (n, c) and in maps (h, w, c) with h = w."""
-    shape = values.shape[2:]
-    is_last = len(shape) == 2 or (len(shape) == 3 and shape[0] == shape[1] != shape[2])
-    kept = values.ndim - 1 if is_last else 2
-    axes = tuple(axis for axis in range(1, values.ndim) if axis != kept)
-    chunks = (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
-    return np.concatenate([chunk.astype(np.float32).mean(axis=axes) for chunk in chunks])
+def average(values: np.ndarray, prefix_tokens: int) -> np.ndarray:
+    """The mean (n, d) float32 over the views of features (n, n_views, …), and over their pixels or tokens."""
+    pool = Pool("avg" if values.ndim > 3 else "none", prefix_tokens)
+    chunks = []
+    for start in range(0, len(values), CHUNK):
+        chunk = torch.from_numpy(values[start : start + CHUNK].astype(np.float32))
+        chunks.append(pool(chunk.flatten(0, 1)).unflatten(0, chunk.shape[:2]).mean(1).numpy())
+    return np.concatenate(chunks)
 
 
 def standardized(train: np.ndarray, evaluation: np.ndarray, split: Split) -> dict[str, np.ndarray]:

@@ -53,7 +53,11 @@ def main() -> None:
     leaks = list(by_tie.values())
     straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
     followers = [splits.count_followers(labels, one, options) for one in drawn] if options.method == "hash" else []
-    notes = make_notes(labels, drawn, options) + missed_shares(labels, drawn, units, options) + few_units(drawn, units)
+    notes = (
+        make_notes(labels, drawn, options)
+        + missed_shares(labels, drawn, units, options)
+        + few_units(drawn, units, options)
+    )
     notes += twin_notes(straddling, len(pairs))
     if any(followers):
         notes.append(f"up to {max(followers):,} images follow their unit to another split than their own digest gives")
@@ -118,15 +122,18 @@ def missed_shares(labels: Labels, drawn: list[Split], units: list[list[int]], op
     return notes
 
 
-def few_units(drawn: list[Split], units: list[list[int]]) -> list[str]:
-    """A note on each of validation and test that has fewer than 10 units with some seed."""
+def few_units(drawn: list[Split], units: list[list[int]], options: Splitting) -> list[str]:
+    """A note on each of validation and test that has fewer than 10 units with some seed, or in all folds together."""
     found = []
     for name in ("val", "test"):
-        fewest = min(sum(name in split.split[unit] for unit in units) for split in drawn)
+        counts = [{unit[0] for unit in units if name in split.split[unit]} for split in drawn]
+        is_folds = options.method == "folds"
+        fewest = len(set().union(*counts)) if is_folds else min(map(len, counts))
         if fewest < FEW_UNITS:
+            way_out = "add data" if is_folds else "add data, or raise split.val_fraction or split.test_fraction"
             found.append(
                 f"{name} has {fewest} units (groups, or images that belong to none): with fewer than {FEW_UNITS}, "
-                "confidence intervals are rough; add data, or raise split.val_fraction or split.test_fraction"
+                f"confidence intervals are rough; {way_out}"
             )
     return found
 

@@ -30,9 +30,10 @@ from pipeline.report.provenance import file_at, git
 DETAILS, OUTCOMES = Path("reports/details.json"), Path("reports/outcomes.json")
 ACCURACY = ".test.metrics.accuracy.value"  # the figure that is compared image by image
 PICTURES = ("reports/cost.json", "reports/curves.json", "reports/reliability.json", "reports/confusion")
+OF_METRIC = {"difference", "by_seed", "baseline_value", "vs_baseline"}  # figures in compare.metric
 HIGHER_IS_BETTER = {
     *("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy", "auroc", "precision", "recall", "f1"),
-    *("difference", "by_seed", "baseline_value", "vs_baseline"),
+    *OF_METRIC,
 }
 LOWER_IS_BETTER = {
     *("nll", "brier", "ece", "ece_scaled", "temperature", "sd", "val_nll", "largest_rounding"),
@@ -127,7 +128,7 @@ def judge(before: Side, after: Side, options: Compare) -> list[Verdict]:
     """
     known = {**before.figures, **after.figures}
     for name in options.guard:
-        is_higher_better(name)
+        is_higher_better(name, options.metric)
         same_strategy = [other for other in known if other.partition(".")[0] == name.partition(".")[0]]
         if same_strategy and name not in known:
             near = ", ".join(difflib.get_close_matches(name, same_strategy, n=3)) or "none"
@@ -146,8 +147,8 @@ def regression(name: str, before: Side, after: Side, options: Compare) -> tuple[
     """The regression of a figure that is shown, and how: infinite if the figure is gone, 0 if it is new."""
     was, is_now = before.figures.get(name), after.figures.get(name)
     if was is None or is_now is None:
-        return (float("inf"), "gone") if was is not None else (0.0, "new")
-    difference = round((was - is_now) * (1 if is_higher_better(name) else -1), 9) or 0.0  # never -0.0
+        return (float("inf"), "gone") if was is not None else (0.0, "new" if is_now is not None else "not run")
+    difference = round((was - is_now) * (1 if is_higher_better(name, options.metric) else -1), 9) or 0.0  # never -0.0
     if options.guard_by == "difference":
         return difference, "plain difference"
     if name.endswith(ACCURACY) and before.tested and after.tested:
@@ -156,7 +157,8 @@ def regression(name: str, before: Side, after: Side, options: Compare) -> tuple[
             return found[0], f"paired on {found[1]:,} images"
     stem = name.rpartition(".")[0]
     ends = [side.figures.get(f"{stem}.{end}") for end in ("low", "high") for side in (before, after)]
-    if not name.endswith(".value") or None in ends:
+    is_estimate = name.endswith(".difference" if ".vs_baseline." in name else ".value")
+    if not is_estimate or None in ends:
         return difference, "plain difference"
     # Half-widths of independent intervals add up as the sides of a right-angled triangle do
     low, high = np.array(ends, float).reshape(2, 2)
@@ -170,9 +172,12 @@ def say_other_images(revision: str, before: Side, after: Side) -> str:
     if ours is None or theirs is None:
         missing = revision if theirs is None else "here"
         return f"It is not known whether both sides tested the same images: {missing} has no {OUTCOMES}."
-    if ours.digest == theirs.digest:
+    both = ours.correct.keys() & theirs.correct.keys()
+    if ours.digest == theirs.digest and all(ours.correct[name].keys() == theirs.correct[name].keys() for name in both):
         return ""
     n = shared.count_shared(theirs, ours)
+    if n == ours.n == theirs.n:
+        return f"Both sides tested the same {n:,} images, but **in other splits, or with other seeds**."
     same = "" if n is None else f"; {n:,} of them are the same"
     return (
         f"**The two sides tested different images**: {theirs.n:,} in {revision}, {ours.n:,} here{same}. Figures of the "
@@ -180,9 +185,14 @@ def say_other_images(revision: str, before: Side, after: Side) -> str:
     )
 
 
-def is_higher_better(name: str) -> bool:
-    """By the last key of the dotted name whose better direction is known; ValueError if there is none."""
+def is_higher_better(name: str, metric: str) -> bool:
+    """By the last key of the dotted name whose better direction is known; ValueError if there is none.
+
+    `metric`: compare.metric, which the difference from the baseline is about.
+    """
     for key in reversed(name.split(".")):
+        if key in OF_METRIC:
+            return metric != "nll"
         if key in HIGHER_IS_BETTER or key in LOWER_IS_BETTER:
             return key in HIGHER_IS_BETTER
     known = ", ".join(sorted(HIGHER_IS_BETTER | LOWER_IS_BETTER))

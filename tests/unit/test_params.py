@@ -160,7 +160,7 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
         ),
         (
             {"split.test_fraction": 0.5, "split.val_fraction": 0.5},
-            ["split: ", "test_fraction + val_fraction", "found 1", "less than 1"],
+            ["split: ", "shares of test and validation", "found 1", "less than 1"],
         ),
         ({"fine_tune.run": ["nothing"]}, ["fine_tune.run: found ['nothing']", "full_retrain"]),
         ({"split.seeds": [0], "fine_tune.seeds": [7]}, ["fine_tune.seeds: found [7]", "some of split.seeds"]),
@@ -284,10 +284,10 @@ def test_folds_are_numbered_from_0_and_all_of_them_are_fine_tuned(tmp_path: Path
     load(document_with({**folds, "fine_tune.seeds": [], "fine_tune.run": []}), tmp_path)
     for seeds, fine_tuned, val_fraction, message in (
         ([0, 1, 2], [0, 1], 0.1, r"fine_tune.seeds: found \[0, 1\]; .* expected all of split.seeds"),
-        ([0], [0], 0.1, "test_fraction .* expected less than 1"),
-        ([1], [1], 0.1, "test_fraction .* expected less than 1"),
+        ([0], [0], 0.1, "expected the K folds, 0 to K - 1"),
+        ([1], [1], 0.1, "expected the K folds, 0 to K - 1"),
         ([1, 2], [1, 2], 0.1, "expected the K folds, 0 to K - 1"),
-        ([0, 1], [0, 1], 0.5, r"test_fraction \+ val_fraction: found 1, expected less than 1"),
+        ([0, 1], [0, 1], 0.5, "found 1 in all, expected less than 1"),
     ):
         change = {"split.seeds": seeds, "fine_tune.seeds": fine_tuned, "split.val_fraction": val_fraction}
         with pytest.raises(ValueError, match=message):

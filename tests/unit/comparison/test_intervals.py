@@ -108,3 +108,14 @@ def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch
     probabilities = [run.known_probability for run in runs]
     assert ece_interval([run.rows for run in runs], probabilities, study.label, study.weight, study.unit) is None
     assert intervals_of(runs, study, 2)["ece"] is None
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1"])
+@pytest.mark.parametrize(("n_classes", "n_each"), [(2, 20), (3, 8), (3, 50), (10, 20)])
+def test_predictions_without_an_error_have_an_interval_that_is_near_1(metric: str, n_classes: int, n_each: int):
+    label = np.repeat(np.arange(n_classes), n_each)
+    perfect = outcomes_of(np.eye(n_classes)[label] * 4.0, label)
+    found = metric_intervals([perfect], label, np.ones(len(label)), np.arange(len(label)), n_classes)[metric]
+    assert found is not None
+    assert (found.value, found.high) == (1, 1)
+    assert 1 - 4 / n_each < found.low < 1

@@ -90,8 +90,14 @@ def test_auroc_is_within_folds_and_averaged_by_weight():
     assert found.value == pytest.approx((4 * (1 / 3) + 4 * (1 / 3)) / 8)
     # The only positive of fold 0 has an influence all the same: around the mean over folds
     assert found.share.sum() == pytest.approx(1)
+    # A fold with one class is left out
     outcomes = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.append(fold[:-1], 2), None)
-    assert influence.linearise(outcomes, label, weight, np.arange(7), 2)["auroc"] is None
+    rest = influence.linearise(outcomes, label, weight, np.arange(7), 2)["auroc"]
+    assert rest is not None
+    assert rest.value == pytest.approx((4 * (1 / 3) + 3 * 0.5) / 7)
+    assert (rest.share[-1], rest.influence[-1]) == (0, 0)
+    alone = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.arange(7), None)
+    assert influence.linearise(alone, label, weight, np.arange(7), 2)["auroc"] is None
 
 
 def test_folds_with_one_image_of_a_class_do_not_make_the_auroc_certain():

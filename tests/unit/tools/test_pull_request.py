@@ -225,7 +225,9 @@ def test_details_of_another_shape_are_one_line_that_says_where(content: Any):
     ],
 )
 def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, expected: bool):
-    assert is_higher_better(f"full.{figure}") == expected
+    assert is_higher_better(f"full.{figure}", "accuracy") == expected
+    is_of_metric = figure.startswith("vs_baseline") and "p_value" not in figure
+    assert is_higher_better(f"full.{figure}", "nll") == (expected and not is_of_metric)
 
 
 def side(accuracy: float = 0.87, **others: Any) -> Side:
