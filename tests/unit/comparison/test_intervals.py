@@ -117,5 +117,5 @@ def test_predictions_without_an_error_have_an_interval_that_is_near_1(metric: st
     perfect = outcomes_of(np.eye(n_classes)[label] * 4.0, label)
     found = metric_intervals([perfect], label, np.ones(len(label)), np.arange(len(label)), n_classes)[metric]
     assert found is not None
-    assert (found.value, found.high) == (1, 1)
+    assert (found.value, found.high) == pytest.approx((1, 1))
     assert 1 - 4 / n_each < found.low < 1
