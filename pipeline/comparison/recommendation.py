@@ -146,8 +146,9 @@ def _not_beaten(found: Recommendation, strategies: Mapping[str, Json], reference
     listed = ", ".join(f"{name} ({_value(references[name], found.metric)})" for name in found.not_beaten)
     own = f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}"
     return (
-        f"**First: {found.strategy} is not shown to beat what costs nothing beyond the cached features.** On validation "
-        f"it has {own}; the reference classifiers have: {listed}. Where one of them is good enough, train nothing."
+        f"**First: {found.strategy} is not shown to beat what costs nothing beyond the cached features.** On "
+        f"validation it has {own}; the reference classifiers have: {listed}. Where one of them is good enough, train "
+        "nothing."
     )
 
 
