@@ -1,7 +1,7 @@
 """How often the recommendation errs, simulated: `python -m benchmarks.decisions [--studies N]`.
 
 Every row draws studies with known accuracies of 2, 3 or 5 strategies, the first of which is the cheapest, and applies
-the rule of pipeline/comparison/recommendation.py with a margin of 3 points and a confidence of 95 %. It counts how
+the rule of pipeline/comparison/recommendation.py with the margin and the confidence of params.yaml. It counts how
 often the set contains the best strategy, how often the cheapest is recommended, and how often a strategy is called
 settled that is truly worse than the best by more than the margin. The loss is the accuracy of the best minus that of
 the chosen strategy, in points: of this rule, of taking the best on validation, and of the rule before it (the cheapest
@@ -18,16 +18,19 @@ from itertools import product
 import numpy as np
 from scipy import optimize, special, stats
 
-from pipeline.comparison import paired, recommendation
+from pipeline.comparison import outcomes, paired, recommendation
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
+from pipeline.params import load_params
 
 STUDIES = 1_000
-ACCURACY, MARGIN, OLD_MARGIN, CONFIDENCE = 0.85, 0.03, 0.01, 0.95
-RARE_SHARE, RARE_MARGIN = 0.05, 0.04  # of the rarer of two classes, and the margin of balanced accuracy
+PARAMS = load_params()
+MARGIN, CONFIDENCE = PARAMS.compare.practical_margin.accuracy, PARAMS.compare.confidence
+RARE_SHARE, RARE_MARGIN = 0.05, PARAMS.compare.practical_margin.balanced_accuracy  # of the rarer of two classes
+ACCURACY, OLD_MARGIN = 0.85, 0.01
 WEIGHTS = (1 / 3, 2 / 3, 1.0)  # of images, as in the default data
 SIZES, DISCORDANCES, DIFFERENCES = (100, 300, 1000, 3000, 10_000), (0.04, 0.1, 0.2), (-3, -2, -1, 0, 1, 2, 3)
-VAL_SHARE = 0.1125  # of all images, from which each seed draws its validation images
+VAL_SHARE = PARAMS.split.val_fraction  # of all images, from which each seed draws its validation images
 KEPT_OVER_SEEDS = 0.7  # share of the variance of a strategy's errors that is the same in all seeds
 SEED_SD = 0.005  # of the accuracy of a run around that of its strategy; with one seed, the result is about the run
 
@@ -113,12 +116,10 @@ def draw(case: Case, rho: float, random: np.random.Generator) -> tuple[dict[str,
             ability = special.ndtri(np.where(label[rows] == 1, recall[:, None], ACCURACY))
         latent = np.sqrt(rho) * difficulty[:, rows] + np.sqrt(1 - rho) * of_run[:, rows]
         for name, is_correct in zip(runs, latent < ability, strict=True):
-            n = len(rows)
-            unknown = np.zeros(n), np.zeros((n, 0))
-            # In folds, as validation always is: its bounds are wider by paired.CROSS_FITTED
             predicted = np.where(is_correct, label[rows], 1 - label[rows])
-            runs[name].append(Outcomes(rows, predicted, *unknown, np.arange(n) % 5, None))
-    n_train = len(unit) * (1 - VAL_SHARE - 0.25) if is_redrawn else 0
+            # In folds, as validation always is: its bounds are wider by paired.CROSS_FITTED
+            runs[name].append(outcomes.of_classes(predicted, rows, outcomes.folds(unit[rows])))
+    n_train = len(unit) * (1 - VAL_SHARE - PARAMS.split.test_fraction) if is_redrawn else 0
     weight = random.choice(WEIGHTS, len(unit)) if case.kind == "weighted" else np.ones(len(unit))
     return runs, Study(label, weight, unit, n_train, "balanced_accuracy" if case.kind == "rare" else "accuracy")
 
@@ -162,7 +163,7 @@ def _accuracy(run: Outcomes, study: Study) -> float:
 
 
 def main() -> None:
-    """Print a line for each row, and the worst of each kind beside its mark."""
+    """Print a line for each row, and the worst of each kind."""
     studies = int(sys.argv[sys.argv.index("--studies") + 1]) if "--studies" in sys.argv else STUDIES
     kinds, rows = zip(*cases(), strict=True)
     print(f"n = {studies:,} studies a row: images, discordance, differences in points, seeds, images of a unit")

@@ -15,7 +15,6 @@ import numpy as np
 from scipy import special
 
 from pipeline.comparison import influence, intervals, outcomes, paired
-from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.training.runs import Candidates
 
@@ -58,12 +57,6 @@ def draw_correlated(random: np.random.Generator, group: np.ndarray, share: list[
     return (random.random(len(group))[:, None] > threshold[:, :-1]).sum(axis=1)
 
 
-def made_up(predicted: np.ndarray) -> Outcomes:
-    """Outcomes of predictions of which only the class matters."""
-    n = len(predicted)
-    return Outcomes(np.arange(n), predicted, np.zeros(n), np.zeros((n, 0)), np.zeros(n, np.int64), None)
-
-
 def grouped_intervals(studies: int) -> Iterator[Row]:
     """Coverage and mean width of the 95 % interval of accuracy."""
     for n_groups, kind, rho, accuracy in product(GROUPS, KINDS, CORRELATIONS, (0.85, 0.95)):
@@ -88,7 +81,10 @@ def null_tests(studies: int) -> Iterator[Row]:
             category = draw_correlated(random, group, [0.1, 0.1, 0.8], rho)  # ours better, theirs, both
             label = np.zeros(len(group), np.int64)
             study = Study(label, np.ones(len(label)), group)
-            ours, theirs = [made_up((category == 1).astype(int))], [made_up((category == 0).astype(int))]
+            ours, theirs = (
+                [outcomes.of_classes((category == 1).astype(int))],
+                [outcomes.of_classes((category == 0).astype(int))],
+            )
             rejected += paired.compare(ours, theirs, study).p_value <= 0.05
             wrong += paired.lower_bound(ours, theirs, study, 0.95) > 0
         yield (n_groups, kind, rho), {"rejected": rejected / studies, "bound wrong": wrong / studies}
@@ -105,7 +101,7 @@ def rare_classes(studies: int) -> Iterator[Row]:
             random, truth = np.random.default_rng(0), expected(n - n_rare, n_rare, common, rare)
             for _ in range(studies):
                 is_correct = random.random(n) < np.where(label == 1, rare, common)
-                predicted = made_up(np.where(is_correct, label, 1 - label))
+                predicted = outcomes.of_classes(np.where(is_correct, label, 1 - label))
                 linear = influence.linearise(predicted, label, np.ones(n), rows, 2)
                 for m, metric in enumerate(metrics):
                     found = intervals.interval([linear[metric]], [rows], rows)
@@ -144,7 +140,7 @@ def choosing(studies: int) -> Iterator[Row]:
             chosen = Candidates(names, predicted[1:], true_log_probability[1:], np.zeros((n_epochs, 0), np.float32))
             judged = outcomes.cross_fitted(rows, chosen, weight, rows)
             bias += 100 * ((judged.predicted == label).mean() - accuracy) / studies
-            wrong += paired.lower_bound([judged], [made_up(predicted[0])], study, 0.95) > 0
+            wrong += paired.lower_bound([judged], [outcomes.of_classes(predicted[0])], study, 0.95) > 0
         yield (n, n_epochs, shared), {"bias in points": bias, "bound wrong": wrong / studies}
 
 

@@ -21,7 +21,7 @@ LARGE = 5  # images of a component
 
 
 def copies(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-    """A kind, and the copy; the kinds that the mark is about come first."""
+    """A kind, and the copy."""
     width, height = image.size
     for factor in (0.25, 0.5, 0.75, 0.9, 1.5):
         yield f"resized by {factor}", image.resize((round(width * factor), round(height * factor)))
@@ -47,15 +47,15 @@ def main() -> None:
         sources.elpv(Path(scratch))
         images = [decoding.decode(path.read_bytes()) for path in sorted(Path(scratch).rglob("*.png"))]
     print(f"correlation at least {correlation}, {len(images):,} images of the default data")
-    signature = np.stack([row for row in duplicates.signatures([*map(duplicates.reduced, images)]) if row is not None])
-    pairs, _, component = duplicates.near(signature, correlation)
+    signatures = duplicates.signatures([*map(duplicates.reduced, images)])
+    pairs, _, component = duplicates.near(np.stack([row for row in signatures if row is not None]), correlation)
     size = np.bincount(component)[component]
     n_large = np.count_nonzero(size > LARGE)
     print(f"{len(pairs)} pairs; in components of more than {LARGE}: {n_large} images ({n_large / len(images):.1%})")
     found: dict[str, list[bool]] = {}
-    for number in range(0, len(images), COPIED):
-        own = signature[number].astype(float)
-        for kind, copy in copies(images[number]):
+    for image, signature in list(zip(images, signatures, strict=True))[::COPIED]:
+        own = np.zeros(duplicates.LENGTH) if signature is None else signature.astype(float)
+        for kind, copy in copies(image):
             (made,) = duplicates.signatures([duplicates.reduced(copy)])
             other = np.zeros(duplicates.LENGTH) if made is None else made.astype(float)
             value = own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9)

@@ -19,13 +19,13 @@ HEAD = ("scipy.optimize", "threadpoolctl")
 NEEDED = {
     "fetch": ("PIL.Image",),
     "index": ("pandas", "PIL.Image", "scipy.fft", "scipy.sparse.csgraph", "scipy.spatial"),
-    "split": ("pandas", "networkx"),
+    "split": ("pandas", "scipy.sparse.csgraph"),
     "plan": (*TORCH, *HEAD),
     "extract": (*TORCH, "pandas", "h5py", "PIL.Image"),
     "train_head": (*TORCH, *HEAD, "pandas", "h5py"),
     "references": ("torch", "pandas", "h5py", "safetensors.numpy", "scipy.special", "sklearn.neighbors"),
     "fine_tune": (*TORCH, *HEAD, "pandas", "h5py", "PIL.Image"),
-    "label_suspects": ("torch", *HEAD, "pandas", "h5py", "networkx"),
+    "label_suspects": ("torch", *HEAD, "pandas", "h5py", "scipy.sparse.csgraph"),
     "compare": (
         *("pandas", "scipy.optimize", "sklearn.metrics", "safetensors.numpy"),
         *("statsmodels.stats.contingency_tables", "statsmodels.stats.multitest", "statsmodels.stats.proportion"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pipeline.features import extraction
 from pipeline.features.hdf5 import Row
@@ -19,6 +20,11 @@ from pipeline.features.views import Sample
 
 # The processes of pytest-xdist ignore Ctrl-C, and so would all that they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples in every run: what fails here fails everywhere, and no run fails by chance
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

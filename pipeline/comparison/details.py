@@ -22,7 +22,6 @@ from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, Compare
 from pipeline.training.runs import Cost, Predictions, Run
 
 SPLITS = ("val", "test")
-SUBSET_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "nll")  # of a subset or a group
 MAX_GROUPS = 50  # groups with figures of their own: those with the most test images
 Json = dict[str, Any]
 
@@ -156,7 +155,8 @@ def describe(judged: Sequence[Judged], data: Data) -> Json:
         found = intervals.metric_intervals(these, *arrays, len(labels.class_names))
         if split == "test":
             found["ece_scaled"] = intervals.ece_interval([one.rows for one in these], scaled, *arrays)
-        judged_once = scores[split] if len(these) < len(kept) else [one.scores[split] for one in kept]
+        is_pooled = split == "test" and data.n_folds
+        judged_once = scores[split] if is_pooled else [one.scores[split] for one in kept]
         splits[split] = {
             "n": [one["n"] for one in scores[split]],
             "n_units": [one["n_units"] for one in scores[split]],
@@ -200,7 +200,7 @@ def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
     return {
         **counts,
         "metrics": _estimates(
-            estimates, SUBSET_METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
+            estimates, influence.METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
         ),
     }
 
@@ -297,7 +297,7 @@ def per_unit(runs: Sequence[tuple[Outcomes, Outcomes]], data: Data) -> Json | No
     return {
         "n_units": len(voting),
         "n_left_out": n_units - len(voting),
-        "metrics": _estimates(estimates, (*SUBSET_METRICS, "brier"), label[voting], n_classes),
+        "metrics": _estimates(estimates, (*influence.METRICS, "brier"), label[voting], n_classes),
         "operating_points": operating_points(votes, *arrays, positive_class(labels, data.options), data),
     }
 
@@ -424,7 +424,7 @@ def _by_value(column: Sequence[str], runs: Sequence[Outcomes], labels: Labels, u
         n_classes = len(labels.class_names)
         estimates = intervals.metric_intervals(chosen, labels.label, labels.weight, unit, n_classes)
         rows = np.unique(np.concatenate([run.rows for run in chosen]))
-        figures = _estimates(estimates, SUBSET_METRICS, labels.label[rows], n_classes)
+        figures = _estimates(estimates, influence.METRICS, labels.label[rows], n_classes)
         found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
     return found
 

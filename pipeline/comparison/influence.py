@@ -69,11 +69,11 @@ def is_among_top(score: np.ndarray, label: np.ndarray, k: int) -> np.ndarray:
     return ((score > own) | ((score == own) & is_before)).sum(axis=1) < k
 
 
-def mean(value: np.ndarray, weight: np.ndarray, top: float = 1.0, bottom: float = 0.0) -> Influence:
-    """The weighted mean of value (n,), each between `bottom` and `top`."""
+def mean(value: np.ndarray, weight: np.ndarray, top: float = 1.0) -> Influence:
+    """The weighted mean of value (n,), each between 0 and `top`."""
     share = weight / weight.sum()
     average = float(share @ value)
-    return Influence(min(max(average, bottom), top), share * (value - average), share, top)
+    return Influence(min(max(average, 0.0), top), share * (value - average), share, top)
 
 
 def placements(score: np.ndarray, is_positive: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:

@@ -62,6 +62,14 @@ def of_predictions(predictions: Predictions, label: np.ndarray) -> Outcomes:
     )
 
 
+def of_classes(predicted: np.ndarray, rows: np.ndarray | None = None, fold: np.ndarray | None = None) -> Outcomes:
+    """Outcomes of which only the predicted class (n,) is known; by default for the first n images, in one fold."""
+    n = len(predicted)
+    rows = np.arange(n) if rows is None else rows
+    fold = np.zeros(n, np.int64) if fold is None else fold
+    return Outcomes(rows, predicted, np.zeros(n), np.zeros((n, 0)), fold, None)
+
+
 def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, unit: np.ndarray) -> Outcomes:
     """Outcomes of the validation images `rows`: each image is predicted by the candidate that the other folds choose.
 

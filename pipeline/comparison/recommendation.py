@@ -27,10 +27,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rival:
-    """Another strategy: its metric minus that of the recommended one, with the bounds that rule strategies out.
+    """Another strategy: its metric minus that of the recommended one, with one-sided bounds.
 
-    `is_excluded`: it is shown not to be better by more than the margin. `beaten_by`: a strategy that is shown to be
-    better than this one, which rules it out; None if it is in the set.
+    The bounds have the confidence that is corrected for the number of strategies. `is_excluded`: it is shown not to be
+    better by more than the margin. `beaten_by`: a strategy that is shown to be better than this one, which rules it
+    out; None if it is in the set.
     """
 
     strategy: str
@@ -73,7 +74,6 @@ def recommend(
 
     `references`: outcomes of classifiers that cost nothing, for the same seeds; they are never recommended.
     """
-    sign = -1.0 if study.metric == "nll" else 1.0  # of what is better
     by_cost = sorted(runs, key=train_flops.__getitem__)
     level = 1 - (1 - confidence) / max(len(runs) - 1, 1)
     contrasts = {
@@ -82,31 +82,34 @@ def recommend(
         for name in by_cost[number + 1 :]
     }
 
-    def oriented(name: str, other: str) -> Contrast:
+    def contrast(name: str, other: str) -> Contrast:
         """The contrast name - other."""
-        found = contrasts.get((name, other))
-        return found or contrasts[other, name].reversed()
+        return contrasts.get((name, other)) or contrasts[other, name].reversed()
 
-    def is_better(name: str, other: str) -> bool:
-        """Whether `name` is shown to be better."""
-        found = oriented(name, other)
-        return found.low > 0 if sign > 0 else found.high < 0
+    def advantage(name: str, other: str) -> Contrast:
+        """The same, positive where `name` is better."""
+        return contrast(other, name) if study.metric == "nll" else contrast(name, other)
 
     beaten_by = {
-        name: next((other for other in by_cost if other != name and is_better(other, name)), None) for name in by_cost
+        name: next((other for other in by_cost if other != name and advantage(other, name).low > 0), None)
+        for name in by_cost
     }
     chosen = next(name for name in by_cost if beaten_by[name] is None)
     rivals = []
     for name in by_cost:
         if name != chosen:
-            found = oriented(name, chosen)
-            is_excluded = (found.margin_high if sign > 0 else -found.margin_low) <= margin
+            found, is_excluded = contrast(name, chosen), advantage(name, chosen).margin_high <= margin
             rivals.append(Rival(name, found.difference, found.low, found.high, is_excluded, beaten_by[name]))
     in_set = [rival for rival in rivals if rival.beaten_by is None]
     n_units = len(np.unique(np.concatenate([study.unit[run.rows] for run in runs[chosen]])))
     units_needed = max(
-        (oriented(one.strategy, chosen).units_needed for one in in_set or rivals), default=MOST_UNITS + 1
+        (contrast(one.strategy, chosen).units_needed for one in in_set or rivals), default=MOST_UNITS + 1
     )
+    not_beaten = []
+    for name, these in references.items():
+        better, worse = (these, runs[chosen]) if study.metric == "nll" else (runs[chosen], these)
+        if paired.lower_bound(better, worse, study, confidence) <= 0:
+            not_beaten.append(name)
     return Recommendation(
         strategy=chosen,
         is_settled=all(rival.is_excluded for rival in in_set) and n_units >= FEW_UNITS and len(runs) > 1,
@@ -116,12 +119,7 @@ def recommend(
         n_units=n_units,
         units_needed=units_needed if units_needed <= MOST_UNITS else None,
         rivals=rivals,
-        not_beaten=[
-            name
-            for name, these in references.items()
-            if paired.lower_bound(*((runs[chosen], these) if sign > 0 else (these, runs[chosen])), study, confidence)
-            <= 0
-        ],
+        not_beaten=not_beaten,
     )
 
 
@@ -173,19 +171,24 @@ def _choice(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     if beaten:
         text += f"Shown to be worse than another strategy: {_listed(beaten, found)}. "
     margin = amount(found.margin, found.metric)
+    needed = f"about {found.units_needed:,}" if found.units_needed else f"more than {MOST_UNITS:,}"
+    power = (
+        f"{needed} validation units would show a true difference of that size between two strategies (80 % power); "
+        f"there are {found.n_units:,}."
+    )
     if found.is_settled:
         listed = f": {_listed(left, found)}" if left else ""
-        sure = f"With {100 * found.confidence:g} % confidence"
-        return f"{text}{sure}, no other strategy is better by more than {margin}{listed}. This is by the {n_val}."
+        text += (
+            f"With {100 * found.confidence:g} % confidence, no other strategy is better by more than {margin}{listed}. "
+        )
+        return f"{text}This is by the {n_val}; {power}"
     if left:
         text += f"The {n_val} cannot tell it from: {_listed(left, found)}. "
     if found.n_units < FEW_UNITS:
-        return f"{text}With {found.n_units} different validation units, fewer than {FEW_UNITS}, nothing is settled."
-    needed = f"about {found.units_needed:,}" if found.units_needed else f"more than {MOST_UNITS:,}"
+        text += f"With {found.n_units} different validation units, fewer than {FEW_UNITS}, nothing is settled. "
     return (
-        f"{text}The choice is settled when none of them can be better by more than {margin}: {needed} validation units "
-        f"would show a true difference of that size between two strategies (80 % power). There are {found.n_units:,}; "
-        "more images give more, and so do more seeds that draw other validation images."
+        f"{text}The choice is settled when none of them can be better by more than {margin}: {power} More images give "
+        "more, and so do more seeds that draw other validation images."
     )
 
 

@@ -62,13 +62,13 @@ def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]
     if clean:
         first = next(iter(clean.values()))
         title = (
-            f"Test accuracy and balanced accuracy, in %, with and without the {first['n_twins']:,} test images of "
+            f"Test figures (NLL in nats, others in %) with and without the {first['n_twins']:,} test images of "
             f"{first['n_twins'] + first['n']:,} that have a near-duplicate in train or validation"
         )
         rows = {
             name: {
-                f"{METRIC_NAMES[key]}, {which}": _share(figures[key]) if key in figures else ""
-                for key in ("accuracy", "balanced_accuracy")
+                f"{METRIC_NAMES[key]}, {which}": _share(figures[key], key) if key in figures else ""
+                for key in dict.fromkeys(("accuracy", "balanced_accuracy", details["metric"]))
                 for which, figures in (("all", compared[name]["metrics"]), ("without", one["metrics"]))
             }
             for name, one in clean.items()
@@ -193,7 +193,9 @@ def _cells(name: str, strategy: Json, metric: str) -> list[str]:
     ]
 
 
-def _share(figure: Json) -> str:
+def _share(figure: Json, metric: str = "") -> str:
+    if metric == "nll":
+        return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
     return percent({"sd": None, **figure})
 
 

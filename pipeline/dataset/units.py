@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-import networkx
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline.dataset.manifest import Labels
 
@@ -12,12 +13,15 @@ FEW_UNITS = 10  # of a split, below which its confidence intervals are rough
 
 def make_units(labels: Labels) -> list[list[int]]:
     """Rows of each unit: images connected by equal bytes, by group or by near-duplicate group."""
-    graph = networkx.Graph()
-    graph.add_nodes_from(range(len(labels.image_id)))
+    n, ties = len(labels.image_id), []
     for values in ties_of(labels).values():
         first: dict[str, int] = {}
-        graph.add_edges_from((row, first.setdefault(value, row)) for row, value in enumerate(values) if value)
-    return [sorted(unit) for unit in networkx.connected_components(graph)]
+        ties += [(row, first.setdefault(value, row)) for row, value in enumerate(values) if value]
+    edges = coo_array((np.ones(len(ties), bool), tuple(np.array(ties, np.int64).reshape(-1, 2).T)), shape=(n, n))
+    units: dict[int, list[int]] = {}
+    for row, number in enumerate(connected_components(edges, directed=False)[1].tolist()):
+        units.setdefault(number, []).append(row)
+    return [*units.values()]
 
 
 def count_units(labels: Labels, units: list[list[int]]) -> Counter[int]:

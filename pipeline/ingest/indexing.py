@@ -199,11 +199,12 @@ def _inspect_chunks(chunks: list[list[str]], workers: int) -> Iterator[Inspected
 def _in_processes(chunks: Sequence[Sequence[str]], workers: int) -> Iterator[list[Inspected]]:
     # Forked processes need not import anything again; the libraries of other systems do not allow forking
     context = get_context("fork" if sys.platform == "linux" else "spawn")
+    others = set(active_children())
     pool = ProcessPoolExecutor(min(workers, len(chunks)), context, leave_signals)
     try:
         yield from pool.map(_inspect_chunk, chunks)
     except BaseException:  # when interrupted, do not wait for the chunks that are already handed out
-        for process in active_children():
+        for process in set(active_children()) - others:
             process.terminate()
         raise
     finally:

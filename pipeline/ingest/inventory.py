@@ -71,7 +71,7 @@ def take(
     readable = found[is_readable]
     is_disputed = readable.groupby("sha256")["label"].transform("nunique") > 1
     disputed = _equal_images(readable[is_disputed])
-    conflicts = [(path, _conflict(path, label, group)) for group in disputed for path, label in group.items()]
+    conflicts = [(path, _conflict(label, group)) for group in disputed for path, label in group.items()]
     agreed = readable[~is_disputed]
     small = {name: n for name, n in _counts(agreed["label"]).items() if n < min_class_size}
     is_small = agreed["label"].isin(small)
@@ -148,7 +148,7 @@ def _equal_images(images: pd.DataFrame) -> list[dict[str, str]]:
     return [dict(zip(group["path"], group["label"], strict=True)) for _, group in several]
 
 
-def _conflict(path: str, label: str, group: dict[str, str]) -> str:
+def _conflict(label: str, group: dict[str, str]) -> str:
     other = next(other for other in group if group[other] != label)
     return f"labelled {label!r}, but {other!r} with the same bytes {group[other]!r}"
 

@@ -124,6 +124,9 @@ def _read_rows(
     """
     header = next(reader, [])
     listed = ", ".join(header)
+    for separator, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(f"{table}: columns separated by {word} ({listed}); expected commas: save it so")
     for column, name in columns.items():
         if header.count(name) != 1:
             found = f"is missing; found {listed}" if name not in header else "is there twice"

@@ -21,7 +21,8 @@ TABLE = "labels.csv"
 OPTIONAL = {"weight": "1", "group": "", "stratum": "", "subset": "", "split": ""}
 # What file servers, desktops and programs put beside the files of their users, in lower case
 SYSTEM = {
-    *("@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+    *("@eadir", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot"),
+    "~snapshot",
     *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db"),
     *("ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "found.000", "lost+found", "icon\r"),
     *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder", "__pycache__"),
@@ -131,7 +132,7 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], bool]:
 
 def is_system(name: str) -> bool:
     """Whether a file or directory is hidden, or of a file server, a desktop or a program."""
-    return name.startswith((".", "~$")) or name.casefold() in SYSTEM
+    return name.startswith((".", "~$")) or name.casefold() in SYSTEM or name.lower().endswith(("~", ".lrdata"))
 
 
 def left_out(

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from pipeline import logs
-from pipeline.comparison import details, plots, shared, tables
+from pipeline.comparison import details, plots, tables, tested_images
 from pipeline.comparison.details import Data
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Split
@@ -58,7 +58,7 @@ def main() -> None:
     compared = {name: strategies[name] for name in names}
     write_json(REPORTS / "details.json", found)
     write_text(REPORTS / "comparison.md", table)
-    write_json(REPORTS / "outcomes.json", shared.encode({**runs, HEAD_ALL_SEEDS: every_head}, data))
+    write_json(REPORTS / "outcomes.json", tested_images.encode({**runs, HEAD_ALL_SEEDS: every_head}, data))
     write_json(REPORTS / "curves.json", details.round_floats(plots.curves(runs, compared)))
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))

@@ -2,7 +2,7 @@
 
 Reads   the directory dataset.path
 Writes  data/images.csv, data/labels.csv
-        data/near_duplicates.csv     pairs of images, which no stage that computes features or trains reads
+        data/near_duplicates.csv     pairs of images, read by split and compare
         reports/data/summary.json, rejected.csv, near_duplicates.csv (the 1,000 most similar pairs)
 
 Unchanged files are not read again (data/.index/), except by `python -m pipeline.stages.index --verify`.

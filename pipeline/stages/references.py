@@ -19,6 +19,7 @@ from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.features import hdf5
+from pipeline.features.hdf5 import Features
 from pipeline.network.cuts import Pool
 from pipeline.params import REFERENCES, load_params
 from pipeline.training.runs import Cost, Predictions, Run, make_candidates, save_run
@@ -46,9 +47,10 @@ def main() -> None:
                 nearest_class_mean(x, labels, split),
                 nearest_neighbours(x, labels, split, params.references.neighbours),
             )
-        for name, found in zip(REFERENCES, made, strict=True):
-            passes = 0 if name == REFERENCES[0] else len(x["train"])
-            save(name, split, labels, found, passes, passes * features.provenance.backbone.flops_per_image)
+        free = Cost(**dict.fromkeys(Cost.model_fields, 0))  # the majority class reads no features
+        costs = (free, *[features_cost(features, split)] * 2)
+        for name, found, cost in zip(REFERENCES, made, costs, strict=True):
+            save(name, split, labels, found, cost)
 
 
 def average(values: np.ndarray, prefix_tokens: int) -> np.ndarray:
@@ -121,17 +123,28 @@ def nearest_neighbours(
     return found
 
 
-def save(name: str, split: Split, labels: Labels, found: LogProbability, passes: int, flops: int) -> None:
+def features_cost(features: Features, split: Split) -> Cost:
+    """The cost of the cached features that a classifier reads: all training views of train, all views of the others."""
+    n_views = len({*features.provenance.training_views})
+    passes, n_evaluated = n_views * len(split.rows("train")), sum(len(split.rows(name)) for name in EVALUATED)
+    return Cost(
+        trainable_params=0,
+        train_flops=passes * features.provenance.backbone.flops_per_image,
+        base_passes=passes,
+        cached_bytes=(passes + features.evaluation.shape[1] * n_evaluated) * features.values[0, 0].nbytes,
+    )
+
+
+def save(name: str, split: Split, labels: Labels, found: LogProbability, cost: Cost) -> None:
     """Choose the candidate of the lowest validation NLL and write the run."""
     rows = {part: split.rows(part) for part in EVALUATED}
     candidates = make_candidates({key: by_split["val"] for key, by_split in found.items()}, labels.label[rows["val"]])
     nll = candidates.nll(labels.weight[rows["val"]])
     best = candidates.names[int(np.argmin(nll))]
     val, test = (Predictions(rows[part], found[best][part]) for part in EVALUATED)
-    cost = Cost(trainable_params=0, train_flops=flops, base_passes=passes, cached_bytes=0)
     save_run(Run(name, split.seed, cost, {"candidate": best}, {}, [], val, test, candidates))
     logs.log.info("%s %d: %s, val loss %.4f", name, split.seed, best, min(nll))
 
 
 if __name__ == "__main__":
-    logs.run(main)
+    logs.run(main, memory=("features.views", "features.image_size"))

@@ -20,9 +20,9 @@ import numpy as np
 import vl_convert
 from scipy.special import ndtri
 
-from pipeline.comparison import shared
+from pipeline.comparison import tested_images
 from pipeline.comparison.plots import VEGA_LITE
-from pipeline.comparison.shared import Tested
+from pipeline.comparison.tested_images import Tested
 from pipeline.logs import one_line
 from pipeline.params import Compare, load_params
 from pipeline.report.provenance import file_at, git
@@ -37,7 +37,7 @@ HIGHER_IS_BETTER = {
 }
 LOWER_IS_BETTER = {
     *("nll", "brier", "ece", "ece_scaled", "temperature", "sd", "val_nll", "largest_rounding"),
-    *("p_value", "p_value_uncorrected", "corrected_t_p_value"),
+    *("p_value", "p_value_uncorrected"),
     *("cost", "trainable_params", "train_flops", "base_passes", "cached_bytes"),
 }
 Figures = dict[str, Any]  # by dotted name: the keys of details.json below `strategies`
@@ -115,7 +115,7 @@ def parse(details: str, tested: str | None, where: str = "") -> Side:
         found = json.loads(details)
         strategies, recommendation = dict(found["strategies"]), str(found["recommendation"]["text"])
         path = OUTCOMES
-        outcomes = shared.decode(json.loads(tested)) if tested is not None else None
+        outcomes = tested_images.decode(json.loads(tested)) if tested is not None else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}{path}: damaged, or of another version ({one_line(error)}); run: dvc repro") from None
     return Side(dict(_flat(strategies)), recommendation, outcomes)
@@ -152,7 +152,9 @@ def regression(name: str, before: Side, after: Side, options: Compare) -> tuple[
     if options.guard_by == "difference":
         return difference, "plain difference"
     if name.endswith(ACCURACY) and before.tested and after.tested:
-        found = shared.regression_bound(before.tested, after.tested, name.removesuffix(ACCURACY), options.confidence)
+        found = tested_images.regression_bound(
+            before.tested, after.tested, name.removesuffix(ACCURACY), options.confidence
+        )
         if found:
             return found[0], f"paired on {found[1]:,} images"
     stem = name.rpartition(".")[0]
@@ -175,7 +177,7 @@ def say_other_images(revision: str, before: Side, after: Side) -> str:
     both = ours.correct.keys() & theirs.correct.keys()
     if ours.digest == theirs.digest and all(ours.correct[name].keys() == theirs.correct[name].keys() for name in both):
         return ""
-    n = shared.count_shared(theirs, ours)
+    n = tested_images.count_shared(theirs, ours)
     if n == ours.n == theirs.n:
         return f"Both sides tested the same {n:,} images, but **in other splits, or with other seeds**."
     same = "" if n is None else f"; {n:,} of them are the same"

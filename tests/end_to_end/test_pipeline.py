@@ -157,6 +157,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",  # several wait for each other on a busy machine
         "OMP_WAIT_POLICY": "PASSIVE",
+        "WORLD_SIZE": "2",  # of a cluster around it, which is not ours
+        "RANK": "1",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(folder / "site"),
         "GIT_CONFIG_GLOBAL": os.devnull,

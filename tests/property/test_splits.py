@@ -254,13 +254,6 @@ def test_a_unit_goes_where_its_group_or_its_smallest_digest_does_and_no_image_is
     assert splits.count_followers(labels, split, options) == n_followers
 
 
-def test_clusters_of_near_duplicates_leave_nothing_unused():
-    table = [(f"image {i}", "", f"near {i // 20}", "x", "") for i in range(2000)]
-    counts = Counter(drawn(records(table), (0.25, 0.1), 0, "hash").values())
-    assert counts["train"] > 1000
-    assert counts["unused"] == 0
-
-
 @settings(deadline=None)
 @given(tables(min_size=2), SHARES, SEEDS)
 def test_names_and_labels_of_images_have_no_influence_on_hash(table: Table, shares: tuple[float, float], seed: int):

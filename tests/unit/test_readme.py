@@ -1,5 +1,6 @@
 """What README.md and docs/ name exists, and what they show of the default run is what the default run reported."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_the_table_is_that_of_the_committed_run():
     table = Path("reports/comparison.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"<!-- comparison -->\n(.*?)<!-- /comparison -->", TEXT[README], re.DOTALL)
     assert shown.strip() == table.strip()
+
+
+def test_the_rows_of_dvc_metrics_show_are_those_of_the_committed_run():
+    rows = re.findall(
+        r"^(reports/metrics/\w+\.json) +(\d+) +([\d.]+) +([\d.]+) +(\d+) +([\d.]+)$", TEXT[README], re.MULTILINE
+    )
+    assert len(rows) == len([*Path("reports/metrics").iterdir()])
+    for path, *shown in rows:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        keys = ("seeds", "test_accuracy", "test_nll", "train_flops", "val_accuracy")
+        assert [
+            f"{found[key]:.5f}".rstrip("0") if isinstance(found[key], float) else f"{found[key]}" for key in keys
+        ] == [value.rstrip("0") if "." in value else value for value in shown]
 
 
 @every_page

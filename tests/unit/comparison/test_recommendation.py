@@ -100,7 +100,7 @@ def test_where_a_dearer_one_may_be_better_the_cheapest_is_provisional_and_it_say
     assert "**Recommendation: cheap, provisional.**" in text
     assert "The 400 validation images cannot tell it from: dear (+2.5 points, between" in text
     assert f"about {found.units_needed:,} validation units would show a true difference of that size" in text
-    assert "There are 400; more images give more" in text
+    assert "there are 400. More images give more" in text
 
 
 def test_the_number_of_units_does_not_depend_on_which_strategy_is_ahead():

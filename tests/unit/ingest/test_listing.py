@@ -293,7 +293,7 @@ def test_a_link_within_the_directory_is_an_image(tmp_path: Path):
         ("path,label,split\na.png,cat,dev\n", "row 2: split 'dev'; expected train, val, test, unused or nothing"),
         ("", "column 'path' is missing"),
         ("path,label,path\na.png,cat,b.png\n", "column 'path' is there twice"),
-        ("path;label\na.png;cat\n", "found path;label; expected path and label, separated by commas"),
+        ("path;label\na.png;cat\n", "columns separated by semicolons (path;label); expected commas: save it so"),
         ("path,label\na.png,cat\nb.png,dog,1,2\n", "row 3: 4 fields; expected 2, as in row 1"),
         ("path,label\n\na.png,cat\n\nb.png\n", "row 5: 1 fields; expected 2, as in row 1"),
         ('path,label\n"a.png,cat\n', "not a CSV file in UTF-8"),

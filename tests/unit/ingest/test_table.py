@@ -129,7 +129,7 @@ def test_columns_are_called_as_is_said(directory: Path):
         ),
         ("Path,label", {}, "or set dataset.columns: {path: 'Path'}"),
         ("path, label", {}, "or set dataset.columns: {label: ' label'}"),
-        ("path\tlabel", {}, "found path\\tlabel; expected path and label, separated by commas"),
+        ("path\tlabel", {}, "columns separated by tabs (path\\tlabel); expected commas: save it so"),
     ],
 )
 def test_a_column_that_is_not_there_is_named_with_the_way_out(

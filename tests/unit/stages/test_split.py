@@ -95,8 +95,8 @@ def test_near_duplicates_in_different_splits_are_counted_and_listed():
     split_of = dict(zip(first.image_id, first.split, strict=True))
     apart = [{"a": a, "b": b} for a, b in pairs if split_of[a] != split_of[b]]
     assert apart
-    assert report()["straddling"] == apart
     assert report()["n_straddling"][0] == len(apart)
+    assert len(report()["straddling"]) == max(report()["n_straddling"]), "those of the seed that has most"
     (note,) = notes()
     assert note.startswith(f"{max(report()['n_straddling'])} of 20 pairs of near-duplicates lie in different splits")
     assert "`dataset.near_duplicates: group` keeps them together" in note

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.comparison import shared
+from pipeline.comparison import tested_images
 from pipeline.tools import pull_request
 from pipeline.tools.pull_request import Side, is_higher_better, judge, parse, regression, say_other_images
 from tests.factories import COMPARE, FORTY, REPOSITORY, forty_data, run_wrong_on
@@ -210,24 +210,23 @@ def test_details_of_another_shape_are_one_line_that_says_where(content: Any):
 
 
 @pytest.mark.parametrize(
-    ("figure", "expected"),
+    ("figure", "expected", "with_nll"),
     [
-        ("test.metrics.accuracy.value", True),
-        ("test.metrics.auroc.low", True),
-        ("test.metrics.ece.value", False),
-        ("test.metrics.accuracy.sd", False),
-        ("test.subsets.cost.macro_f1.value", True),
-        ("test.classes.0.recall", True),
-        ("vs_baseline.test.difference", True),
-        ("vs_baseline.test.low", True),
-        ("vs_baseline.test.p_value", False),
-        ("cost.train_flops", False),
+        ("test.metrics.accuracy.value", True, True),
+        ("test.metrics.auroc.low", True, True),
+        ("test.metrics.ece.value", False, False),
+        ("test.metrics.accuracy.sd", False, False),
+        ("test.subsets.cost.macro_f1.value", True, True),
+        ("test.classes.0.recall", True, True),
+        ("vs_baseline.test.difference", True, False),
+        ("vs_baseline.test.low", True, False),
+        ("vs_baseline.test.p_value", False, False),
+        ("cost.train_flops", False, False),
     ],
 )
-def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, expected: bool):
+def test_worse_is_lower_or_higher_by_the_name_of_the_figure(figure: str, expected: bool, with_nll: bool):
     assert is_higher_better(f"full.{figure}", "accuracy") == expected
-    is_of_metric = figure.startswith("vs_baseline") and "p_value" not in figure
-    assert is_higher_better(f"full.{figure}", "nll") == (expected and not is_of_metric)
+    assert is_higher_better(f"full.{figure}", "nll") == with_nll
 
 
 def side(accuracy: float = 0.87, **others: Any) -> Side:
@@ -270,7 +269,7 @@ FULL = "full.test.metrics.accuracy.value"
 def side_with(wrong: list[int], low: float | None = None, seed: int = 0) -> Side:
     """A side whose strategy `full` is wrong on these images of FORTY, of which 8 to 23 are test images of seed 0."""
     run = run_wrong_on("full", seed, wrong)
-    found = json.loads(json.dumps(shared.encode({"full": [run]}, forty_data())))
+    found = json.loads(json.dumps(tested_images.encode({"full": [run]}, forty_data())))
     figure = {"value": 1 - len(wrong) / 16} | ({} if low is None else {"low": low, "high": 1.0})
     written = {"strategies": {"full": {"test": {"metrics": {"accuracy": figure}}}}, "recommendation": {"text": ""}}
     return parse(json.dumps(written), json.dumps(found))
@@ -306,7 +305,7 @@ def test_figures_without_pairs_are_compared_by_their_intervals():
 
 
 def test_above_20_000_images_only_their_number_and_digest_are_written(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shared, "MAX_IMAGES", 15)
+    monkeypatch.setattr(tested_images, "MAX_IMAGES", 15)
     before, after = side_with([8], low=0.6), side_with([9], low=0.6)
     assert before.tested is not None
     assert (before.tested.n, len(before.tested.image), before.tested.correct) == (16, 0, {})
@@ -318,9 +317,9 @@ def test_above_20_000_images_only_their_number_and_digest_are_written(monkeypatc
 def test_outcomes_take_a_bit_each_and_come_back_as_they_were():
     runs = [run_wrong_on("full", seed, [8, 17, 30]) for seed in (0, 1)]
     units = forty_data(replace(FORTY, group=[f"patient {i // 2}" for i in range(40)]))
-    written = shared.encode({"full": runs}, units)
+    written = tested_images.encode({"full": runs}, units)
     assert len(written["tested"]["0"]) == 4  # 24 images in 3 bytes, in base64
-    found = shared.decode(json.loads(json.dumps(written)))
+    found = tested_images.decode(json.loads(json.dumps(written)))
     digests = sorted(FORTY.sha256[8:32])
     rows = [FORTY.sha256.index(digest) for digest in digests]
     assert found.n == 24
@@ -339,7 +338,7 @@ def test_outcomes_take_a_bit_each_and_come_back_as_they_were():
     [{"n": 23}, {"n": -1}, {"images": "AA=="}, {"images": 3}, {"units": "AAAA"}, {"correct": {"full": {"0": ""}}}],
 )
 def test_outcomes_of_another_shape_are_one_line(change: dict[str, Any]):
-    written = shared.encode({"full": [run_wrong_on("full", 0, [8])]}, forty_data()) | change
+    written = tested_images.encode({"full": [run_wrong_on("full", 0, [8])]}, forty_data()) | change
     with pytest.raises(ValueError, match=r"^reports/outcomes\.json: damaged, or of another version \(.+\); run: dvc"):
         parse(json.dumps(details(0.9)), json.dumps(written))
 

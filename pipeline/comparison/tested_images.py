@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.comparison import paired
 from pipeline.comparison.details import Data
-from pipeline.comparison.outcomes import Outcomes
+from pipeline.comparison.outcomes import Outcomes, of_classes
 from pipeline.comparison.paired import Study
 from pipeline.files import digest
 from pipeline.training.runs import Run
@@ -116,11 +116,12 @@ def regression_bound(before: Tested, after: Tested, strategy: str, confidence: f
     _, at_before, at_after = np.intersect1d(before.image, after.image, return_indices=True)
     study = Study(np.ones(len(at_after), np.int64), after.weight[at_after], after.unit[at_after])
     ours, theirs = (_flags_of(side, strategy, at) for side, at in ((before, at_before), (after, at_after)))
-    runs: list[tuple[Outcomes, Outcomes]] = []
+    runs: list[tuple[Outcomes, ...]] = []
     for seed in sorted(ours.keys() & theirs.keys()):
         rows = np.flatnonzero(ours[seed][0] & theirs[seed][0])
         if len(rows):
-            runs.append((_outcomes(rows, ours[seed][1][rows]), _outcomes(rows, theirs[seed][1][rows])))
+            # Of accuracy, the label of every image is 1
+            runs.append(tuple(of_classes(side[seed][1][rows].astype(np.int64), rows) for side in (ours, theirs)))
     if not runs:
         return None
     n_shared = len(np.unique(np.concatenate([one.rows for one, _ in runs])))
@@ -135,12 +136,6 @@ def _flags_of(side: Tested, strategy: str, at: np.ndarray) -> dict[str, tuple[np
         tested, correct = (np.logical_or.reduce([*columns]) for columns in zip(*flags.values(), strict=True))
         return {"folds": (tested, correct)}
     return flags
-
-
-def _outcomes(rows: np.ndarray, is_correct: np.ndarray) -> Outcomes:
-    """Outcomes of which only accuracy is asked; the label of every image is 1."""
-    n = len(rows)
-    return Outcomes(rows, is_correct.astype(np.int64), np.zeros(n), np.zeros((n, 0)), np.zeros(n, np.int64), None)
 
 
 def _text(array: np.ndarray) -> str:
