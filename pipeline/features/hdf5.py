@@ -184,7 +184,7 @@ def _checked(file: h5py.File, names: set[str], attribute: str) -> tuple[dict[str
         if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual or dataset.attrs:
             raise ValueError(f"{name} is no plain dataset of this file")
         offset = dataset.id.get_offset()
-        if dataset.dtype.kind not in "fiS" or offset is None:
+        if dataset.dtype.kind not in "fiuS" or offset is None:
             raise ValueError(f"{name} is not contiguous and plain")
         if offset + dataset.nbytes > Path(file.filename).stat().st_size:
             raise ValueError(f"{name} is cut short")

@@ -44,8 +44,9 @@ class Key:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type in which rows are stored."""
-        return np.dtype(STORE_DTYPES[self.description["store_dtype"]])
+        """The type in which rows are stored: `features.store_dtype`, or uint8 for pixels."""
+        name = self.description["store_dtype"]
+        return np.dtype(name if name == "uint8" else STORE_DTYPES[name])
 
     @property
     def row_bytes(self) -> int:
@@ -91,6 +92,15 @@ class Store:
         """How many rows there are."""
         return len(self._rows)
 
+    def __contains__(self, row: Row) -> bool:
+        """Whether the row is on disk."""
+        return row in self._rows
+
+    def locate(self, rows: Sequence[Row]) -> list[tuple[Path, int]]:
+        """The file that holds each row, and the offset in bytes of its values; KeyError for a missing row."""
+        found = [self._rows[row] for row in rows]
+        return [(shard.path, shard.offset + position * self._key.row_bytes) for shard, position in found]
+
     def read(self, rows: Sequence[Row]) -> np.ndarray:
         """Values (len(rows), *row_shape) as stored, in any order; KeyError for a missing row."""
         values = np.empty((len(rows), *self._key.row_shape), self._key.dtype)
@@ -110,7 +120,7 @@ class Store:
         return max(float(shard.rounding[position]) for shard, position in map(self._rows.__getitem__, rows))
 
     def agrees(self, values: Mapping[Row, np.ndarray]) -> bool:
-        """Whether rows that were computed again, *row_shape float32 each, would be stored as they are."""
+        """Whether rows that were computed again, *row_shape each, would be stored as they are."""
         again = [self._rounded(value[None])[0][0] for value in values.values()]
         return all(map(np.array_equal, self.read([*values]), again))
 
@@ -126,7 +136,7 @@ class Store:
         return [path.replace(path.with_name(f"{path.name}.{uuid4().hex[:8]}")) for path in self._inodes]
 
     def write(self, rows: Sequence[Row], values: np.ndarray) -> None:
-        """Add (len(rows), *row_shape) float32, as one shard of symmetries and one of augmented views."""
+        """Add (len(rows), *row_shape) float32, uint8 for pixels: one shard of symmetries, one of augmented views."""
         stored, rounding = self._rounded(values)
         for view in (0, AUGMENTED):
             part = [i for i, (_, other) in enumerate(rows) if (other < AUGMENTED) == (view < AUGMENTED)]
@@ -168,6 +178,8 @@ class Store:
 
     def _rounded(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values in the stored type, and of each row the largest error relative to its largest value."""
+        if self._key.dtype == np.uint8:
+            return values.astype(np.uint8, casting="safe"), np.zeros(len(values), np.float32)
         with np.errstate(over="ignore"):
             stored = values.astype(self._key.dtype)
         largest = np.abs(values).reshape(len(values), -1).max(axis=1)
