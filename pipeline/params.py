@@ -74,6 +74,7 @@ Symmetry = Literal[
 ]  # fmt: skip
 Pooling = Literal["none", "avg", "flatten", "cls", "cls+avg"]
 Geometry = Literal["crop", "squash", "pad"]
+JpegDecoding = Literal["fast", "exact"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
@@ -96,6 +97,7 @@ class Dataset(Record):
     exclude: Annotated[tuple[Text, ...], AfterValidator(_distinct)]
     columns: dict[str, Text]
     similar_classes: Literal["error", "merge", "keep"]
+    jpeg_decoding: JpegDecoding
     min_class_size: Count
     small_classes: Literal["error", "drop"]
 
@@ -290,6 +292,7 @@ class Runtime(Record):
     device: Literal["auto", "cpu", "cuda"]
     workers: Natural
     store_max_gb: Positive
+    pixel_cache: Literal["auto", "on", "off"]
 
 
 class Params(Record):
