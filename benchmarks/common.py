@@ -95,11 +95,13 @@ def choose(name: str) -> BackboneChoice:
 
 
 @contextmanager
-def workspace(directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
+def workspace(
+    directory: Path, name: str = LITE, precision: str = "fp32", jpeg_decoding: str = "fast"
+) -> Iterator[Workspace]:
     """A workspace for one view of each image of the data set `directory`, and the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
-    params["dataset"].update({"fetch": [], "path": str(directory)})
+    params["dataset"].update({"fetch": [], "path": str(directory), "jpeg_decoding": jpeg_decoding})
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]

@@ -40,12 +40,12 @@ def crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     That of torchvision's Resize and CenterCrop, without the import, which takes longer than hundreds of images do.
     """
     if preprocessing.geometry != "crop":
-        return np.asarray(fit(image, preprocessing, image.size))
+        return np.array(fit(image, preprocessing, image.size))
     resize, side = preprocessing.resize, preprocessing.crop
     width, height = resize[::-1] if len(resize) == 2 else (int(resize[0] * n / min(image.size)) for n in image.size)
     left, top = (round((n - side) / 2) if n >= side else -((side - n) // 2) for n in (width, height))
     small = image.resize((width, height), _filter(preprocessing))
-    return np.asarray(small.crop((left, top, left + side, top + side)).convert("RGB"))
+    return np.array(small.crop((left, top, left + side, top + side)).convert("RGB"))
 
 
 def fit(image: Image.Image, preprocessing: Preprocessing, shape: tuple[int, int]) -> Image.Image:
