@@ -11,7 +11,7 @@ import torch
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.features import extraction, hdf5
+from pipeline.features import extraction, hdf5, store
 from pipeline.features.hdf5 import Provenance
 from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
@@ -26,6 +26,7 @@ def main() -> None:
     images, plan = manifest.read_images(), plans.read_backbone()
     features, runtime = params.features, params.runtime
     torch.set_num_threads(params.threads)
+    store.put_at(runtime.store)
     backbone = backbones.load_planned(plan, str(plans.BACKBONE))
     base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
     device = choose_device(runtime.device, share.local_rank)
@@ -41,7 +42,7 @@ def main() -> None:
             *(100 * lost.mean(), 100 * lost.max()),
         )
     rows = [(sha256, view) for sha256 in images.sha256 for view in dict.fromkeys([*training, *evaluation])]
-    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
+    filled = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
     if share.world_size > 1:
         logs.log.info("rank %d of %d is done; when all are: dvc repro", share.rank, share.world_size)
         return
@@ -53,9 +54,9 @@ def main() -> None:
         engine=computation.runner.engine,
         precision=features.precision,
         store_dtype=features.store_dtype,
-        largest_rounding=store.largest_rounding(rows),
+        largest_rounding=filled.largest_rounding(rows),
     )
-    extraction.assemble(store, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
+    extraction.assemble(filled, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
 
 
 if __name__ == "__main__":
