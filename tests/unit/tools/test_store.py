@@ -23,9 +23,9 @@ from pipeline.features import hdf5
 from pipeline.features import store as feature_store
 from pipeline.features.store import Store
 from pipeline.features.views import AUGMENTED
+from tests.factories import REPOSITORY, fill_store, store_key
 from tests.factories import STORE_ROWS as ROWS
 from tests.factories import STORE_VALUES as VALUES
-from tests.factories import REPOSITORY, fill_store, store_key
 
 DAY = 86_400
 
