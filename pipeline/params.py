@@ -46,6 +46,12 @@ def _network(name: str) -> str:
     return name
 
 
+def _directory(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError("expected a directory; ~ is not expanded")
+    return path
+
+
 def _boundary(where: object) -> object:
     is_number = isinstance(where, int) and not isinstance(where, bool) and where > 0
     if not is_number and not (where and isinstance(where, str)):
@@ -291,6 +297,7 @@ class Runtime(Record):
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Natural
+    store: Annotated[Text, AfterValidator(_directory)] | None
     store_max_gb: Positive
     pixel_cache: Literal["auto", "on", "off"]
 

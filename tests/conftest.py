@@ -33,6 +33,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # some of what is tested sets its own
 
 
+@pytest.fixture(autouse=True)
+def _store_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATURE_STORE", "")  # a stage that is tested sets its own
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     """Grows by every row that the store computes because it is missing; none is checked."""

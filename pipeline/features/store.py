@@ -22,16 +22,21 @@ import numpy as np
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row, Shard
 from pipeline.features.views import AUGMENTED
-from pipeline.files import digest, shared, write_json
+from pipeline.files import digest, shared_directory, write_json
 from pipeline.params import STORE_DTYPES, Augmentation
 
 SCHEMA = 4  # of the shards and of the codes of views; what computes a row is in the key itself
 log = logging.getLogger("pipeline")
 
 
+def put_at(directory: str | None) -> None:
+    """Set the directory of the store, `runtime.store`, for this process and those that it starts."""
+    os.environ["FEATURE_STORE"] = directory or ""
+
+
 def root() -> Path:
-    """The directory of the store, which all experiments share."""
-    return shared(".feature_store")
+    """The directory of the store, which all experiments share: data/.feature_store, or where `put_at` has put it."""
+    return shared_directory(os.environ.get("FEATURE_STORE") or "data/.feature_store")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.features import extraction, hdf5
+from pipeline.features import extraction, hdf5, store
 from pipeline.features.hdf5 import Provenance
 from pipeline.features.loading import open_loader
 from pipeline.features.views import evaluation_views, training_views
@@ -30,6 +30,7 @@ def main() -> None:
     images, plan = manifest.read_images(), plans.read_backbone()
     features, runtime = params.features, params.runtime
     torch.set_num_threads(params.threads)
+    store.put_at(runtime.store)
     device = choose_device(runtime.device, share.local_rank)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
@@ -43,7 +44,7 @@ def main() -> None:
             base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
             computation = extraction.prepare(base, params.augmentation, features, device)
         rows = [(name, code) for name in images.sha256 for code in codes]
-        store = extraction.fill(computation, loader, rows, runtime.store_max_gb, share)
+        filled = extraction.fill(computation, loader, rows, runtime.store_max_gb, share)
     if share.world_size > 1:
         logs.log.info("rank %d of %d is done; when all are: dvc repro", share.rank, share.world_size)
         return
@@ -55,9 +56,9 @@ def main() -> None:
         engine=computation.runner.engine,
         precision=features.precision,
         store_dtype=features.store_dtype,
-        largest_rounding=store.largest_rounding(rows),
+        largest_rounding=filled.largest_rounding(rows),
     )
-    extraction.assemble(store, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
+    extraction.assemble(filled, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
 
 
 def warn_of_crops(lost: np.ndarray) -> None:

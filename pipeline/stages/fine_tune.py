@@ -17,7 +17,7 @@ from torch import nn
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images
-from pipeline.features import engine, extraction
+from pipeline.features import engine, extraction, store
 from pipeline.features.extraction import Share
 from pipeline.features.loading import Loader, open_loader
 from pipeline.features.views import evaluation_views, training_views
@@ -40,6 +40,7 @@ def main() -> None:
     params, base, plan = load_params(), plans.read_backbone(), plans.read_strategy(name)
     recipe, eval_views = plan.recipe, evaluation_views(params.evaluation.views)
     torch.set_num_threads(params.threads)
+    store.put_at(params.runtime.store)
     device = choose_device(params.runtime.device)
     engine.check_precision(f"fine_tune.strategies.{name}.precision", recipe.precision, device)
     images, labels = manifest.read_images(), manifest.read_labels()
@@ -134,13 +135,13 @@ def load_activations(
     """
     computation = extraction.prepare(prefix, params.augmentation, params.features, device)
     rows = [(images.sha256[row], view) for row, view in pairs]
-    store = extraction.fill(computation, loader, rows, params.runtime.store_max_gb, Share(0, 1))
+    filled = extraction.fill(computation, loader, rows, params.runtime.store_max_gb, Share(0, 1))
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for batch in batches:
-            yield torch.from_numpy(store.read([(images.sha256[row], view) for row, view in batch])).float()
+            yield torch.from_numpy(filled.read([(images.sha256[row], view) for row, view in batch])).float()
 
-    return load, store.largest_rounding(rows)
+    return load, filled.largest_rounding(rows)
 
 
 def load_images(images: Images, loader: Loader) -> Load:
