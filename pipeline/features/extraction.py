@@ -168,6 +168,7 @@ def fill(computation: Computation, loader: Loader, rows: Sequence[Row], max_gb: 
             f"results, found {key.description['engine']} on {key.description['device']} (params.yaml: "
             "features.engine, runtime.device)"
         )
+    store.save_index()
     log.info("cache at %s: %d rows reused, %d computed, %d dropped", cut, n_reused, len(missing), n_found - n_reused)
     return store
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.features import hdf5, store
+from pipeline.features import hdf5, index, store
 from pipeline.features.store import read_shards
 from pipeline.files import digest, shared
 from pipeline.training.runs import CHECKPOINTS
@@ -114,7 +114,7 @@ def status() -> None:
         for path in directory.shards if directory.is_current else ():
             with suppress(FileNotFoundError):  # set aside by a run, or removed by gc
                 try:
-                    n_rows += len(hdf5.parse_shard(path).rows)
+                    n_rows += len(hdf5.parse_shard(path).sortable)
                 except ValueError:
                     n_damaged += 1
         contents = f"{n_rows:,} rows, " if directory.is_current else f"{len(directory.shards):,} shards, "
@@ -130,12 +130,15 @@ def verify() -> None:
     """Compare every shard with its digest and its key; print the damaged ones; ValueError if there are any."""
     n_shards, damaged = 0, []
     for directory in _directories():
+        n_before = len(damaged)
         for path, found in read_shards(directory.shards if directory.is_current else []):
             n_shards += 1
             if isinstance(found, ValueError):
                 damaged.append(f"{path}: {found}")
             elif found.key != directory.path.name:
                 damaged.append(f"{path}: it belongs to the key {found.key}")
+        if len(damaged) > n_before:  # or a run would trust what it remembers
+            (directory.path / index.VERIFIED).unlink(missing_ok=True)
     print("\n".join([*damaged, f"{store.root()}: {n_shards} shards, {len(damaged)} damaged"]))
     if damaged:
         raise ValueError(f"{len(damaged)} damaged shards; the next run that uses them computes their rows again")
