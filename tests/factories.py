@@ -32,6 +32,7 @@ from pipeline.params import (
     REFERENCES,
     Augmentation,
     BackboneChoice,
+    BatchSize,
     Compare,
     FeatureOptions,
     HeadOptions,
@@ -131,7 +132,7 @@ def feature_options(**changes: Any) -> FeatureOptions:
     """Two views, in torch."""
     plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "resize": "crop"}
     precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "engine": "torch"}
-    return FeatureOptions(**plain | precision | changes)
+    return FeatureOptions(**plain | precision | {"batch_size": BatchSize(cpu=8, cuda=256)} | changes)
 
 
 def strategy(**changes: Any) -> Strategy:

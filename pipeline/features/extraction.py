@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
@@ -27,7 +28,6 @@ from pipeline.features.store import Key, Store
 from pipeline.features.views import AUGMENTED, Sample, load_batches
 from pipeline.logs import progress
 from pipeline.network.cuts import Prefix
-from pipeline.network.device import BATCH
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, FeatureOptions
 
@@ -52,7 +52,7 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
     """Make the prefix ready to run, and describe it; ValueError if the engine or the precision does not go with it."""
     engine.check_precision("features.precision", options.precision, device)
     backbone, module = prefix.backbone, prefix.module
-    shape = BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3
+    shape = options.batch_size.on(device.type), *[backbone.preprocessing.crop] * 2, 3
     example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module.eval()(example[:1]).numpy()
@@ -77,8 +77,13 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the libraries that can change a row; None for a decoder that Pillow has not."""
-    return {name: metadata.version(name) for name in LIBRARIES} | {name: pillow.version(name) for name in DECODERS}
+    """The versions of the libraries that can change a row; None for a decoder that Pillow has not, and no OpenVINO."""
+    installed = [name for name in LIBRARIES if name != "openvino" or find_spec(name)]
+    return (
+        dict.fromkeys(LIBRARIES)
+        | {name: metadata.version(name) for name in installed}
+        | {name: pillow.version(name) for name in DECODERS}
+    )
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
@@ -218,7 +223,7 @@ def _compute(
     computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int
 ) -> Generator[np.ndarray, None, None]:
     """The values of `rows`, one by one; ValueError if one is not finite."""
-    size = computation.runner.size
+    size = computation.runner.piece
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     samples = [[Sample(paths[name], name, view) for name, view in batch] for batch in batches]
     pixels = load_batches(samples, computation.preprocessing, computation.key.augmentation, workers)

@@ -190,7 +190,7 @@ def load_batches(
         batch_size=None,
         collate_fn=partial(_load, preprocessing, augmentation, is_piped),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # a GPU was chosen; the question alone makes no context
         worker_init_fn=leave_signals,
         prefetch_factor=PREFETCHED if workers else None,
         generator=torch.Generator(),  # not the global one, from which dropout draws

@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(params.threads)
     backbone = backbones.load_planned(plan, str(plans.BACKBONE))
     base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
-    device = choose_device(runtime.device, share.local_rank)
+    device = choose_device(runtime.device, share.local_rank if share.world_size > 1 else None)
     computation = extraction.prepare(base, params.augmentation, features, device)
     paths = extraction.locate(images, params.dataset.path)
     training = training_views(params.augmentation, features.views)
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logs.run(main, memory=("features.image_size", logs.WORKERS))
+    logs.run(main, memory=("features.batch_size", "features.image_size", logs.WORKERS))

@@ -47,7 +47,7 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
             failures.append(f"{path}: {error}")
             continue
         pixels = make_views(image, name, views, card.backbone.preprocessing, card.augmentation)
-        (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device)
+        (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device, len(pixels))
         probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()
         best = int(probability.argmax())
         predicted = {"class": card.class_names[best], "probability": round(float(probability[best]), 6)}
