@@ -1,8 +1,8 @@
 """What the boundary cache buys: `python -m benchmarks.boundary [--quick]`.
 
 Trains on images of dataset.path (needs `dvc repro split`) with fp32 and frozen BatchNorm: from activations cached at
-the freeze boundary, and the same through the whole network, from pixels in the store. ResNet-18 has random weights, which
-changes no speed. The time of an epoch, with its validation, is that of several epochs less that of the first.
+the freeze boundary, and the same through the whole network, from pixels in the store. ResNet-18 has random weights,
+which changes no speed. The time of an epoch, with its validation, is that of several less that of the first.
 """
 
 import copy
@@ -63,7 +63,7 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
         load = fine_tune.load_images(files, loader)
     head = nn.Linear(backbone.feature_dim, len(labels.class_names))
     network = nn.Sequential(nn.Identity() if is_cached else prefix.module, suffix, head)
-    task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch")
+    task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch", 8)
     base = params.fine_tune.strategies["partial_freeze"].model_dump()
     changes = {"batch_size": 32, "patience": None, "views": len(VIEWS), "warmup_epochs": 0}
     seconds = []

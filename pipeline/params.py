@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 PARAMS = Path("params.yaml")
+CGROUP = Path("/sys/fs/cgroup")  # what a container may use, on Linux
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
 HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # the same over all its seeds, in reports
 REFERENCES = ("majority_class", "nearest_class_mean", "k_nearest_neighbours")  # classifiers that are no strategies
@@ -59,6 +62,24 @@ def _boundary(where: object) -> object:
     return where
 
 
+def count_cores() -> int:
+    """How many CPU cores this process may use: those that it may run on, fewer where its container has less time."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroups v2, v1
+        with suppress(OSError, ValueError):  # where there is no limit, it is "max", -1 or absent
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in names).split())
+            return max(1, min(n, quota // period)) if quota > 0 else n
+    return n
+
+
+def _workers(number: object) -> object:
+    if number == "auto":
+        return count_cores()
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError("expected auto, or a whole number, 0 or more")
+    return number
+
+
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Count = Annotated[int, Field(ge=1)]
@@ -73,7 +94,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Margin = Annotated[float, Field(gt=0, lt=1)]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 COLUMNS = ("path", "label", "weight", "group", "stratum", "subset", "split")  # of a labels.csv
 Symmetry = Literal[
     "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
@@ -144,6 +165,17 @@ class BackboneChoice(Record):
         return cls(name=name, weights=weights, seed=seed, checkpoint_key=None, mean=None, std=None, interpolation=None)
 
 
+class BatchSize(Record):
+    """Rows that go through a frozen network together, by the type of the device."""
+
+    cpu: Count
+    cuda: Count
+
+    def on(self, device: str) -> int:
+        """That of this type of device."""
+        return {"cpu": self.cpu, "cuda": self.cuda}[device]
+
+
 class FeatureOptions(Record):
     """How images become features."""
 
@@ -154,6 +186,7 @@ class FeatureOptions(Record):
     pool: Pooling
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
+    batch_size: BatchSize
     store_dtype: Literal["fp32", "fp16"]
 
     @model_validator(mode="after")
@@ -296,7 +329,7 @@ class Runtime(Record):
     """Settings that change no result, except the device."""
 
     device: Literal["auto", "cpu", "cuda"]
-    workers: Natural
+    workers: Annotated[Natural, BeforeValidator(_workers)]
     store: Annotated[Text, AfterValidator(_directory)] | None
     store_max_gb: Positive
     pixel_cache: Literal["auto", "on", "off"]

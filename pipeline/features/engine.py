@@ -22,21 +22,29 @@ import torch
 from torch import nn
 
 from pipeline.logs import is_out_of_memory, one_line
-from pipeline.network.device import BATCH, autocast, place
+from pipeline.network.device import arithmetic, autocast, pinned, place
 
 if TYPE_CHECKING:
     import openvino
 
 TOLERANCE = 1e-4  # of the largest value, by which OpenVINO in fp32 may differ from torch
+PIECE = 32  # rows of a GPU's batch, about, that are loaded together: a worker would take seconds for all of them
+IN_FLIGHT = 2  # batches that a GPU computes while the rows of the one before are waited for
 log = logging.getLogger("pipeline")
 
 
 def check_precision(key: str, precision: str, device: torch.device) -> None:
-    """ValueError, naming `key`, for bf16 on a CPU that has no instructions for it."""
-    if precision == "bf16" and device.type == "cpu":
-        able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if "BF16" not in able:
-            raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
+    """ValueError, naming `key`, for a precision that the device has no instructions for."""
+    if precision == "fp32":
+        return
+    if device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):  # Ampere and later have bf16 and TF32
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"params.yaml: {key}: this GPU ({name}) has no {precision}; expected fp32")
+    elif precision == "tf32":
+        raise ValueError(f"params.yaml: {key}: tf32 needs a GPU, and this runs on a CPU; expected fp32 or bf16")
+    elif "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
 
 
 def machine(engine: str, device: torch.device) -> dict[str, Any]:
@@ -55,13 +63,14 @@ def machine(engine: str, device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Runner:
-    """A frozen network that is ready to run: `engine` is openvino or torch.
+    """A frozen network that is ready to run in batches of `size` rows: `engine` is openvino or torch.
 
-    `run` takes batches of `size` rows, the last of which may be shorter, and gives outputs (float32) in order.
+    `run` takes pieces of `piece` rows, the last of which may be shorter, and gives their outputs (float32) in order.
     """
 
     engine: str
     size: int
+    piece: int
     run: Callable[[Iterable[torch.Tensor]], Iterator[np.ndarray]]
 
 
@@ -98,32 +107,106 @@ def prepare(
                 ) from None
             log.warning("OpenVINO cannot convert this network, torch runs it (%s)", one_line(error))
         else:
-            return Runner("openvino", len(example), partial(_run_openvino, compiled, len(example)))
+            return Runner("openvino", len(example), len(example), partial(_run_openvino, compiled, len(example)))
     place(module, device)
-    return Runner("torch", len(example), partial(_run_torch, module, len(example), precision, device))
+    size = len(example)
+    return Runner("torch", size, piece_size(size, device), partial(_run_torch, module, size, precision, device))
+
+
+def piece_size(size: int, device: torch.device) -> int:
+    """How many rows of a batch of `size` are loaded together: all on a CPU, an equal part of it on a GPU."""
+    return size if device.type == "cpu" else size // max(1, round(size / PIECE))
 
 
 def run(
-    module: nn.Module, batches: Iterable[torch.Tensor], engine: str, precision: str, device: torch.device
+    module: nn.Module, pieces: Iterable[torch.Tensor], engine: str, precision: str, device: torch.device, size: int
 ) -> Iterator[np.ndarray]:
-    """Outputs (float32) of `module` in evaluation mode, one for each batch, in order.
+    """Outputs (float32) of `module` in evaluation mode, one for each piece, in order.
 
-    Every batch but the last has the same number of rows; all are padded to it, and to BATCH of the device at least.
+    Pieces have `piece_size` rows, the last of them fewer; the network runs in batches of `size`, padded if need be.
     """
-    remaining = iter(batches)
+    remaining = iter(pieces)
     first = next(remaining, None)
     if first is not None:
-        example = _padded(first, max(BATCH[device.type], len(first)))
+        example = _padded(first, size)
         yield from prepare(engine, module, example, precision, device).run(chain([first], remaining))
 
 
 def _run_torch(
-    module: nn.Module, size: int, precision: str, device: torch.device, batches: Iterable[torch.Tensor]
+    module: nn.Module, size: int, precision: str, device: torch.device, pieces: Iterable[torch.Tensor]
 ) -> Iterator[np.ndarray]:
-    for batch in batches:
-        with torch.inference_mode(), autocast(precision, device):
-            output = module(_padded(batch, size).to(device, non_blocking=True))
-        yield output[: len(batch)].float().cpu().numpy()
+    """On a GPU several batches are on their way at a time: both copies and the network overlap, none is waited for."""
+    link = _Link(device)
+    n_ahead = IN_FLIGHT if link.is_asynchronous else 0
+    running: deque[tuple[list[int], torch.Tensor, torch.cuda.Event | None]] = deque()
+    for batch in _batches(pieces, size):
+        lengths = [len(piece) for piece in batch]
+        with torch.inference_mode(), arithmetic(precision, device), autocast(precision, device):
+            output = module(link.send(batch, size))[: sum(lengths)].float()
+            running.append((lengths, *link.receive(output)))
+        if len(running) > n_ahead:
+            yield from _finish(*running.popleft())
+    while running:
+        yield from _finish(*running.popleft())
+
+
+def _finish(lengths: list[int], output: torch.Tensor, done: torch.cuda.Event | None) -> Iterator[np.ndarray]:
+    if done is not None:
+        done.synchronize()
+    for part in output.split(lengths):
+        yield part.numpy()
+
+
+def _batches(pieces: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    """Successive pieces that make up a batch of `size` rows, or as many as there are left."""
+    batch: list[torch.Tensor] = []
+    for piece in pieces:
+        if sum(map(len, batch)) + len(piece) > size:
+            yield batch
+            batch = []
+        batch.append(piece)
+        if sum(map(len, batch)) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Link:
+    """Copies to a GPU and back that nothing waits for, each way on a stream of its own; a CPU needs no copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.is_asynchronous = device, device.type == "cuda"
+        if self.is_asynchronous:
+            self._there, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def send(self, pieces: list[torch.Tensor], size: int) -> torch.Tensor:
+        """The pieces as one batch on the device, padded to `size` rows."""
+        if not self.is_asynchronous or pieces[0].is_cuda:
+            return _padded(torch.cat(pieces) if len(pieces) > 1 else pieces[0], size).to(self._device)
+        network = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._there):
+            first, start = pieces[0], 0
+            batch = torch.empty((size, *first.shape[1:]), dtype=first.dtype, device=self._device)
+            for piece in pieces:
+                batch[start : start + len(piece)].copy_(pinned(piece), non_blocking=True)
+                start += len(piece)
+            batch[start:] = 0
+        network.wait_stream(self._there)
+        batch.record_stream(network)  # its memory is not given to the next batch while the network reads it
+        return batch
+
+    def receive(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The output in memory of the CPU, and the event after which it is there."""
+        if not self.is_asynchronous:
+            return output, None
+        self._back.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._back):
+            copied = output.to("cpu", non_blocking=True)  # to pinned memory
+            output.record_stream(self._back)
+        done = torch.cuda.Event(blocking=True)  # to wait for it is to sleep
+        done.record(self._back)
+        return copied, done
 
 
 def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:

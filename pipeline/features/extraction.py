@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
@@ -27,7 +28,6 @@ from pipeline.features.store import Key, Store
 from pipeline.features.views import AUGMENTED
 from pipeline.logs import progress
 from pipeline.network.cuts import Prefix
-from pipeline.network.device import BATCH
 from pipeline.params import Augmentation, FeatureOptions
 
 SHARD_BYTES = 32 * 2**20
@@ -49,7 +49,7 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
     """Make the prefix ready to run, and describe it; ValueError if the engine or the precision does not go with it."""
     engine.check_precision("features.precision", options.precision, device)
     backbone, module = prefix.backbone, prefix.module
-    shape = BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3
+    shape = options.batch_size.on(device.type), *[backbone.preprocessing.crop] * 2, 3
     example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module.eval()(example[:1]).numpy()
@@ -74,8 +74,9 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the libraries that can change a row; None for a decoder that Pillow has not."""
-    return {name: metadata.version(name) for name in LIBRARIES} | loading.versions()
+    """The versions of the libraries that can change a row; None for a decoder that Pillow has not, and no OpenVINO."""
+    installed = {name: metadata.version(name) for name in LIBRARIES if name != "openvino" or find_spec(name)}
+    return dict.fromkeys(LIBRARIES) | installed | loading.versions()
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
@@ -210,7 +211,7 @@ def _compute_and_write(computation: Computation, loader: Loader, rows: Sequence[
 
 def _compute(computation: Computation, loader: Loader, rows: Sequence[Row]) -> Generator[np.ndarray, None, None]:
     """The values of `rows`, one by one; ValueError if one is not finite."""
-    size = computation.runner.size
+    size = computation.runner.piece
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     for batch, output in zip(batches, computation.runner.run(loader.load(batches)), strict=True):
         if not np.isfinite(output).all():

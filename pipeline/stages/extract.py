@@ -31,7 +31,7 @@ def main() -> None:
     features, runtime = params.features, params.runtime
     torch.set_num_threads(params.threads)
     store.put_at(runtime.store)
-    device = choose_device(runtime.device, share.local_rank)
+    device = choose_device(runtime.device, share.local_rank if share.world_size > 1 else None)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
     codes, paths = list(dict.fromkeys([*training, *evaluation])), extraction.locate(images, params.dataset.path)
@@ -72,4 +72,4 @@ def warn_of_crops(lost: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    logs.run(main, memory=("features.image_size", logs.WORKERS))
+    logs.run(main, memory=("features.batch_size", "features.image_size", logs.WORKERS))

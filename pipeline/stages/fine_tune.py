@@ -24,7 +24,7 @@ from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import Prefix
-from pipeline.network.device import BATCH, choose_device, place
+from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
@@ -60,10 +60,12 @@ def main() -> None:
     else:
         pairs, load, largest_rounding = [], load_images(images, loader), 0.0
     network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
-    example = next(load([[(int(val[0]), eval_views[0])] * BATCH[device.type]]))
+    batch_size = params.features.batch_size.on(device.type)
+    example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
     evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
     place(network, device)
-    task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, evaluation_engine)
+    engine_and_batch = evaluation_engine, batch_size
+    task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, *engine_and_batch)
     inputs = describe(task, images, params, base, plan, seed) | {"machine": engine.machine(evaluation_engine, device)}
     checkpoint = checkpoints.locate(network, inputs)
     best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}", checkpoint)
@@ -169,4 +171,4 @@ def measure_cost(base: BackbonePlan, plan: StrategyPlan, head: nn.Module, passes
 
 
 if __name__ == "__main__":
-    logs.run(main, memory=("batch_size", "features.image_size", logs.WORKERS))
+    logs.run(main, memory=("batch_size", "features.batch_size", "features.image_size", logs.WORKERS))

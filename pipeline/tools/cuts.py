@@ -16,10 +16,10 @@ from pipeline.features import engine
 from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import CutPoint
-from pipeline.network.device import BATCH, choose_device
+from pipeline.network.device import choose_device
 from pipeline.network.flops import flops_per_image
 from pipeline.network.preprocessing import Normalize
-from pipeline.params import PARAMS, STORE_DTYPES, BackboneChoice, load_params
+from pipeline.params import PARAMS, STORE_DTYPES, BackboneChoice, BatchSize, load_params
 
 N_TIMED = 16  # batches that measure how fast the network runs
 
@@ -42,11 +42,11 @@ def show(name: str, *, is_complete: bool, is_json: bool) -> None:
     if is_json:
         print(json.dumps([asdict(point) for point in points], indent=2))
         return
-    n_images = len(manifest.read_images().image_id) if manifest.IMAGES.is_file() else 0
-    print(_as_table(backbone, points, n_images))
+    n_images = len(manifest.read_images().image_id) if params and manifest.IMAGES.is_file() else 0
+    print(_as_table(backbone, points, n_images, params.features.batch_size if params else None))
 
 
-def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int) -> str:
+def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int, batch_size: BatchSize | None) -> str:
     """One line for each cut point; with the cost of caching one view of a dataset of `n_images`, if not 0."""
     n_params = count_parameters(backbone.module)
     flops = flops_per_image(backbone.module, torch.zeros(1, 3, *[backbone.preprocessing.crop] * 2))
@@ -58,8 +58,8 @@ def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int) -> str:
         "kB/image": [f"{point.bytes_per_image / 1e3:,.1f}" for point in points],
     }
     title = f"{backbone.name}: share of parameters and of FLOPs, and weight layers, before each cut point"
-    if n_images:
-        minutes = n_images / _images_per_second(backbone) / 60
+    if n_images and batch_size:
+        minutes = n_images / _images_per_second(backbone, batch_size) / 60
         columns["GB"] = [f"{n_images * point.bytes_per_image / 1e9:.3f}" for point in points]
         columns["minutes"] = [f"{minutes * point.flops_before / flops:.1f}" for point in points]
         title += f"; GB and minutes to cache one view of {n_images:,} images, decoding not counted"
@@ -67,13 +67,14 @@ def _as_table(backbone: Backbone, points: list[CutPoint], n_images: int) -> str:
     return f"{title}\n\n{table.to_string()}"
 
 
-def _images_per_second(backbone: Backbone) -> float:
+def _images_per_second(backbone: Backbone, batch_size: BatchSize) -> float:
     """Rate of the whole network in fp32 on this machine, measured on a few batches."""
     device = choose_device("auto")
     network = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
-    batch = torch.zeros(BATCH[device.type], *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
+    batch = torch.zeros(batch_size.on(device.type), *[backbone.preprocessing.crop] * 2, 3, dtype=torch.uint8)
     runner = engine.prepare("auto", network, batch, "fp32", device)
-    deque(runner.run([batch] * 2), maxlen=0)  # the first batches are slower
+    pieces = batch.split(runner.piece)
+    deque(runner.run(pieces * 2), maxlen=0)  # the first batches are slower
     start = time.perf_counter()
-    deque(runner.run([batch] * N_TIMED), maxlen=0)
+    deque(runner.run(pieces * N_TIMED), maxlen=0)
     return len(batch) * N_TIMED / (time.perf_counter() - start)

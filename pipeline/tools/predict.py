@@ -47,7 +47,7 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
         except (OSError, ValueError) as error:
             failures.append(f"{path}: {error}")
             continue
-        (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device)
+        (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device, len(pixels))
         probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()
         best = int(probability.argmax())
         predicted = {"class": card.class_names[best], "probability": round(float(probability[best]), 6)}

@@ -8,11 +8,11 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,25 +22,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.features import engine
 from pipeline.logs import progress
-from pipeline.network.device import BATCH, autocast
+from pipeline.network.device import arithmetic, autocast, upload
 from pipeline.params import Strategy
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Training
 from pipeline.training.heads import loss_weight, mean_log_probability
+from pipeline.training.resident import Batch, Load, Resident
 from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
+CHECKED = 100  # steps after which a GPU's loss is looked at, besides the end of an epoch
 log = logging.getLogger("pipeline")
-
-Batch = Sequence[tuple[int, int]]  # (row of the image, code of the view: see features/views.py)
-Load = Callable[[Sequence[Batch]], Iterator[torch.Tensor]]  # batches -> the network's inputs, one tensor each
 
 
 @dataclass(frozen=True)
 class Task:
     """The images: how to load their inputs, label (n,) int64, weight (n,), and the rows of training and validation.
 
-    Epochs cycle through `train_views`. Predictions are averaged over `evaluation_views` and run in the engine
-    `evaluation_engine`.
+    Epochs cycle through `train_views`. Predictions are averaged over `evaluation_views`, and run in the engine
+    `evaluation_engine` in batches of `evaluation_batch`.
     """
 
     load: Load
@@ -51,6 +50,7 @@ class Task:
     train_views: Sequence[int]
     evaluation_views: Sequence[int]
     evaluation_engine: str
+    evaluation_batch: int
 
 
 def train(
@@ -70,8 +70,12 @@ def train(
     _check_batches(network, task, strategy, name)
     n_steps = len(_batches([(0, 0)] * len(task.train), strategy.batch_size))
     optimizer = _optimizer(network, strategy)
-    in_loss = task.weight.copy()
-    in_loss[task.train] = loss_weight(task.label[task.train], task.weight[task.train], strategy.class_weights)
+    device, resident = _device(network), None
+    if device.type == "cuda":
+        n_pairs = len(task.train) * len({*task.train_views}) + len(task.val) * len(task.evaluation_views)
+        resident = Resident(task.load, n_pairs, device)
+        task = replace(task, load=resident.load)
+    targets = _targets(task, strategy, device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
     state = Training(network, optimizer, schedule, order, best_epoch=0, best={}, curve=[], candidates=[])
@@ -81,25 +85,34 @@ def train(
     for epoch in range(len(state.curve), strategy.epochs + 1):
         if strategy.patience is not None and epoch - 1 - state.best_epoch >= strategy.patience:
             break
-        train_loss = train_accuracy = None
+        train_loss, train_accuracy, rate = None, None, ""
         if epoch:
             view = task.train_views[(epoch - 1) % len(task.train_views)]
-            batches = _batches([(int(row), view) for row in order.permutation(task.train)], strategy.batch_size)
+            rows = order.permutation(task.train)
+            batches = _batches([(int(row), view) for row in rows], strategy.batch_size)
+            shuffled = targets.take(upload(torch.from_numpy(rows), device)).split([*map(len, batches)])
             set_training_mode(network, strategy)
-            total = np.zeros(2)
+            total, begin = torch.zeros(2, dtype=torch.float64, device=device), time.perf_counter()
             inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
-            for batch, loaded in zip(batches, inputs, strict=True):
-                total += _step(network, loaded, [row for row, _ in batch], task, in_loss, strategy, optimizer)
+            for step, (target, loaded) in enumerate(zip(shuffled, inputs, strict=True)):
+                total += _step(network, loaded, target, strategy, optimizer)
                 schedule.step()
-                _check_finite(name, epoch, "training", total[0])
-            train_loss, train_accuracy = (total / task.weight[task.train].sum()).tolist()
+                if resident is not None:
+                    resident.open()
+                if device.type == "cpu" or step % CHECKED == 0:  # to look at a GPU's numbers is to wait for it
+                    _check_finite(name, epoch, "training", total[0].item())
+            loss, n_right = total.tolist()
+            _check_finite(name, epoch, "training", loss)
+            rate = f", {len(rows) / (time.perf_counter() - begin):.0f} images/s"
+            n_all = task.weight[task.train].sum()
+            train_loss, train_accuracy = float(loss / n_all), float(n_right / n_all)
         log_probability = predict(network, task, task.val, strategy.precision)
         candidate = make_candidates({f"epoch {epoch}": log_probability}, task.label[task.val])
         line = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
         line |= _validate(candidate, task)
         _check_finite(name, epoch, "validation", line["val_loss"])
         values = ", ".join(f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float))
-        log.info("%s epoch %d: %s", name, epoch, values)
+        log.info("%s epoch %d: %s%s", name, epoch, values, rate)
         if epoch == 0 or line["val_loss"] < state.curve[state.best_epoch]["val_loss"]:
             state.best_epoch, state.best = epoch, copy.deepcopy(network.state_dict())
         state.curve.append(line)
@@ -143,7 +156,7 @@ def _check_batches(network: nn.Sequential, task: Task, strategy: Strategy, name:
     hooks = [layer.register_forward_pre_hook(partial(note, path)) for path, layer in layers]
     (inputs,) = task.load([[(int(task.train[0]), task.train_views[0])]])
     with torch.inference_mode():
-        network(inputs.to(_device(network)))
+        network(upload(inputs, _device(network)))
     for hook in hooks:
         hook.remove()
     for path, shape in shapes.items():
@@ -172,10 +185,10 @@ def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
 def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
     device = _device(network)
-    pairs = [(int(row), view) for row in rows for view in task.evaluation_views]
-    size = BATCH[device.type]
-    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    outputs = engine.run(network, task.load(batches), task.evaluation_engine, precision, device)
+    pairs: Batch = [(int(row), view) for row in rows for view in task.evaluation_views]
+    size = engine.piece_size(task.evaluation_batch, device)
+    pieces = task.load([pairs[i : i + size] for i in range(0, len(pairs), size)])
+    outputs = engine.run(network, pieces, task.evaluation_engine, precision, device, task.evaluation_batch)
     logits = torch.from_numpy(np.concatenate(list(outputs)))
     return mean_log_probability(logits.unflatten(0, (len(rows), len(task.evaluation_views)))).numpy()
 
@@ -199,9 +212,10 @@ def _optimizer(network: nn.Sequential, strategy: Strategy) -> torch.optim.Optimi
         others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
         groups.append({"params": matrices, "lr": rate, "weight_decay": strategy.weight_decay})
         groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
+    fused = True if _device(network).type == "cuda" else None  # one kernel for all parameters
     if strategy.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=strategy.momentum)
-    return torch.optim.AdamW(groups)
+        return torch.optim.SGD(groups, momentum=strategy.momentum, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)
 
 
 def _rate(epoch: float, strategy: Strategy) -> float:
@@ -212,30 +226,55 @@ def _rate(epoch: float, strategy: Strategy) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - strategy.warmup_epochs) / left))
 
 
-def _step(
-    network: nn.Module,
-    inputs: torch.Tensor,
-    rows: list[int],
-    task: Task,
-    in_loss: np.ndarray,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, float]:
-    """One step. Returns the sums of the losses, weighted by `in_loss`, and of the hits, weighted by image.
+@dataclass(frozen=True)
+class _Targets:
+    """Of images: label (n,) int64, weight and weight in the loss (n,) float32; and the mean weight in training."""
 
-    The loss of the batch is divided by the mean weight of all training images, not of the batch, so that the weight of
-    an image does not depend on the batch it is in.
+    label: torch.Tensor
+    weight: torch.Tensor
+    in_loss: torch.Tensor
+    mean_weight: float
+
+    def take(self, rows: torch.Tensor) -> Self:
+        """Those of `rows`."""
+        return replace(self, label=self.label[rows], weight=self.weight[rows], in_loss=self.in_loss[rows])
+
+    def split(self, lengths: list[int]) -> Iterator[Self]:
+        """Successive parts of these lengths."""
+        parts = (values.split(lengths) for values in (self.label, self.weight, self.in_loss))
+        for label, weight, in_loss in zip(*parts, strict=True):
+            yield replace(self, label=label, weight=weight, in_loss=in_loss)
+
+
+def _targets(task: Task, strategy: Strategy, device: torch.device) -> _Targets:
+    """Those of all images, on the device."""
+    in_loss, train = task.weight.copy(), task.train
+    in_loss[train] = loss_weight(task.label[train], task.weight[train], strategy.class_weights)
+    label, mean_weight = torch.tensor(task.label, device=device), float(task.weight[train].mean())
+    weight, in_loss = (torch.tensor(each, dtype=torch.float32, device=device) for each in (task.weight, in_loss))
+    return _Targets(label, weight, in_loss, mean_weight)
+
+
+def _step(
+    network: nn.Module, inputs: torch.Tensor, target: _Targets, strategy: Strategy, optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """One step. Returns the sums of the losses, weighted in the loss, and of the hits, weighted by image.
+
+    They are float64 (2,) on the device: to fetch them in every step would be to wait for it. The loss of the batch is
+    divided by the mean weight of all training images, not of the batch, so that the weight of an image does not depend
+    on the batch it is in.
     """
-    device = _device(network)
-    label = torch.from_numpy(task.label[rows]).to(device)
-    weight, loss_weights = (torch.from_numpy(w[rows]).to(device, torch.float32) for w in (task.weight, in_loss))
-    with autocast(strategy.precision, device):
-        logits = network(inputs.to(device, non_blocking=True)).float()
-    losses = loss_weights * F.cross_entropy(logits, label, reduction="none", label_smoothing=strategy.label_smoothing)
-    optimizer.zero_grad()
-    (losses.mean() / task.weight[task.train].mean()).backward()
+    device = target.label.device
+    with arithmetic(strategy.precision, device):
+        with autocast(strategy.precision, device):
+            logits = network(upload(inputs, device)).float()
+        smoothing = strategy.label_smoothing
+        losses = target.in_loss * F.cross_entropy(logits, target.label, reduction="none", label_smoothing=smoothing)
+        optimizer.zero_grad()
+        (losses.mean() / target.mean_weight).backward()
     optimizer.step()
-    return losses.sum().item(), (weight * (logits.argmax(1) == label)).sum().item()
+    n_right = (target.weight * (logits.argmax(1) == target.label)).sum()
+    return torch.stack([losses.detach().sum(), n_right]).double()
 
 
 def _check_finite(name: str, epoch: int, split: str, loss: float) -> None:

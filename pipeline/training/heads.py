@@ -11,7 +11,7 @@ the result of a strength does not depend on the others. The validation NLL selec
 there are epochs. It is weighted by the images' weights alone, as the metrics are: `class_weights` changes the fit, not
 the selection.
 
-Features that would take more than RESIDENT_BYTES are read again in each pass; the results have the same bytes.
+Features for which there is no room on the device are read again in each pass; the results have the same bytes.
 """
 
 import copy
@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from pipeline.files import digest
+from pipeline.network.device import resident_bytes
 from pipeline.params import HeadOptions
 from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
@@ -42,7 +43,7 @@ log = logging.getLogger("pipeline")
 # seeds 100 to 102: NLL 0.331 with 0.01, 0.332 with 0.1, 0.331 with 0.3, 0.330 with 0.5 and 1; of the last two, 1 has
 # the smaller weights.
 DEVIATION_FLOOR = 1.0
-RESIDENT_BYTES = 4 * 2**30  # the most that training rows take on the device, as float32
+RESIDENT_BYTES = 4 * 2**30  # the most that training rows take in memory, as float32; on a GPU see resident_bytes
 CHUNK_BYTES = 256 * 2**20  # of rows that are multiplied at a time, resident or not: sums depend on it
 
 
@@ -255,7 +256,7 @@ class _Rows:
         self._chunk_rows = self._n_views * max(1, CHUNK_BYTES // image_bytes)
         self._transform: nn.Module = nn.Identity()
         self._resident = None
-        if n_images * image_bytes <= RESIDENT_BYTES:
+        if n_images * image_bytes <= resident_bytes(device, RESIDENT_BYTES):
             resident = torch.empty(len(self.label), *shape, device=device)
             for rows, chunk in self.chunks():
                 resident[rows] = chunk

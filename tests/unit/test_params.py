@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.params import PARAMS, Params, load_params
+from pipeline import params as module
+from pipeline.params import PARAMS, Params, count_cores, load_params
 
 REPOSITORY = Path(__file__).parents[2]
 SCRATCH = "fine_tune.strategies.from_scratch"
@@ -292,6 +293,48 @@ def test_folds_are_numbered_from_0_and_all_of_them_are_fine_tuned(tmp_path: Path
         change = {"split.seeds": seeds, "fine_tune.seeds": fine_tuned, "split.val_fraction": val_fraction}
         with pytest.raises(ValueError, match=message):
             load(document_with({**folds, **change}), tmp_path)
+
+
+def test_auto_workers_are_as_many_as_the_cores_and_numbers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "count_cores", lambda: 16)
+    for given, expected in (("auto", 16), (0, 0), (3, 3)):
+        assert load(document_with({"runtime.workers": given}), tmp_path).runtime.workers == expected
+    for wrong in ("all", -1, 2.5, None):
+        with pytest.raises(ValueError, match=r"runtime\.workers: found .*; expected auto, or a whole number"):
+            load(document_with({"runtime.workers": wrong}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000\n"}, 6),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "300000\n"}, 6),
+        ({"cpu.max": "what\n"}, 6),
+    ],
+)
+def test_cores_are_those_that_this_process_and_its_container_may_use(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {*range(6)})
+    monkeypatch.setattr(module, "CGROUP", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert count_cores() == expected
+
+
+@pytest.mark.parametrize("batch_size", [{"cpu": 8}, {"cpu": 0, "cuda": 1}, 8, {"cpu": 8, "cuda": 1, "mps": 1}])
+def test_a_batch_size_names_every_device(batch_size: object, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"params\.yaml: features\.batch_size"):
+        load(document_with({"features.batch_size": batch_size}), tmp_path)
+    assert load(document_with({}), tmp_path).features.batch_size.on("cpu") == 8
 
 
 def test_a_missing_key_is_named(tmp_path: Path):

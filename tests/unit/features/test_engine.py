@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from pipeline.features import engine
+from pipeline.network.device import choose_device
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ENGINES = ["torch", "openvino"]
 
 
@@ -30,7 +31,7 @@ def inputs(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_last_batch_gives_its_own_rows_only(network: nn.Module, name: str) -> None:
-    outputs = list(engine.run(network, inputs(11).split(4), name, "fp32", CPU))
+    outputs = list(engine.run(network, inputs(11).split(4), name, "fp32", CPU, 8))
     assert [output.shape for output in outputs] == [(4, 5), (4, 5), (3, 5)]
     assert all(output.dtype == np.float32 for output in outputs)
 
@@ -38,28 +39,28 @@ def test_last_batch_gives_its_own_rows_only(network: nn.Module, name: str) -> No
 @pytest.mark.parametrize("name", ENGINES)
 def test_row_does_not_depend_on_padding_or_neighbours(network: nn.Module, name: str) -> None:
     x = inputs(12)
-    padded = np.concatenate(list(engine.run(network, x[:11].split(4), name, "fp32", CPU)))
-    full = np.concatenate(list(engine.run(network, x.split(4), name, "fp32", CPU)))
+    padded = np.concatenate(list(engine.run(network, x[:11].split(4), name, "fp32", CPU, 8)))
+    full = np.concatenate(list(engine.run(network, x.split(4), name, "fp32", CPU, 8)))
     assert np.array_equal(padded, full[:11])
-    reversed_ = np.concatenate(list(engine.run(network, x.flip(0).split(4), name, "fp32", CPU)))
+    reversed_ = np.concatenate(list(engine.run(network, x.flip(0).split(4), name, "fp32", CPU, 8)))
     assert np.array_equal(reversed_[::-1], full)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_single_short_batch_needs_no_padding(network: nn.Module, name: str) -> None:
-    (output,) = engine.run(network, [inputs(3)], name, "fp32", CPU)
+    (output,) = engine.run(network, [inputs(3)], name, "fp32", CPU, 8)
     assert output.shape == (3, 5)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_no_batches_give_no_outputs(network: nn.Module, name: str) -> None:
-    assert list(engine.run(network, [], name, "fp32", CPU)) == []
+    assert list(engine.run(network, [], name, "fp32", CPU, 8)) == []
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_outputs_come_in_the_order_of_the_batches(name: str) -> None:
     batches = [torch.full((2, 3, 4, 4), float(number)) for number in range(60)]
-    outputs = list(engine.run(nn.Sequential(nn.Flatten()), batches, name, "fp32", CPU))
+    outputs = list(engine.run(nn.Sequential(nn.Flatten()), batches, name, "fp32", CPU, 8))
     assert [output[0, 0] for output in outputs] == list(range(60))
     assert all((output == output[0, 0]).all() for output in outputs)
 
@@ -67,7 +68,7 @@ def test_outputs_come_in_the_order_of_the_batches(name: str) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_outputs_are_the_callers_to_keep(network: nn.Module, name: str) -> None:
     x = inputs(40)
-    kept = list(engine.run(network, x.split(2), name, "fp32", CPU))
+    kept = list(engine.run(network, x.split(2), name, "fp32", CPU, 8))
     with torch.no_grad():
         expected = network(x).numpy()
     np.testing.assert_allclose(np.concatenate(kept), expected, rtol=1e-4, atol=1e-5)
@@ -77,7 +78,7 @@ def test_outputs_are_the_callers_to_keep(network: nn.Module, name: str) -> None:
 def test_batches_are_taken_as_they_are_needed(network: nn.Module, name: str) -> None:
     taken = []
     batches = (taken.append(number) or batch for number, batch in enumerate(inputs(400).split(2)))
-    first = list(islice(engine.run(network, batches, name, "fp32", CPU), 3))
+    first = list(islice(engine.run(network, batches, name, "fp32", CPU, 8), 3))
     assert len(first) == 3
     assert len(taken) < 100
 
@@ -85,7 +86,7 @@ def test_batches_are_taken_as_they_are_needed(network: nn.Module, name: str) -> 
 @pytest.mark.parametrize("name", ENGINES)
 def test_network_runs_in_evaluation_mode(network: nn.Module, name: str) -> None:
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    list(engine.run(network.train(), [inputs(4)], name, "fp32", CPU))
+    list(engine.run(network.train(), [inputs(4)], name, "fp32", CPU, 8))
     assert not network.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -93,8 +94,8 @@ def test_network_runs_in_evaluation_mode(network: nn.Module, name: str) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_bf16_is_close_to_fp32(network: nn.Module, name: str) -> None:
     x = inputs(4)
-    (exact,) = engine.run(network, [x], name, "fp32", CPU)
-    (rough,) = engine.run(network, [x], name, "bf16", CPU)
+    (exact,) = engine.run(network, [x], name, "fp32", CPU, 8)
+    (rough,) = engine.run(network, [x], name, "bf16", CPU, 8)
     assert rough.dtype == np.float32
     assert np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -106,7 +107,6 @@ def test_bf16_is_refused_on_a_cpu_without_it(
     core = SimpleNamespace(get_property=lambda *_: capabilities)
     monkeypatch.setattr(engine, "_core", lambda: core)
     engine.check_precision("features.precision", "fp32", CPU)
-    engine.check_precision("features.precision", "bf16", torch.device("cuda"))
     if is_able:
         engine.check_precision("features.precision", "bf16", CPU)
     else:
@@ -114,11 +114,103 @@ def test_bf16_is_refused_on_a_cpu_without_it(
             engine.check_precision("features.precision", "bf16", CPU)
 
 
+def test_tf32_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"^params\.yaml: fine_tune\.x\.precision: tf32 needs a GPU.*expected fp32"):
+        engine.check_precision("fine_tune.x.precision", "tf32", CPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("is_able", [True, False])
+def test_a_gpu_that_only_emulates_a_precision_is_named(
+    monkeypatch: pytest.MonkeyPatch, precision: str, *, is_able: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or is_able)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    if is_able or precision == "fp32":
+        engine.check_precision("features.precision", precision, GPU)
+    else:
+        line = rf"^params\.yaml: features\.precision: this GPU \(Tesla T4\) has no {precision}; expected fp32$"
+        with pytest.raises(ValueError, match=line):
+            engine.check_precision("features.precision", precision, GPU)
+
+
+@pytest.mark.parametrize(("size", "on_gpu"), [(8, 8), (32, 32), (100, 33), (256, 32), (1, 1)])
+def test_a_batch_of_a_gpu_is_loaded_in_equal_pieces(size: int, on_gpu: int) -> None:
+    assert engine.piece_size(size, CPU) == size
+    assert engine.piece_size(size, GPU) == on_gpu
+
+
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [4, 4, 4, 4, 4, 4], [3] * 8, [4, 4, 4, 2], [5]])
+def test_pieces_are_put_together_to_batches_and_come_back_as_they_were(network: nn.Module, lengths: list[int]) -> None:
+    shapes: list[int] = []
+    network.register_forward_pre_hook(lambda _, given: shapes.append(len(given[0])))
+    x = inputs(24)
+    expected = np.concatenate(list(engine.run(network, x.split(8), "torch", "fp32", CPU, 8)))
+    shapes.clear()
+    n = sum(lengths)
+    found = list(engine.run(network, x[:n].split(lengths), "torch", "fp32", CPU, 8))
+    assert [len(output) for output in found] == lengths
+    assert np.array_equal(np.concatenate(found), expected[:n])
+    assert {*shapes} == {8}, "one shape"
+    assert len(shapes) <= -(-n // (8 - max(lengths) % 8 if max(lengths) < 8 else 8)), "no batch for each piece"
+
+
+class Slow:
+    """A stand-in for the link to a GPU: an output is there only once it was waited for."""
+
+    is_asynchronous = True
+    n_running = most_running = 0
+
+    def __init__(self, _: torch.device) -> None:
+        pass
+
+    def send(self, pieces: list[torch.Tensor], size: int) -> torch.Tensor:
+        return engine._padded(torch.cat(pieces), size)
+
+    def receive(self, output: torch.Tensor) -> tuple[torch.Tensor, SimpleNamespace]:
+        arriving, values = torch.full(output.shape, torch.nan).numpy(), output.numpy().copy()
+        Slow.n_running += 1
+        Slow.most_running = max(Slow.n_running, Slow.most_running)
+
+        def synchronize() -> None:
+            Slow.n_running -= 1
+            arriving[:] = values
+
+        return torch.from_numpy(arriving), SimpleNamespace(synchronize=synchronize)
+
+
+def test_several_batches_are_on_their_way_and_each_row_is_waited_for(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs(43)
+    expected = [output.copy() for output in engine.run(network, x.split(4), "torch", "fp32", CPU, 8)]
+    monkeypatch.setattr(engine, "_Link", Slow)
+    found = list(engine.run(network, x.split(4), "torch", "fp32", CPU, 8))
+    assert len(found) == len(expected)
+    assert all(map(np.array_equal, found, expected))
+    assert (Slow.n_running, Slow.most_running) == (0, 1 + engine.IN_FLIGHT)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_rows_of_a_gpu_do_not_depend_on_pieces_or_on_where_they_come_from(network: nn.Module, precision: str) -> None:
+    gpu, x = choose_device("cuda"), inputs(100)
+    expected = list(engine.run(network, x.split(16), "torch", precision, gpu, 32))
+    again, pageable, resident = (
+        list(engine.run(network, pieces, "torch", precision, gpu, 32))
+        for pieces in (x.pin_memory().split(16), x.split(8), x.to(gpu).split(32))
+    )
+    for found in (again, pageable, resident):
+        assert np.array_equal(np.concatenate(found), np.concatenate(expected))
+    (on_cpu,) = engine.run(network.cpu(), [x], "torch", "fp32", CPU, 100)
+    assert np.abs(on_cpu - np.concatenate(expected)).max() < 0.05 * np.abs(on_cpu).max()
+
+
 def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(network: nn.Module) -> None:
     assert engine.prepare("auto", network, inputs(2), "fp32", CPU).engine == "openvino"
     assert engine.prepare("torch", network, inputs(2), "fp32", CPU).engine == "torch"
     with pytest.raises(ValueError, match=r"features\.engine: openvino runs on a CPU; expected auto or torch"):
-        engine.prepare("openvino", network, inputs(2), "fp32", torch.device("cuda"))
+        engine.prepare("openvino", network, inputs(2), "fp32", GPU)
 
 
 @pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.features.engine._core"])
@@ -176,6 +268,7 @@ def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
 import faulthandler, signal, time, torch
 from torch import nn
 from pipeline.features import engine
+from pipeline.network.device import choose_device
 cpu, x = torch.device("cpu"), torch.zeros(2, 3, 8, 8)
 faulthandler.enable()  # which gives signals a stack
 signal.signal(signal.SIGALRM, lambda *_: None)  # Python's handlers run on it

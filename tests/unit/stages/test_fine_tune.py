@@ -47,9 +47,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     losses: list[float] = []
     step = fit._step
 
-    def recorded(*arguments: Any) -> tuple[float, float]:
+    def recorded(*arguments: Any) -> torch.Tensor:
         sums = step(*arguments)
-        losses.append(sums[0])
+        losses.append(sums[0].item())
         return sums
 
     monkeypatch.setattr(fit, "_step", recorded)
@@ -334,6 +334,21 @@ def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
         assert torch.get_num_threads() == 1
 
 
+@pytest.mark.parametrize("strategy", [{"freeze_until": "none"}, {"freeze_until": "layer2"}], ids=["images", "cached"])
+def test_a_run_on_the_cpu_makes_no_context_on_a_gpu_that_is_there(
+    strategy: dict[str, Any], tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("CUDA is initialised")
+
+    for name in ("_lazy_init", "set_device", "current_device", "mem_get_info"):
+        monkeypatch.setattr(f"torch.cuda.{name}", refuse)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    tune(TINY, strategy | {"epochs": 1}, runtime={"device": "cpu", "workers": 1})
+    assert not torch.cuda.is_initialized()
+
+
 @pytest.mark.parametrize("stage", ["extract", "fine_tune"])
 def test_weights_that_differ_from_the_plan_are_refused_in_one_line(stage: str, tune: Tune) -> None:
     tune(TINY, {"epochs": 1})
@@ -406,7 +421,7 @@ def test_interrupted_run_goes_on_with_the_same_bytes_and_leaves_no_checkpoint(
     tune(TINY, strategy)
     expected, step, n_steps = outputs(), fit._step, 0
 
-    def interrupted(*arguments: Any) -> tuple[float, float]:
+    def interrupted(*arguments: Any) -> torch.Tensor:
         nonlocal n_steps
         n_steps += 1
         if n_steps == 8:  # in the third epoch of three steps
@@ -467,7 +482,7 @@ def killed_in_step(number: int) -> None:
     """Run the stage until it is killed in this training step; not at all for 0, which is between two steps."""
     step, n_steps = fit._step, 0
 
-    def counted(*arguments: Any) -> tuple[float, float]:
+    def counted(*arguments: Any) -> torch.Tensor:
         nonlocal n_steps
         n_steps += 1
         if n_steps == number:

@@ -65,7 +65,7 @@ def train(strategy: Any, n_batches: int | None = None, path: Path | None = PATH)
                 raise KeyboardInterrupt
             yield INPUTS[[row for row, _ in batch]]
 
-    task = Task(load, LABEL, np.ones(N_IMAGES), np.arange(13), np.arange(13, 20), [0], [0], "torch")
+    task = Task(load, LABEL, np.ones(N_IMAGES), np.arange(13), np.arange(13, 20), [0], [0], "torch", 8)
     best, curve, candidates = fit.train(network, task, strategy, 0, "run", path)
     arrays = [getattr(candidates, name).tobytes() for name in checkpoints.ARRAYS]
     return best, curve, candidates.names, arrays, save(contiguous(network.state_dict())), n_loaded

@@ -83,7 +83,7 @@ def from_memory(inputs: torch.Tensor) -> Load:
 
 
 def task(inputs: torch.Tensor = IMAGES, load: Load | None = None, **changes: Any) -> Task:
-    return replace(Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, [0], [0], "torch"), **changes)
+    return replace(Task(load or from_memory(inputs), LABEL, WEIGHT, TRAIN, VAL, [0], [0], "torch", 8), **changes)
 
 
 class Vgg(nn.Module):
@@ -148,7 +148,7 @@ def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions =
     end = cuts.resolve(backbone, cut)
     base, dense = cuts.split(backbone, end)
     whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool, 0))
-    features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU)))[:, None]
+    features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU, 8)))[:, None]
     train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
     torch.manual_seed(0)
     fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, head)
@@ -322,7 +322,7 @@ def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str)
     options = strategy(batchnorm=batchnorm, epochs=3)
     whole = build(prepare(RESNET), "layer2")
     cached = copy.deepcopy(whole)
-    activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU)))
+    activations = np.concatenate(list(engine.run(whole[0], IMAGES.split(8), "torch", "fp32", CPU, 8)))
     cached[0] = nn.Identity()
     _, expected, _ = fit.train(whole, task(), options, 0, "whole")
     _, found, _ = fit.train(cached, task(torch.from_numpy(activations)), options, 0, "cached")
@@ -428,7 +428,7 @@ def test_epochs_cycle_through_the_views_and_see_every_training_image_once(
 
 
 def test_images_count_by_their_weight_in_the_losses() -> None:
-    light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, [0], [0], "torch")
+    light = Task(from_memory(IMAGES), LABEL, 0.25 * WEIGHT, TRAIN, VAL, [0], [0], "torch", 8)
     curves, states = [], []
     for each in (task(), light):
         network = build(prepare(RESNET), "all")
@@ -445,7 +445,7 @@ def test_balanced_class_weights_are_weights_of_the_training_loss_alone() -> None
     counted = rare.copy()
     counted[TRAIN] *= rare[TRAIN].sum() / (3 * np.bincount(LABEL[TRAIN], rare[TRAIN])[LABEL[TRAIN]])
     as_weights, balanced = (
-        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, [0], [0], "torch") for weight in (counted, rare)
+        Task(from_memory(IMAGES), LABEL, weight, TRAIN, VAL, [0], [0], "torch", 8) for weight in (counted, rare)
     )
     found = []
     for each, options in ((as_weights, STRATEGY), (balanced, strategy(class_weights="balanced"))):
