@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -36,6 +36,7 @@ DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "zlib_ng", "libtiff", "w
 PIXEL_CODE = ("dataset/decoding.py", "features/pixels.py", "network/preprocessing.py")
 SHARD_BYTES = 32 * 2**20
 PREFETCHED = 4  # batches for each worker
+LOCATED = 256  # batches whose pixels are looked up at once
 AHEAD = 8  # images in a batch that is decoded ahead
 SHARED_MEMORY = "/dev/shm"
 Place = tuple[Path, int]  # a file, and where in it a row begins, in bytes
@@ -54,34 +55,45 @@ class PixelStore:
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation, kinds: Iterable[Kind]) -> None:
         self._stores: dict[Kind, Store] = {kind: Store(_key(kind, preprocessing, augmentation)) for kind in kinds}
-        self._added: dict[Kind, dict[str, np.ndarray]] = {kind: {} for kind in self._stores}  # not on disk yet
+        self._waiting: dict[Kind, dict[str, np.ndarray]] = {kind: {} for kind in self._stores}
+        self._added: set[tuple[Kind, str]] = set()  # since the last flush
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def locate(self, name: str, kinds: Iterable[Kind]) -> dict[Kind, Place]:
-        """Where the pixels of the image with this SHA-256 are; those that are not on disk are left out."""
-        row = name, 0
-        return {kind: self._stores[kind].locate([row])[0] for kind in kinds if row in self._stores[kind]}
+    def locate(self, names: Iterable[str], kind: Kind) -> dict[str, Place]:
+        """Where the pixels of the images with these SHA-256 are; those that are not on disk are left out."""
+        rows, store = [(name, 0) for name in dict.fromkeys(names)], self._stores[kind]
+        absent = {*store.missing(rows)}
+        there = [row for row in rows if row not in absent]
+        return {name: place for (name, _), place in zip(there, store.locate(there), strict=True)}
 
     def add(self, fresh: Fresh) -> None:
         """Keep these pixels."""
         for kind, name, row in fresh:
-            waiting = self._added[kind]
-            if name not in waiting and (name, 0) not in self._stores[kind]:
+            if (kind, name) not in self._added:
+                self._added.add((kind, name))
+                waiting = self._waiting[kind]
                 waiting[name] = row
                 if len(waiting) * row.nbytes >= SHARD_BYTES:
                     self._write(kind)
 
     def flush(self) -> None:
         """Wait until all that was added is on disk."""
-        for kind in self._added:
+        for kind in self._waiting:
             self._write(kind)
         self._wait()
+        self._added.clear()
+
+    def close(self) -> None:
+        """Flush; save the index of what is there."""
+        self.flush()
+        for store in self._stores.values():
+            store.save_index()
 
     def _write(self, kind: Kind) -> None:
         self._wait()  # one shard waits in memory, not more
-        if rows := self._added[kind]:
-            self._added[kind] = {}
+        if rows := self._waiting[kind]:
+            self._waiting[kind] = {}
             names, values = [(name, 0) for name in rows], np.stack([*rows.values()])
             self._writing = self._writer.submit(self._stores[kind].write, names, values)
 
@@ -266,18 +278,25 @@ class Loader:
             self._store.flush()
         n_waiting, largest = PREFETCHED * self._workers + 2, max(map(len, batches), default=0)
         is_piped = self._workers > 0 and not _has_shared_memory(n_waiting * largest * self._view_bytes)
-        self._requests.current = (self._request(batch, is_piped=is_piped) for batch in batches)
+        self._requests.current = self._make_requests(batches, is_piped=is_piped)
         assert self._loader is not None, "it is closed"
         return self._receive(iter(self._loader))  # workers begin now, not when the first batch is asked for
 
-    def _request(self, batch: Sequence[Row], *, is_piped: bool) -> Request:
-        samples = []
-        for name, rows in groupby(batch, lambda row: row[0]):  # the views of one image
-            codes = tuple(code for _, code in rows)
-            kinds: set[Kind] = {kind_of(code, self._augmentation) for code in codes}
-            places = {} if self._store is None else self._store.locate(name, kinds)
-            samples.append(Sample(self.paths[name], name, codes, places))
-        return Request(samples, is_piped, self._store is not None)
+    def _make_requests(self, batches: Sequence[Sequence[Row]], *, is_piped: bool) -> Iterator[Request]:
+        for start in range(0, len(batches), LOCATED):
+            part = batches[start : start + LOCATED]
+            names: dict[Kind, list[str]] = {}
+            for name, code in chain.from_iterable(part):
+                names.setdefault(kind_of(code, self._augmentation), []).append(name)
+            places = (
+                {} if self._store is None else {kind: self._store.locate(named, kind) for kind, named in names.items()}
+            )
+            for batch in part:
+                samples = []
+                for name, rows in groupby(batch, lambda row: row[0]):  # the views of one image
+                    found: dict[Kind, Place] = {kind: at[name] for kind, at in places.items() if name in at}
+                    samples.append(Sample(self.paths[name], name, tuple(code for _, code in rows), found))
+                yield Request(samples, is_piped, self._store is not None)
 
     def _receive(self, answers: Iterator[Answer]) -> Iterator[torch.Tensor]:
         for views, fresh in answers:
@@ -294,7 +313,8 @@ class Loader:
         if store is None or not self._workers:
             yield
             return
-        missing = [name for name in names if not store.locate(name, ["crop"])]
+        there = store.locate(names, "crop")
+        missing = [name for name in names if name not in there]
         answers = self.load([[(name, 0) for name in missing[i : i + AHEAD]] for i in range(0, len(missing), AHEAD)])
 
         def receive() -> None:
@@ -315,7 +335,7 @@ class Loader:
         """End the workers; wait until all pixels are on disk."""
         self._loader = None
         if self._store is not None:
-            self._store.flush()
+            self._store.close()
 
 
 def open_loader(

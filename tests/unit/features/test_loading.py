@@ -272,9 +272,10 @@ def test_pixels_that_were_removed_meanwhile_are_decoded_again(workers: int, tmp_
     rows = [[(name, code) for name in paths for code in CODES]]
     expected = load(open_loader(paths, store=pixel_store()), rows)
     with closing(open_loader(paths, store=pixel_store(), workers=workers)) as loader:
-        places = loader._store.locate  # pyright: ignore[reportOptionalMemberAccess]
-        located = {name: places(name, ["crop", "whole"]) for name in paths}
-        loader._store.locate = lambda name, _: located[name]  # pyright: ignore
+        store = loader._store
+        assert store is not None
+        located = {kind: store.locate(paths, kind) for kind in ("crop", "whole")}
+        store.locate = lambda _, kind: located[kind]
         for shard in kept.glob("*/*.h5"):
             shard.unlink()
         assert all(map(np.array_equal, (batch.numpy() for batch in loader.load(rows)), expected))
