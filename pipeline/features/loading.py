@@ -288,13 +288,13 @@ class Loader:
             names: dict[Kind, list[str]] = {}
             for name, code in chain.from_iterable(part):
                 names.setdefault(kind_of(code, self._augmentation), []).append(name)
-            places = (
-                {} if self._store is None else {kind: self._store.locate(named, kind) for kind, named in names.items()}
-            )
+            places: list[tuple[Kind, dict[str, Place]]] = []
+            if self._store is not None:
+                places = [(kind, self._store.locate(named, kind)) for kind, named in names.items()]
             for batch in part:
                 samples = []
                 for name, rows in groupby(batch, lambda row: row[0]):  # the views of one image
-                    found: dict[Kind, Place] = {kind: at[name] for kind, at in places.items() if name in at}
+                    found: dict[Kind, Place] = {kind: at[name] for kind, at in places if name in at}
                     samples.append(Sample(self.paths[name], name, tuple(code for _, code in rows), found))
                 yield Request(samples, is_piped, self._store is not None)
 

@@ -267,7 +267,9 @@ def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_that_were_removed_meanwhile_are_decoded_again(workers: int, tmp_path: Path, kept: Path):
+def test_pixels_that_were_removed_meanwhile_are_decoded_again(
+    workers: int, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+):
     paths = files(tmp_path, 3)
     rows = [[(name, code) for name in paths for code in CODES]]
     expected = load(open_loader(paths, store=pixel_store()), rows)
@@ -275,7 +277,7 @@ def test_pixels_that_were_removed_meanwhile_are_decoded_again(workers: int, tmp_
         store = loader._store
         assert store is not None
         located = {kind: store.locate(paths, kind) for kind in ("crop", "whole")}
-        store.locate = lambda _, kind: located[kind]
+        monkeypatch.setattr(store, "locate", lambda _, kind: located[kind])
         for shard in kept.glob("*/*.h5"):
             shard.unlink()
         assert all(map(np.array_equal, (batch.numpy() for batch in loader.load(rows)), expected))
