@@ -116,6 +116,12 @@ def share_of_environment() -> Share:
                 found,
             )
         return Share(0, 1)
+    if "WORLD_SIZE" not in found and (n_tasks := os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        log.warning(
+            "environment: srun runs %s of these, and each computes all rows; to share them: srun bash -c "
+            "'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS python -m pipeline.stages.extract'",
+            n_tasks,
+        )
     given = (found.get("RANK", "0" if size == "1" else ""), size, found.get("LOCAL_RANK", "0") if size != "1" else "0")
     rank, world_size, local_rank = (int(value) if value.isdecimal() else -1 for value in given)
     if not (0 <= rank < world_size and local_rank >= 0):

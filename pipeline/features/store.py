@@ -35,6 +35,8 @@ log = logging.getLogger("pipeline")
 def put_at(directory: str | None) -> None:
     """Set the directory of the store, `runtime.store`, for this process and those that it starts."""
     os.environ["FEATURE_STORE"] = directory or ""
+    if root().exists() and not root().is_dir():
+        raise ValueError(f"params.yaml: runtime.store: {root()} is a file, expected a directory")
 
 
 def root() -> Path:

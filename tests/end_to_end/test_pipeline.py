@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pipeline import logs
 from pipeline.network import backbones
 from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, plan, references, split, train_head
-from tests.factories import carry
+from tests.factories import REPOSITORY, carry
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
 
@@ -811,3 +812,35 @@ def _threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def test_runs_of_the_matrix_side_by_side_are_taken_from_the_cache(repository: Repository) -> None:
+    """Two by `dvc queue`, as with a GPU each, and two by the array job of docs/machines.md, as sbatch starts it."""
+    with repository.params() as params:
+        params["fine_tune"]["seeds"] = [0, 1]
+        params["fine_tune"]["defaults"]["weight_decay"] = 0.03
+    repository.dvc("repro", "train_head")
+    cells = [f"{strategy}-{seed}" for seed in (0, 1) for strategy in TUNED]
+    page = (REPOSITORY / "docs" / "machines.md").read_text(encoding="utf-8").partition("## SLURM")[2]
+    script, n_changed = re.subn(r"^cells=.*", f"cells=({' '.join(cells[2:])})", page, flags=re.MULTILINE)
+    assert n_changed == 1
+    (repository.root / "cells.sh").write_text(f"#!/bin/bash{script.partition('#!/bin/bash')[2].partition('```')[0]}")
+    repository.commit()
+
+    for cell in cells[:2]:
+        repository.dvc("exp", "run", "--queue", f"fine_tune@{cell}")
+    repository.dvc("queue", "start", "--jobs", "2")
+    slurm = repository.environment | {"SLURM_SUBMIT_DIR": str(repository.root)}
+    tasks = [
+        subprocess.Popen(["bash", "cells.sh"], cwd=repository.root, env=slurm | {"SLURM_ARRAY_TASK_ID": str(number)})
+        for number in range(2)
+    ]
+    assert [task.wait() for task in tasks] == [0, 0]
+    while re.search("Queued|Running", status := repository.dvc("queue", "status")):
+        time.sleep(1)
+    assert status.count("Success") == 2, status
+
+    ran = repository.repro()
+    assert "compare" in ran
+    assert not {name for name in ran if name.startswith("fine_tune")}
+    assert all((repository.root / "reports/runs" / cell.replace("-", "/seed_")).is_dir() for cell in cells)

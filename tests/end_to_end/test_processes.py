@@ -1,14 +1,17 @@
-"""The feature store under real processes: killed, out of disk, two at once, in ranks."""
+"""The feature store under real processes: killed, out of disk, two at once, in ranks, on machines that are lost."""
 
 import hashlib
 import json
 import os
 import random
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +49,8 @@ class Slow(nn.Module):
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 50))
     def forward(self, x):
         time.sleep(0.02)
+        while Path(os.environ["DVC_ROOT"], "hold").exists():  # with it, a test says what happens next
+            time.sleep(0.02)
         return self.layers(x)
 
 def main():
@@ -254,6 +259,11 @@ def test_decoder_that_is_killed_is_one_line_and_what_was_computed_is_kept(driver
     assert driver.features("decoder") == expected
 
 
+def rows_in(store: Path) -> list[Row]:
+    """Of every finished shard, each of which must be whole."""
+    return [row for path in store.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
+
+
 def once(images: Path, store: Path, log: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
     """A process of its own that fills `store` once."""
     options = {"environment": {}, "out": str(store / "features.h5"), "limit": 0, "workers": 0}
@@ -278,7 +288,7 @@ def test_two_writers_on_one_store_both_end_with_the_right_bytes(
         output = process.communicate()[1]
         assert process.returncode == 0, output
         assert (tmp_path / "features.h5").read_bytes() == expected
-    found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
+    found = rows_in(tmp_path)
     assert len(set(found)) == N_IMAGES * VIEWS
     assert not [*tmp_path.rglob("*.tmp")]
 
@@ -291,7 +301,7 @@ def test_ranks_fill_the_store_side_by_side_and_one_process_assembles_it(
     output = process.communicate()[1]
     assert process.returncode == 0, output
     assert not (tmp_path / "features.h5").exists()
-    found = [row for path in tmp_path.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
+    found = rows_in(tmp_path)
     assert len(found) == len(set(found)) == N_IMAGES * VIEWS, "no row is computed twice"
     alone = once(images, tmp_path, tmp_path / "alone.log")
     output = alone.communicate()[1]
@@ -315,3 +325,154 @@ def test_a_dead_rank_costs_its_own_rows_only(driver: Driver, images: Path, expec
     assert len(found) < N_IMAGES * VIEWS
     assert driver.run("ranks")[0] == 0
     assert driver.features("ranks") == expected
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The launcher of one machine; its store is on a disk that all machines share."""
+
+    launcher: subprocess.Popen[str]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The processes of the stage."""
+        return [*map(int, Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split())]
+
+    def lose(self) -> None:
+        """Switch it off."""
+        for process in (self.launcher.pid, *self.ranks):
+            os.kill(process, signal.SIGKILL)
+        self.launcher.communicate()
+
+    def output(self) -> str:
+        """What it has printed at its end, which must be a good one."""
+        output = self.launcher.communicate()[1]
+        assert self.launcher.returncode == 0, output
+        return output
+
+
+def documented(start: str, heading: str) -> list[str]:
+    """The words of the command in docs/machines.md, below `heading`, that starts so."""
+    text = (REPOSITORY / "docs" / "machines.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    found = re.search(rf"^{start} (?:\\\n|.)*", text, re.MULTILINE)
+    assert found, f"docs/machines.md: no {start} below {heading}"
+    return shlex.split(found[0].replace("\\\n", ""))
+
+
+@pytest.fixture
+def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
+    """Starts the launcher of a machine with one rank as docs/machines.md says; `nodes` replaces its number there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options, _, module = " ".join(documented("torchrun", "Several machines")[1:]).partition(" -m ")
+    assert module == "pipeline.stages.extract"
+    options = options.replace("first-machine:29500", f"127.0.0.1:{port}").replace("--nproc-per-node 4", "")
+    (tmp_path / "hold").touch()
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launchers = []
+
+    def start(nodes: str) -> Machine:
+        launcher = ("-m", "torch.distributed.run", *options.replace("1:3", nodes).split())
+        log = tmp_path / f"{len(launchers)}.log"
+        launchers.append(once(images, tmp_path, log, *launcher, **environment))
+        return Machine(launchers[-1])
+
+    yield start
+    for launcher in launchers:
+        launcher.terminate()
+
+
+def stop_at_a_third(store: Path, *machines: Machine) -> list[int]:
+    """Let the ranks run until a third of the rows is there; their processes."""
+    (store / "hold").unlink()
+    while len(rows_in(store)) < N_IMAGES * VIEWS / 3:
+        assert all(machine.launcher.poll() is None for machine in machines)
+        time.sleep(0.002)
+    (store / "hold").touch()
+    return [rank for machine in machines for rank in machine.ranks]
+
+
+def go_on(store: Path, ended: Sequence[int], *machines: Machine) -> list[str]:
+    """Let the ranks run to their end, once those that ended are replaced; what the launchers have printed."""
+    while not all(machine.ranks and not {*machine.ranks} & {*ended} for machine in machines):
+        assert all(machine.launcher.poll() is None for machine in machines)
+        time.sleep(0.02)
+    (store / "hold").unlink()
+    return [machine.output() for machine in machines]
+
+
+def test_a_rank_that_is_killed_starts_again_and_so_do_the_others(
+    join: Callable[[str], Machine], images: Path, tmp_path: Path, expected: bytes
+) -> None:
+    machines = [join("2"), join("2")]
+    before = stop_at_a_third(tmp_path, *machines)
+    os.kill(before[1], signal.SIGKILL)
+    outputs = go_on(tmp_path, before, *machines)
+    assert "interrupted" in outputs[0], "its rank was ended by its launcher"
+    for output in outputs:
+        assert int(re.findall(r"(\d+) rows reused", output)[-1]) >= N_IMAGES * VIEWS / 3
+        assert "too little memory" not in output
+        assert "memory is probably full" not in output
+    assemble(images, tmp_path, expected)
+
+
+def test_a_machine_that_is_lost_may_come_back(
+    join: Callable[[str], Machine], images: Path, tmp_path: Path, expected: bytes
+) -> None:
+    first, lost = join("1:2"), join("1:2")
+    before = stop_at_a_third(tmp_path, first, lost)
+    lost.lose()
+    outputs = go_on(tmp_path, before, first, join("1:2"))
+    reused, computed = zip(
+        *(re.findall(r"(\d+) rows reused, (\d+) computed", text)[-1] for text in outputs), strict=True
+    )
+    assert all(int(number) >= N_IMAGES * VIEWS / 3 for number in reused)
+    assert all(int(number) > 0 for number in computed), "they share what is missing"
+    assemble(images, tmp_path, expected)
+
+
+SRUN = """#!{python}
+# Starts tasks as srun does, of SLURM 23.11, on two nodes
+import os, subprocess, sys
+arguments = sys.argv[1:]
+n = 0
+while arguments[0].startswith("-"):
+    option, value = arguments.pop(0), arguments.pop(0)
+    n = int(value) if option == "--ntasks" else n
+tasks = []
+for task in range(n):
+    of_slurm = {{"SLURM_PROCID": task, "SLURM_NTASKS": n, "SLURM_LOCALID": task // 2, "SLURM_NODEID": task % 2}}
+    of_slurm |= {{"SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": n, "SLURM_JOB_ID": 7}}
+    environment = os.environ | {{name: str(value) for name, value in of_slurm.items()}}
+    tasks.append(subprocess.Popen(arguments, env=environment))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_ranks_under_srun(images: Path, tmp_path: Path, expected: bytes) -> None:
+    (tmp_path / "srun").write_text(SRUN.format(python=sys.executable))
+    (tmp_path / "srun").chmod(0o755)
+    once(images, tmp_path, tmp_path / "rank.log").kill()  # writes the script of a rank
+    words = documented("srun", "SLURM")
+    script = shlex.join([sys.executable, str(tmp_path / "rank.py"), str(images)])
+    assert "python -m pipeline.stages.extract" in words[-1]
+    words[-1] = words[-1].replace("python -m pipeline.stages.extract", script)
+    words[words.index("--ntasks") + 1] = "3"
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "TQDM_DISABLE": "1"}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(map(int, re.findall(r"(\d+) computed", done.stderr))) == N_IMAGES * VIEWS
+    found = rows_in(tmp_path)
+    assert len(found) == len(set(found)) == N_IMAGES * VIEWS, "no row is computed twice"
+    assemble(images, tmp_path, expected)
+
+
+def assemble(images: Path, store: Path, expected: bytes) -> None:
+    """One process finds every row, as dvc repro does afterwards, and writes features.h5."""
+    alone = once(images, store, store / "alone.log")
+    output = alone.communicate()[1]
+    assert alone.returncode == 0, output
+    assert f"{N_IMAGES * VIEWS} rows reused, 0 computed" in output
+    assert (store / "features.h5").read_bytes() == expected

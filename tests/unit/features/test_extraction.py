@@ -572,7 +572,7 @@ def test_ranks_share_the_rows_and_each_counts_the_size_of_all(paths: dict[str, P
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DVC_STAGE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DVC_STAGE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -610,6 +610,19 @@ def test_in_a_stage_that_dvc_runs_ranks_are_those_of_another_program(
     caplog.clear()
     set_environment(monkeypatch, DVC_STAGE="extract", LOCAL_RANK="3")
     assert (extraction.share_of_environment(), caplog.messages) == (Share(0, 1), [])
+
+
+def test_tasks_of_slurm_that_share_nothing_are_warned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_environment(monkeypatch, SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2")
+    assert extraction.share_of_environment() == Share(0, 1)
+    (line,) = caplog.messages
+    assert "srun runs 2 of these, and each computes all rows" in line
+    caplog.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert (extraction.share_of_environment(), caplog.messages) == (Share(1, 2), [])
 
 
 def test_a_rank_that_was_forgotten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,11 @@ def test_the_store_lies_where_params_yaml_says(tmp_path: Path, monkeypatch: pyte
     assert hdf5.FEATURES.read_bytes() == before
 
 
+def test_a_store_that_is_a_file_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"params\.yaml: runtime\.store: params\.yaml is a file, expected a directory"):
+        run(runtime={"store": "params.yaml"})
+
+
 def test_the_four_flips_are_computed_and_stored_once_for_training_and_evaluation(computed: list[Row]) -> None:
     found = run(features={"views": 8}, augmentation={"flips": "both"}, evaluation={"views": FOUR})
     assert {view for _, view in computed} == {0, 1, 2, 3}

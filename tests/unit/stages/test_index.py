@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.dataset import manifest
+from pipeline.features import extraction
+from pipeline.params import load_params
 from pipeline.stages import index
 
 PARAMS = Path(__file__).parents[3] / "params.yaml"
@@ -77,6 +80,24 @@ def test_a_class_all_of_whose_images_are_dropped_is_an_error(index_with: Index):
     Path("set/owl/copy.jpg").write_bytes(picture(0))
     with pytest.raises(ValueError, match=r"set: no image of class 'owl' can be used; see reports/data/rejected\.csv"):
         index_with(on_conflict="drop")
+
+
+@pytest.mark.parametrize(
+    "path", ["absolute", "../other/set", "./set", "linked", "a set/of  mine", "set/", "./x/../set"]
+)
+def test_the_data_set_may_lie_anywhere(path: str, index_with: Index, monkeypatch: pytest.MonkeyPatch):
+    index_with()
+    expected = [file.read_bytes() for file in (manifest.IMAGES, manifest.LABELS)]
+    Path("x").mkdir()
+    Path("linked").symlink_to("set")
+    for place in ("a set/of  mine", "other/set"):
+        shutil.copytree("set", place)
+    if path.startswith(".."):
+        monkeypatch.chdir("x")
+    index_with(path=str(Path("set").resolve()) if path == "absolute" else path)
+    assert [file.read_bytes() for file in (manifest.IMAGES, manifest.LABELS)] == expected
+    images = manifest.read_images()
+    assert all(found.is_file() for found in extraction.locate(images, load_params().dataset.path).values())
 
 
 @pytest.mark.parametrize("choice", ["report", "group"])
