@@ -84,6 +84,8 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 
 
 def _describe(key: dict[str, Any]) -> str:
+    if "pixels" in key:
+        return f"pixels ({key['pixels']}), {' x '.join(map(str, key['shape']))}, {key['interpolation']}"
     views = "augmented views" if key["augmentation"] else "symmetries"
     engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
     geometry = "" if (kind := key["preprocessing"].get("geometry", "crop")) == "crop" else f" ({kind})"
