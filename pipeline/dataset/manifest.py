@@ -79,7 +79,8 @@ def read_images(path: Path = IMAGES) -> Images:
 
 def make_images(table: pd.DataFrame) -> Images:
     """Images of a table of text that has their columns."""
-    return Images(*(list(table[name].astype(int if name in ("width", "height") else str)) for name in IMAGE_COLUMNS))
+    types = {name: int if name in ("width", "height") else str for name in IMAGE_COLUMNS}
+    return Images(*(table[name].astype(dtype).tolist() for name, dtype in types.items()))
 
 
 def write_labels(labels: Labels, path: Path = LABELS) -> None:
@@ -96,7 +97,7 @@ def read_labels(path: Path = LABELS) -> Labels:
 def make_labels(table: pd.DataFrame) -> Labels:
     """Labels of a table of text that has their columns; the class names are those that occur, sorted."""
     class_names = sorted(set(table["label"]))
-    columns: dict[str, Any] = {name: list(table[name]) for name in LABEL_COLUMNS}
+    columns: dict[str, Any] = {name: table[name].tolist() for name in LABEL_COLUMNS}
     index_of = {name: index for index, name in enumerate(class_names)}
     columns["label"] = table["label"].map(index_of).to_numpy(np.int64)
     columns["weight"] = table["weight"].astype(float).to_numpy()
@@ -117,7 +118,7 @@ def read_split(seed: int, image_id: Sequence[str], directory: Path = SPLITS) -> 
     """Read seed_<s>.csv; ValueError unless its images are exactly `image_id`, in this order."""
     path = directory / f"seed_{seed}.csv"
     frame = _read(path, ["image_id", "split"], "split")
-    if list(frame["image_id"]) != list(image_id):
+    if frame["image_id"].tolist() != list(image_id):
         raise ValueError(f"{path}: other images than in {LABELS}; run: dvc repro split")
     return Split(seed, list(image_id), frame["split"].to_numpy(str))
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ from pipeline.features.hdf5 import Shard
 
 SAVED, VERIFIED = "index.hdf5", "verified"
 UNREAD, WHOLE, GONE = range(3)  # what is known of a shard
+FACTORS = {  # of the words of a row, by where they begin: the digest in four, and the view
+    **{0: 1, 8: 0xBF58476D1CE4E5B9, 16: 0x94D049BB133111EB, 24: 0xD6E8FEB86659FD93, 32: 0x9E3779B97F4A7C15}
+}
 log = logging.getLogger("pipeline")
 
 
@@ -47,10 +51,11 @@ class Index:
         self._directory, self._misfit = directory, misfit
         self.paths: list[Path] = []  # by the number of the shard
         self.offsets, self._n_rows = np.empty(0, np.int64), np.empty(0, np.int32)
+        self._n_found = np.empty(0, np.int64)  # of these, rows that are found there, and not in another shard
         self._states = np.empty(0, np.uint8)
         self._runs: list[Rows] = []  # sorted each, no row twice; never changed, but replaced by another list
         self._remembered: set[str] | None = None
-        self._is_saved = True
+        self._is_saved, self._lock = True, RLock()  # one thread may write while another reads
         try:
             listed = {name for name in os.listdir(directory) if name.endswith(".h5")}
         except FileNotFoundError:
@@ -82,6 +87,10 @@ class Index:
 
     def add(self, shards: Iterable[Shard], state: int = WHOLE) -> None:
         """Add the rows of shards that are not there yet."""
+        with self._lock:
+            self._add(shards, state)
+
+    def _add(self, shards: Iterable[Shard], state: int) -> None:
         columns: list[list[np.ndarray]] = [[], [], [], []]  # of Rows, but the hash
         offsets, n_rows = [], []
         for shard in shards:
@@ -101,7 +110,11 @@ class Index:
         self._states = np.append(self._states, np.full(len(offsets), state, np.uint8))
         new = _sorted(columns)
         is_new = self.find(new.row)[0] < 0
-        runs = [*self._runs, new if is_new.all() else Rows(*(column[is_new] for column in new))]
+        if not is_new.all():
+            new = Rows(*(column[is_new] for column in new))
+        n_found = np.bincount(new.shard, minlength=len(self.paths))
+        self._n_found = np.append(self._n_found, n_found[len(self._n_found) :])
+        runs = [*self._runs, new]
         while len(runs) > 1 and len(runs[-2].row) <= 2 * len(runs[-1].row):  # few runs, and a row is moved few times
             runs[-2:] = [self._merged(runs[-2:])]
         self._runs, self._is_saved = [run for run in runs if len(run.row)], False
@@ -117,28 +130,31 @@ class Index:
             return True
         if self._remembered is None:
             self._remembered = self._read_verified()
-        with ThreadPoolExecutor(min(4, len(unread))) as pool:  # digests are computed side by side
+        with self._lock, ThreadPoolExecutor(min(4, len(unread))) as pool:  # digests are computed side by side
+            others = []  # of which the index says something else
             for number, found in zip(unread, pool.map(self._examine, unread), strict=True):
                 self._states[number] = WHOLE if found is None else GONE
                 if isinstance(found, Shard):
-                    self.add([found])  # the index had something else
+                    others.append(found)
                 elif found:
                     _set_aside(self.paths[number], found)
+            self.add(others)
         return bool((self._states[unread] == WHOLE).all())
 
     def save(self) -> None:
         """Save the index if it has changed. It only saves time: where it cannot be written, nothing is."""
-        if self._is_saved or not self._directory.is_dir():
-            return
-        runs = self._runs
-        if len(runs) > 1 or any((self._states[run.shard] == GONE).any() for run in runs):
-            self._runs = runs = [self._merged(runs)]
-        names = np.array([path.stem.encode() for path in self.paths], "S64")
-        if runs and len(runs[0].row):
-            arrays = {**runs[0]._asdict(), "name": names, "offset": self.offsets, "n_rows": self._n_rows}
-            with suppress(OSError):
-                hdf5.write_index(self._directory / SAVED, self._directory.name, arrays)
-        self._is_saved = True
+        with self._lock:
+            if self._is_saved or not self._directory.is_dir():
+                return
+            runs = self._runs
+            if len(runs) > 1 or any((self._states[run.shard] == GONE).any() for run in runs):
+                self._runs = runs = [self._merged(runs)]
+            names = np.array([path.stem.encode() for path in self.paths], "S64")
+            if runs and len(runs[0].row):
+                arrays = {**runs[0]._asdict(), "name": names, "offset": self.offsets, "n_rows": self._n_rows}
+                with suppress(OSError):
+                    hdf5.write_index(self._directory / SAVED, self._directory.name, arrays)
+            self._is_saved = True
 
     def _load(self, listed: set[str]) -> set[str]:
         """Load the saved index, without the shards that are not `listed`; the names of those that it knows."""
@@ -159,6 +175,7 @@ class Index:
         kept = np.flatnonzero(is_kept)
         self.paths = [self._directory / names[number] for number in kept.tolist()]
         self.offsets, self._n_rows = saved["offset"][kept], saved["n_rows"][kept]
+        self._n_found = np.bincount(rows.shard, minlength=len(kept))
         self._states = np.full(len(kept), UNREAD, np.uint8)
         self._runs = [rows] if len(rows.row) else []
         return {path.name for path in self.paths}
@@ -199,9 +216,10 @@ class Index:
             _raise_unless_gone(error)
             return ""
         found, position, _ = self.find(shard.sortable)
-        is_same = (found != number) | (position == np.arange(len(found)))
-        is_known = (self.offsets[number], self._n_rows[number]) == (shard.offset, len(found)) and (found >= 0).all()
-        return None if is_known and is_same.all() else shard
+        is_right = (found >= 0).all() and (position == np.arange(len(found)))[found == number].all()
+        expected = self.offsets[number], self._n_rows[number], self._n_found[number]
+        is_right &= expected == (shard.offset, len(found), np.count_nonzero(found == number))
+        return None if is_right else shard
 
     def _read_verified(self) -> set[str]:
         """Shards that were found whole, as lines; what is no such line does no harm."""
@@ -242,8 +260,11 @@ def _sorted(columns: Iterable[list[np.ndarray]]) -> Rows:
 def _hashes(rows: np.ndarray) -> np.ndarray:
     """A number (n,) uint64 for each row, by which it is found several times as fast as by its bytes."""
     joined = rows.view(np.uint8).reshape(-1, hdf5.SORTABLE.itemsize)
-    digests = joined[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
-    return digests + joined[:, 32:].copy().view(">u4")[:, 0] * np.uint64(0x9E3779B97F4A7C15)  # views lie far apart
+    hashes = np.zeros(len(rows), np.uint64)
+    for start, factor in FACTORS.items():
+        word = joined[:, start : start + 8].copy()
+        hashes += word.view(f">u{word.shape[1]}")[:, 0] * np.uint64(factor)
+    return hashes
 
 
 def _set_aside(path: Path, problem: str) -> None:

@@ -26,7 +26,8 @@ from pipeline.files import digest, replacing, shared
 from pipeline.logs import one_line
 from pipeline.training.runs import CHECKPOINTS, Candidates, join_candidates
 
-TRAINING = (*MODULES, "features/hdf5.py", "features/store.py", "training/*.py", "stages/fine_tune.py")
+STORE = ("features/hdf5.py", "features/index.py", "features/store.py")
+TRAINING = (*MODULES, *STORE, "training/*.py", "stages/fine_tune.py")
 ARRAYS = ("predicted", "true_log_probability", "positive_log_probability")  # of candidates
 log = logging.getLogger("pipeline")
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.dataset.units import make_units
+from pipeline.files import digest
 from pipeline.ingest import splits
 from pipeline.ingest.splits import RANKED, check_classes, draw, find_leaks
 from pipeline.params import Splitting
@@ -436,3 +437,8 @@ def test_every_class_that_misses_a_split_is_named_in_one_message():
     with pytest.raises(ValueError, match="class 'x' has 1 images, none of them in val and test; class 'y' has 2") as e:
         check_classes(Split(0, labels.image_id, np.array(["train", "train", "val"], "<U6")), labels)
     assert "none of them in test; add images" in str(e.value)
+
+
+@given(seed=st.integers(0, 2**31), texts=st.lists(st.text(), max_size=2))
+def test_units_are_ordered_by_the_digest_of_seed_and_name(seed: int, texts: list[str]) -> None:
+    assert splits._digest(seed, *texts) == digest([seed, *texts])

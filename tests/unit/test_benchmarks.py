@@ -1,7 +1,9 @@
 """Benchmarks run when they are called, and where what they need is not there, that is one line."""
 
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
 MEASURING = ["boundary", "busy", "extract", "head", "index", "startup", "store"]
-BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "near_duplicates", "plain_loop"]
+BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "near_duplicates", "plain_loop", "scale"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
@@ -34,6 +36,18 @@ def test_all_that_measure_stand_in_one_table():
 def test_start_up_is_measured_of_every_stage():
     stages = YAML(typ="safe", pure=True).load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert list(startup.NEEDED) == list(stages)
+
+
+def test_scale_is_measured_of_any_size_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    sizes = ["--images", "1500", "--views", "3", "--largest", "1000"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.scale", *sizes]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "4,500 rows in 18 shards" in ran.stdout
+    assert sum(line.endswith(("holds", "MISSED")) for line in ran.stdout.splitlines()) == 8
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", ["boundary", "extract", "head", "store"])

@@ -59,7 +59,11 @@ def test_a_constant_or_a_step_changes_the_digest(package: Path, module: str, old
 
 
 @pytest.mark.parametrize(
-    "module", ["params.py", "logs.py", "files.py", "features/store.py", "features/hdf5.py", "network/weights.py"]
+    "module",
+    [
+        *("params.py", "logs.py", "files.py", "network/weights.py"),
+        *("features/store.py", "features/index.py", "features/hdf5.py"),
+    ],
 )
 def test_what_computes_no_row_does_not_count(package: Path, module: str) -> None:
     (package / module).write_text("X = 1\n")

@@ -318,6 +318,25 @@ def test_interrupted_fill_keeps_what_it_has_computed_and_says_how_much(
     assert store.missing(rows) == []
 
 
+def test_rows_of_damaged_shards_are_computed_again_in_the_same_run(
+    paths: dict[str, Path], computed: list[Row], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 5)
+    rows = all_rows(paths)
+    whole = fill(make_computation(), paths, rows).read(rows)
+    damaged = [row for path in shards()[:2] for row in hdf5.read_shard(path).rows]
+    for path in shards()[:2]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    computed.clear()
+    assert Store(make_computation().key).locate([row for row in rows if row not in damaged])
+    assert "is damaged" not in caplog.text, "what is not used is not read"
+    store = fill(make_computation(), paths, rows)
+    assert caplog.text.count("is damaged") == 2
+    assert sorted(computed[-len(damaged) :]) == sorted(damaged)
+    assert store.largest_rounding(rows) == 0
+    assert np.array_equal(store.read(rows), whole)
+
+
 def test_image_with_other_bytes_than_were_indexed_is_refused(paths: dict[str, Path]) -> None:
     path = next(iter(paths.values()))
     path.write_bytes(path.read_bytes() + b"x")

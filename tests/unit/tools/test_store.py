@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,30 @@ def test_verify_finds_what_is_damaged_and_fails(
     assert f"{shard}: its bytes do not have the SHA-256" in printed
     assert printed.endswith(": 3 shards, 1 damaged\n")
     assert shard.exists(), "verify only looks"
+
+
+def test_damage_that_changes_no_time_is_found_by_verify_and_then_by_the_next_run(run: Run) -> None:
+    (shard, *others) = fill_store(store_key())
+    Store(store_key()).read(ROWS)  # all are whole, which is remembered
+    status = shard.stat()
+    with shard.open("r+b") as file:  # the same inode
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Store(store_key()).missing(ROWS) == []
+    with pytest.raises(ValueError, match="1 damaged shards; the next run that uses them computes their rows again"):
+        run("verify")
+    missing = Store(store_key()).missing(ROWS)
+    assert len(missing) == 4
+    assert not shard.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_status_describes_pixels(run: Run) -> None:
+    description = {"pixels": "crop", "shape": [4, 4, 3], "interpolation": "bicubic", "store_dtype": "uint8"}
+    key = replace(store_key(), description=description, row_shape=(4, 4, 3))
+    Store(key).write(ROWS, np.zeros((12, 4, 4, 3), np.uint8))
+    assert "12 rows, 0.0 MB, used today: pixels (crop), 4 x 4 x 3, bicubic" in run("status")
 
 
 def test_verify_finds_a_shard_of_another_key(run: Run) -> None:
