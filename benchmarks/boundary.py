@@ -1,8 +1,8 @@
 """What the boundary cache buys: `python -m benchmarks.boundary [--quick]`.
 
 Trains on images of dataset.path (needs `dvc repro split`) with fp32 and frozen BatchNorm: from activations cached at
-the freeze boundary, and the same through the whole network, decoding included. ResNet-18 has random weights, which
-changes no speed. The time of an epoch, with its validation, is that of several epochs less that of the first.
+the freeze boundary, and the same through the whole network, from pixels in the store. ResNet-18 has random weights,
+which changes no speed. The time of an epoch, with its validation, is that of several epochs less that of the first.
 """
 
 import copy
@@ -17,6 +17,8 @@ from torch import nn
 
 from benchmarks.common import LITE, Line, choose, run
 from pipeline.dataset import manifest
+from pipeline.features import extraction
+from pipeline.features.loading import open_loader
 from pipeline.network import backbones, cuts
 from pipeline.params import Strategy, load_params
 from pipeline.stages import fine_tune
@@ -52,11 +54,13 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     train, val = split.rows("train")[:n_images], split.rows("val")[:8]
     backbone = backbones.load(choose(name), None)
     prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), cuts.ALL, cuts.Pool("none", 0))
+    device, paths = torch.device("cpu"), extraction.locate(files, params.dataset.path)
+    loader = open_loader(paths, backbone.preprocessing, params.augmentation, [0, *VIEWS], params.runtime, device)
     if is_cached:
         pairs = [(int(row), view) for row in train for view in VIEWS] + [(int(row), 0) for row in val]
-        load, _ = fine_tune.load_activations(prefix, files, pairs, params, torch.device("cpu"))
+        load, _ = fine_tune.load_activations(prefix, files, pairs, loader, params, device)
     else:
-        load = fine_tune.load_images(files, backbone, params)
+        load = fine_tune.load_images(files, loader)
     head = nn.Linear(backbone.feature_dim, len(labels.class_names))
     network = nn.Sequential(nn.Identity() if is_cached else prefix.module, suffix, head)
     task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch", params.features.batch_size.cpu)

@@ -67,17 +67,17 @@ class Workspace:
         """The feature store."""
         return self.root / "data" / ".feature_store"
 
-    def start(self, module: str) -> subprocess.Popen[str]:
+    def start(self, module: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a module in a process group of its own."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DVC_ROOT": str(self.root), "TQDM_DISABLE": "1"}
-        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module]
+        command = [sys.executable, "-S", "-c", LAUNCH, sys.executable, "-m", module, *arguments]
         options = {"cwd": self.root, "env": environment, "start_new_session": True}
         with (self.root / "log").open("a") as log:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, **options)
 
-    def run(self, module: str) -> Ran:
+    def run(self, module: str, *arguments: str) -> Ran:
         """Run it to its end."""
-        start, process = time.perf_counter(), self.start(module)
+        start, process = time.perf_counter(), self.start(module, *arguments)
         printed, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(f"{module} failed:\n{(self.root / 'log').read_text()[-2000:]}")
@@ -95,11 +95,13 @@ def choose(name: str) -> BackboneChoice:
 
 
 @contextmanager
-def workspace(directory: Path, name: str = LITE, precision: str = "fp32") -> Iterator[Workspace]:
+def workspace(
+    directory: Path, name: str = LITE, precision: str = "fp32", jpeg_decoding: str = "fast"
+) -> Iterator[Workspace]:
     """A workspace for one view of each image of the data set `directory`, and the network `name`."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
-    params["dataset"].update({"fetch": [], "path": str(directory)})
+    params["dataset"].update({"fetch": [], "path": str(directory), "jpeg_decoding": jpeg_decoding})
     params["backbone"] = choose(name).model_dump()
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]

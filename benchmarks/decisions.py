@@ -1,4 +1,4 @@
-"""How often the recommendation errs, simulated: `python -m benchmarks.decisions [--studies N]`.
+"""How often the recommendation errs, simulated: `python -m benchmarks.decisions [--studies N] [--only KIND]`.
 
 Every row draws studies with known accuracies of 2, 3 or 5 strategies, the first of which is the cheapest, and applies
 the rule of pipeline/comparison/recommendation.py with the margin and the confidence of params.yaml. It counts how
@@ -8,13 +8,13 @@ the chosen strategy, in points: of this rule, of taking the best on validation, 
 that is shown to be at most 1 point below the best on validation, else that best one).
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
+import click
 import numpy as np
 from scipy import optimize, special, stats
 
@@ -23,7 +23,6 @@ from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.params import load_params
 
-STUDIES = 1_000
 PARAMS = load_params()
 MARGIN, CONFIDENCE = PARAMS.compare.practical_margin.accuracy, PARAMS.compare.confidence
 RARE_SHARE, RARE_MARGIN = 0.05, PARAMS.compare.practical_margin.balanced_accuracy  # of the rarer of two classes
@@ -162,10 +161,12 @@ def _accuracy(run: Outcomes, study: Study) -> float:
     return float(np.average(run.predicted == study.label[run.rows], weights=study.weight[run.rows]))
 
 
-def main() -> None:
+@click.command()
+@click.option("--studies", default=1_000, show_default=True, help="How many a row simulates.")
+@click.option("--only", type=click.Choice([*dict.fromkeys(kind for kind, _ in cases())]), help="Rows of one kind.")
+def main(studies: int, only: str | None) -> None:
     """Print a line for each row, and the worst of each kind."""
-    studies = int(sys.argv[sys.argv.index("--studies") + 1]) if "--studies" in sys.argv else STUDIES
-    kinds, rows = zip(*cases(), strict=True)
+    kinds, rows = zip(*((kind, case) for kind, case in cases() if only in (None, kind)), strict=True)
     print(f"n = {studies:,} studies a row: images, discordance, differences in points, seeds, images of a unit")
     found = []
     with ProcessPoolExecutor() as pool:

@@ -29,6 +29,10 @@ def cuts(name: str, *, is_complete: bool, is_json: bool) -> None:
 @cli.group()
 def store() -> None:
     """Look after the feature store: status, verify, gc."""
+    from pipeline.features import store
+    from pipeline.params import load_params
+
+    store.put_at(load_params().runtime.store)
 
 
 @store.command()

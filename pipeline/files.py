@@ -48,8 +48,13 @@ def digest(value: Any) -> str:  # noqa: ANN401
 
 
 def shared(name: str) -> Path:
-    """The directory data/<name>, which all experiments share.
+    """The directory data/<name>, which all experiments share."""
+    return shared_directory(f"data/{name}")
+
+
+def shared_directory(path: str) -> Path:
+    """A directory of the repository, or an absolute path, which all experiments share.
 
     `dvc exp run --temp` and queued experiments run in a copy of the repository and set DVC_ROOT to the original.
     """
-    return Path(os.environ.get("DVC_ROOT", "."), "data", name)
+    return Path(os.environ.get("DVC_ROOT", "."), path)

@@ -54,7 +54,13 @@ def run(main: Callable[[], None], memory: Sequence[str] = ()) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "timm", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked: list[int] = []  # the signal that asked this stage to end
+
+    def interrupt(number: int, _frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     main_process = os.getpid()  # print tracebacks only there: the workers are copies of it
     sys.excepthook = lambda *error: sys.__excepthook__(*error) if os.getpid() == main_process else None
     start = time.perf_counter()
@@ -64,10 +70,11 @@ def run(main: Callable[[], None], memory: Sequence[str] = ()) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, OSError, RuntimeError) as error:
-        line = explain(error, memory)
+        # torchrun, SLURM and systemd send SIGTERM to the workers too, and their end is an error of its own here
+        line = "" if asked else explain(error, memory)
         if line is None:
             raise
-        sys.exit(f"error: {line}")
+        sys.exit(f"error: {line}" if line else "interrupted")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -92,7 +99,9 @@ def explain(error: Exception, memory: Sequence[str] = ()) -> str | None:
         way_out = f"lower {lower} in params.yaml" if lower else "end other programs, or use a machine with more"
         return f"too little memory{' on the GPU' if on_gpu else ''} ({short}); {way_out}"
     if is_runtime_error and words.startswith("DataLoader worker"):  # torch's own message when a worker was killed
-        is_crash = "signal:" in words and "Killed" not in words and "Terminated" not in words
+        if "Terminated" in words:
+            return f"a process that decodes images was told to end ({short}), not by this run; start it again"
+        is_crash = "signal:" in words and "Killed" not in words
         why = "an image crashes its decoder" if is_crash else "memory is probably full"
         return f"a process that decodes images was killed ({short}); {why}; lower {WORKERS} in params.yaml"
     return words if isinstance(error, OSError) else None

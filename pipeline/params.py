@@ -49,6 +49,12 @@ def _network(name: str) -> str:
     return name
 
 
+def _directory(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError("expected a directory; ~ is not expanded")
+    return path
+
+
 def _boundary(where: object) -> object:
     is_number = isinstance(where, int) and not isinstance(where, bool) and where > 0
     if not is_number and not (where and isinstance(where, str)):
@@ -95,6 +101,7 @@ Symmetry = Literal[
 ]  # fmt: skip
 Pooling = Literal["none", "avg", "flatten", "cls", "cls+avg"]
 Geometry = Literal["crop", "squash", "pad"]
+JpegDecoding = Literal["fast", "exact"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
@@ -117,6 +124,7 @@ class Dataset(Record):
     exclude: Annotated[tuple[Text, ...], AfterValidator(_distinct)]
     columns: dict[str, Text]
     similar_classes: Literal["error", "merge", "keep"]
+    jpeg_decoding: JpegDecoding
     min_class_size: Count
     small_classes: Literal["error", "drop"]
 
@@ -322,7 +330,9 @@ class Runtime(Record):
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Annotated[Natural, BeforeValidator(_workers)]
+    store: Annotated[Text, AfterValidator(_directory)] | None
     store_max_gb: Positive
+    pixel_cache: Literal["auto", "on", "off"]
 
 
 class Params(Record):

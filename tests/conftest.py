@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from hypothesis import settings
 
 from pipeline.features import extraction
 from pipeline.features.hdf5 import Row
-from pipeline.features.views import Sample
+from pipeline.features.loading import Loader
 
 # The processes of pytest-xdist ignore Ctrl-C, and so would all that they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,16 +33,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # some of what is tested sets its own
 
 
+@pytest.fixture(autouse=True)
+def _store_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATURE_STORE", "")  # a stage that is tested sets its own
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     """Grows by every row that the store computes because it is missing; none is checked."""
     rows: list[Row] = []
-    load_batches = extraction.load_batches
+    load = Loader.load
 
-    def counted(batches: Sequence[Sequence[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
-        rows.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
-        return load_batches(batches, *arguments)
+    def counted(loader: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+        rows.extend(row for batch in batches for row in batch)
+        return load(loader, batches)
 
-    monkeypatch.setattr(extraction, "load_batches", counted)
+    monkeypatch.setattr(Loader, "load", counted)
     monkeypatch.setattr(extraction, "N_CHECKED", 0)
     return rows

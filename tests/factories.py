@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -23,7 +24,9 @@ from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.dataset.units import unit_of
 from pipeline.features import hdf5
+from pipeline.features.extraction import Computation
 from pipeline.features.hdf5 import Provenance, Row
+from pipeline.features.loading import Loader
 from pipeline.features.store import Key, Store, root
 from pipeline.files import write_json, write_text
 from pipeline.network.plans import BackbonePlan, StrategyPlan
@@ -123,7 +126,13 @@ LINEAR = HeadOptions(
     batch_size=8,
 )
 PREPROCESSING = Preprocessing(
-    geometry="crop", resize=(8,), crop=8, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+    geometry="crop",
+    jpeg_decoding="exact",
+    resize=(8,),
+    crop=8,
+    interpolation="bilinear",
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
 )
 CHOICE = BackboneChoice.of("timm/test_resnet", "random", 0)
 
@@ -133,6 +142,12 @@ def feature_options(**changes: Any) -> FeatureOptions:
     plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "resize": "crop"}
     precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "engine": "torch"}
     return FeatureOptions(**plain | precision | {"batch_size": BatchSize(cpu=8, cuda=256)} | changes)
+
+
+def loader(computation: Computation, paths: dict[str, Path], workers: int = 0) -> Loader:
+    """Loads the views of image files, without pixels in the store."""
+    preprocessing = Preprocessing.model_validate_json(json.dumps(computation.key.description["preprocessing"]))
+    return Loader(paths, preprocessing, computation.key.augmentation, None, workers, torch.device("cpu"))
 
 
 def strategy(**changes: Any) -> Strategy:

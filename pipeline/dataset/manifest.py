@@ -97,7 +97,8 @@ def make_labels(table: pd.DataFrame) -> Labels:
     """Labels of a table of text that has their columns; the class names are those that occur, sorted."""
     class_names = sorted(set(table["label"]))
     columns: dict[str, Any] = {name: list(table[name]) for name in LABEL_COLUMNS}
-    columns["label"] = table["label"].map(class_names.index).to_numpy(np.int64)
+    index_of = {name: index for index, name in enumerate(class_names)}
+    columns["label"] = table["label"].map(index_of).to_numpy(np.int64)
     columns["weight"] = table["weight"].astype(float).to_numpy()
     return Labels(**columns, class_names=class_names)
 

@@ -29,7 +29,7 @@ def find_twins(labels: Labels, split: Split, pairs: pd.DataFrame) -> Twins:
     rows = [pairs[side].map(row_of).to_numpy(np.int64) for side in ("a", "b")]
     a, b = (split.split[row] for row in rows)
     is_straddling = (a != b) & (a != "unused") & (b != "unused")
-    _, content = np.unique(labels.sha256, return_inverse=True)
+    content, _ = pd.factorize(np.array(labels.sha256, object))
     seen = np.zeros(content.max() + 1, bool)  # in train or val, by content
     seen[content[np.isin(split.split, ("train", "val"))]] = True
     has_twin = seen.copy()

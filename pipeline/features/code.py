@@ -15,6 +15,8 @@ MODULES = (
     "dataset/decoding.py",
     "network/[!w]*.py",
     "features/engine.py",
+    "features/loading.py",
+    "features/pixels.py",
     "features/views.py",
     "features/extraction.py",
 )

@@ -5,7 +5,7 @@ The assembled file is in the order of images.csv, so that its bytes do not depen
 
 import logging
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -18,23 +18,21 @@ from random import Random
 
 import numpy as np
 import torch
-from PIL import features as pillow
 
 from pipeline.dataset.manifest import Images
-from pipeline.features import engine, hdf5
+from pipeline.features import engine, hdf5, loading
 from pipeline.features.code import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
+from pipeline.features.loading import Loader
 from pipeline.features.store import Key, Store
-from pipeline.features.views import AUGMENTED, Sample, load_batches
+from pipeline.features.views import AUGMENTED
 from pipeline.logs import progress
 from pipeline.network.cuts import Prefix
-from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, FeatureOptions
 
 SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 256  # the most rows that are lost when the process is killed
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "openvino")  # their versions can change the values
-DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")  # of Pillow
+LIBRARIES = ("torch", "torchvision", "timm", "openvino")  # with those of the pixels, their versions can change a row
 N_CHECKED = 8  # stored rows that are computed again, one batch on a CPU
 log = logging.getLogger("pipeline")
 
@@ -45,7 +43,6 @@ class Computation:
 
     key: Key
     runner: engine.Runner
-    preprocessing: Preprocessing
 
 
 def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions, device: torch.device) -> Computation:
@@ -57,6 +54,8 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
     with torch.no_grad():
         expected = module.eval()(example[:1]).numpy()
     runner = engine.prepare(options.engine, module, example, options.precision, device, expected)
+    if device.type == "cuda":  # the first use of each kernel takes seconds, in which workers decode already
+        deque(runner.run(example.split(runner.piece)), maxlen=0)
     description = {
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,
@@ -73,17 +72,13 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
         "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
         "versions": versions(),
     }
-    return Computation(Key(description, augmentation, expected.shape[1:]), runner, backbone.preprocessing)
+    return Computation(Key(description, augmentation, expected.shape[1:]), runner)
 
 
 def versions() -> dict[str, str | None]:
     """The versions of the libraries that can change a row; None for a decoder that Pillow has not, and no OpenVINO."""
     installed = [name for name in LIBRARIES if name != "openvino" or find_spec(name)]
-    return (
-        dict.fromkeys(LIBRARIES)
-        | {name: metadata.version(name) for name in installed}
-        | {name: pillow.version(name) for name in DECODERS}
-    )
+    return dict.fromkeys(LIBRARIES) | {name: metadata.version(name) for name in installed} | loading.versions()
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
@@ -133,10 +128,8 @@ def share_of_environment() -> Share:
     return Share(rank, world_size, local_rank)
 
 
-def fill(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, max_gb: float, share: Share
-) -> Store:
-    """Compute the rows that are missing from images at `paths`, which are named by SHA-256.
+def fill(computation: Computation, loader: Loader, rows: Sequence[Row], max_gb: float, share: Share) -> Store:
+    """Compute the rows that are missing, from the views that `loader` loads.
 
     Rows that were computed before an interruption are kept. Where rows are missing, a few stored ones are computed too:
     if they differ, all are set aside, with a warning, and computed again. Raises ValueError before computing anything
@@ -153,7 +146,7 @@ def fill(
         )
     doubted = {}
     if any(map(share.holds, store.missing(requested))):
-        again = _compute_again(computation, paths, store, requested)
+        again = _compute_again(computation, loader, store, requested)
         if not store.agrees(again):
             aside, doubted = ", ".join(map(str, store.set_aside())), again
             log.warning("cache at %s: stored rows differ from the same rows computed now; set aside: %s", cut, aside)
@@ -165,7 +158,7 @@ def fill(
         engine_name, precision = key.description["engine"], key.description["precision"]
         log.info("cache at %s (%.3g GB): %d rows to compute (%s, %s)", cut, size, len(missing), engine_name, precision)
         try:
-            _compute_and_write(computation, paths, missing, workers, store)
+            _compute_and_write(computation, loader, missing, store)
         finally:
             n_computed = len(store) - n_found
             if n_computed < len(missing) and store.is_in_place():
@@ -178,30 +171,29 @@ def fill(
             f"results, found {key.description['engine']} on {key.description['device']} (params.yaml: "
             "features.engine, runtime.device)"
         )
+    store.save_index()
     log.info("cache at %s: %d rows reused, %d computed, %d dropped", cut, n_reused, len(missing), n_found - n_reused)
     return store
 
 
 def _compute_again(
-    computation: Computation, paths: dict[str, Path], store: Store, rows: Sequence[Row]
+    computation: Computation, loader: Loader, store: Store, rows: Sequence[Row]
 ) -> dict[Row, np.ndarray]:
     """Compute at most N_CHECKED stored rows: of each image format, symmetries and augmented views; others each time."""
     missing, groups = {*store.missing(rows)}, defaultdict(list)
     stored = [row for row in rows if row not in missing]
     for name, view in Random(len(missing)).sample(stored, len(stored)):
-        groups[view < AUGMENTED, paths[name].suffix.lower()].append((name, view))
+        groups[view < AUGMENTED, loader.paths[name].suffix.lower()].append((name, view))
     in_turn = chain.from_iterable(zip_longest(*groups.values()))
     chosen = [*islice(filter(None, in_turn), N_CHECKED)]
-    return dict(zip(chosen, _compute(computation, paths, chosen, 0), strict=True))
+    return dict(zip(chosen, _compute(computation, loader, chosen), strict=True))
 
 
-def _compute_and_write(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int, store: Store
-) -> None:
+def _compute_and_write(computation: Computation, loader: Loader, rows: Sequence[Row], store: Store) -> None:
     """Compute `rows` in order, and write them a shard at a time while the next are computed."""
     n_per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // computation.key.row_bytes))
     writing: Future[None] | None = None
-    with ThreadPoolExecutor(1) as writer, closing(_compute(computation, paths, rows, workers)) as computed:
+    with ThreadPoolExecutor(1) as writer, closing(_compute(computation, loader, rows)) as computed:
         values = iter(progress(computed, len(rows), "views", computation.key.description["cut"]))
         for start in range(0, len(rows), n_per_shard):
             buffer: list[np.ndarray] = []
@@ -219,17 +211,13 @@ def _compute_and_write(
             writing.result()
 
 
-def _compute(
-    computation: Computation, paths: dict[str, Path], rows: Sequence[Row], workers: int
-) -> Generator[np.ndarray, None, None]:
+def _compute(computation: Computation, loader: Loader, rows: Sequence[Row]) -> Generator[np.ndarray, None, None]:
     """The values of `rows`, one by one; ValueError if one is not finite."""
     size = computation.runner.piece
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    samples = [[Sample(paths[name], name, view) for name, view in batch] for batch in batches]
-    pixels = load_batches(samples, computation.preprocessing, computation.key.augmentation, workers)
-    for batch, output in zip(batches, computation.runner.run(pixels), strict=True):
+    for batch, output in zip(batches, computation.runner.run(loader.load(batches)), strict=True):
         if not np.isfinite(output).all():
-            raise ValueError(f"{paths[batch[0][0]]} or a neighbour gives features that are not finite")
+            raise ValueError(f"{loader.paths[batch[0][0]]} or a neighbour gives features that are not finite")
         yield from output
 
 

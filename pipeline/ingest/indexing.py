@@ -134,7 +134,7 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     try:
         content = _read(path)
         sha256 = decoding.sha256(content)
-        image, kind, mode, orientation = decoding.examine(content)
+        decoded = decoding.examine(content, 2 * quality.SIDE)  # no check needs more pixels
         decoding.check_sums(content)
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
@@ -145,10 +145,11 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
         return Inspected(str(error), sha256, "" if is_image else NO_IMAGE), None
     except MemoryError:  # without the digest, so that it is not remembered: there may be more memory another time
         return Inspected("needs more memory than there was"), None
-    width, height = map(str, image.size)
-    reduced = duplicates.reduced(image)
-    look = quality.look(image, mode, reduced)
-    return Inspected("", sha256, kind, mode, width, height, str(orientation), "", *look), reduced
+    reduced = duplicates.reduced(decoded.image)
+    look = quality.look(decoded.image, decoded.mode, reduced)
+    width, height = map(str, decoded.size)
+    header = decoded.kind, decoded.mode, width, height, str(decoded.orientation)
+    return Inspected("", sha256, *header, "", *look), reduced
 
 
 def _read(path: str) -> bytes:

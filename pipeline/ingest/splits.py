@@ -3,6 +3,8 @@
 Units (see dataset.units) are kept together, except by `method: given`, where the data set decides.
 """
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import product
@@ -12,7 +14,6 @@ import numpy as np
 
 from pipeline.dataset.manifest import Labels, Split
 from pipeline.dataset.units import count_units, make_units, ties_of
-from pipeline.files import digest
 from pipeline.params import Splitting
 
 UNTIED = "add images, raise split.test_fraction and split.val_fraction, or have fewer folds"
@@ -48,11 +49,15 @@ def _stratified(labels: Labels, units: list[list[int]], given: list[str], option
     Images without a split are train, except those tied to an image with a split: they get the same one. What is drawn
     is taken from train, given or not.
     """
-    split = np.array(given, dtype="<U6")
+    names, pool = list(given), []
     for unit in units:
-        blank = [row for row in unit if not split[row]]
-        split[blank] = _highest(split[unit]) or "train"
-    pool = [unit for unit in units if set(split[unit]) == {"train"}]
+        found = {given[row] for row in unit}
+        if found <= {"train", ""}:
+            pool.append(unit)
+        highest = next((name for name in RANKED if name in found), "train")
+        for row in unit:
+            names[row] = given[row] or highest
+    split = np.array(names, dtype="<U6")
     shares = {"test": options.test_fraction, "val": options.val_fraction}
     if "test" in split:
         shares = {"val": options.val_fraction / (1 - options.test_fraction)}  # of the images that are not test
@@ -89,29 +94,39 @@ def _draw_units(labels: Labels, units: list[list[int]], shares: dict[str, float]
     At the end, classes get what they miss (_fill).
     """
     strata = defaultdict(list)
+    of_row = [*zip([labels.class_names[label] for label in labels.label.tolist()], labels.stratum, strict=True)]
     for unit in units:
-        counts = Counter((labels.class_names[labels.label[row]], labels.stratum[row]) for row in unit)
-        strata[max(sorted(counts), key=lambda stratum: counts[stratum])].append((_random_key(labels, unit, seed), unit))
+        stratum = of_row[unit[0]]
+        if len(unit) > 1:
+            counts = Counter(of_row[row] for row in unit)
+            stratum = max(sorted(counts), key=counts.__getitem__)
+        strata[stratum].append((_random_key(labels, unit, seed), unit))
     missing = dict.fromkeys(shares, 0.0)  # images, by split
     for stratum in sorted(strata):
         pool = [unit for _, unit in sorted(strata[stratum])]
         n_images = sum(map(len, pool))
         for name, share in shares.items():
             missing[name] = min(max(missing[name], -0.5), 0.5) + share * n_images
-            left = []
+            left, moved = [], []
             for unit in pool:  # a unit that is too large is skipped, smaller ones behind it may fit
                 if len(unit) / 2 <= missing[name]:
                     missing[name] -= len(unit)
-                    split[unit] = name
+                    moved += unit
                 else:
                     left.append(unit)
+            split[moved] = name
             pool = left
     _fill(labels, units, ("train", *shares), seed, split)
 
 
 def _random_key(labels: Labels, unit: list[int], seed: int) -> str:
     """Sorts units in an order that depends on the seed and on the unit, but not on the order of the rows."""
-    return digest([seed, min(labels.image_id[row] for row in unit)])
+    return _digest(seed, min([labels.image_id[row] for row in unit]))
+
+
+def _digest(seed: int, *texts: str) -> str:
+    """What files.digest gives of [seed, *texts], several times as fast: there are millions."""
+    return hashlib.sha256(f"[{', '.join([str(seed), *map(json.dumps, texts)])}]".encode()).hexdigest()
 
 
 def _fill(labels: Labels, units: list[list[int]], names: Sequence[str], seed: int, split: np.ndarray) -> None:
@@ -156,12 +171,14 @@ def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: i
     The key is the name of the unit's group, or else the smallest digest of its images. So an added image moves no image
     of another unit; it may move its own unit, where it joins one.
     """
-    split = np.empty(len(labels.image_id), dtype="<U6")
+    split = [""] * len(labels.image_id)
     for unit in units:
         groups = sorted({labels.group[row] for row in unit} - {""})
         key = ["group", groups[0]] if groups else ["image", min(labels.sha256[row] for row in unit)]
-        split[unit] = _place(key, options, seed)
-    return split
+        place = _place(key, options, seed)
+        for row in unit:
+            split[row] = place
+    return np.array(split, dtype="<U6")
 
 
 def count_followers(labels: Labels, split: Split, options: Splitting) -> int:
@@ -174,21 +191,17 @@ def count_followers(labels: Labels, split: Split, options: Splitting) -> int:
 
 def _place(key: list[str], options: Splitting, seed: int) -> str:
     borders = {"test": options.test_fraction, "val": options.test_fraction + options.val_fraction, "train": 1.0}
-    place = int(digest([seed, *key])[:12], 16) / 16**12
+    place = int(_digest(seed, *key)[:12], 16) / 16**12
     return next(name for name, border in borders.items() if place < border)
-
-
-def _highest(names: np.ndarray) -> str:
-    return next((name for name in RANKED if name in names), "")
 
 
 def find_leaks(labels: Labels, split: Split) -> list[Leak]:
     """Every set of tied images that is in more than one of train, val and test; by tie and name."""
-    leaks = []
+    leaks, is_used = [], (split.split != "unused").tolist()
     for tie, values in ties_of(labels).items():
-        rows_of = defaultdict(list)
+        n_images, rows_of = Counter(values), defaultdict(list)
         for row, value in enumerate(values):
-            if value and split.split[row] != "unused":
+            if n_images[value] > 1 and value and is_used[row]:
                 rows_of[value].append(row)
         for value, rows in sorted(rows_of.items()):
             if len(set(split.split[rows])) > 1:
@@ -198,10 +211,10 @@ def find_leaks(labels: Labels, split: Split) -> list[Leak]:
 
 def check_classes(split: Split, labels: Labels, needed: Sequence[str] = ("train", "val", "test")) -> None:
     """ValueError that names every class without an image in one of the splits `needed`."""
-    absent = {}
-    for index in range(len(labels.class_names)):
-        splits = set(split.split[labels.label == index])
-        if missed := [name for name in needed if name not in splits]:
+    absent, n_classes = {}, len(labels.class_names)
+    held = {name: np.bincount(labels.label[split.rows(name)], minlength=n_classes).tolist() for name in needed}
+    for index in range(n_classes):
+        if missed := [name for name in needed if not held[name][index]]:
             absent[index] = " and ".join(missed)
     n_units, problems, advice = count_units(labels, make_units(labels)) if absent else Counter(), [], set()
     for index, missed in absent.items():

@@ -19,7 +19,7 @@ from pipeline.logs import is_out_of_memory, one_line
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, State, bundled_state, load_own
-from pipeline.params import BackboneChoice, Geometry
+from pipeline.params import BackboneChoice, Geometry, JpegDecoding
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
 
@@ -39,9 +39,10 @@ class Backbone:
     feature_dim: int
     licence: str | None
 
-    def with_geometry(self, geometry: Geometry) -> "Backbone":
-        """The same network, for which images become squares by `geometry` (see Preprocessing)."""
-        return replace(self, preprocessing=self.preprocessing.model_copy(update={"geometry": geometry}))
+    def with_inputs(self, geometry: Geometry, jpeg_decoding: JpegDecoding) -> "Backbone":
+        """The same network, for which images are decoded and become squares as given (see Preprocessing)."""
+        changes = {"geometry": geometry, "jpeg_decoding": jpeg_decoding}
+        return replace(self, preprocessing=self.preprocessing.model_copy(update=changes))
 
 
 def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
@@ -70,7 +71,8 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
 
 def load_planned(plan: BackbonePlan, source: str) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
-    backbone = load(plan.choice, plan.image_size).with_geometry(plan.preprocessing.geometry)
+    given = plan.preprocessing
+    backbone = load(plan.choice, plan.image_size).with_inputs(given.geometry, given.jpeg_decoding)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
             f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "
@@ -152,6 +154,7 @@ def _build_torchvision(name: str, weights: str, size: int | None) -> Built:
     )
     geometry = Preprocessing(
         geometry="crop",
+        jpeg_decoding="exact",
         resize=tuple(preset.resize_size),
         crop=preset.crop_size[0],
         interpolation=preset.interpolation.value,
@@ -202,6 +205,7 @@ def _build_timm(name: str, weights: str, size: int | None) -> Built:
     side = int(config["input_size"][1] / config["crop_pct"])
     geometry = Preprocessing(
         geometry="crop",
+        jpeg_decoding="exact",
         resize=(side, side) if config["crop_mode"] == "squash" else (side,),
         crop=config["input_size"][1],
         interpolation=config["interpolation"],

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.params import Geometry, Record
+from pipeline.params import Geometry, JpegDecoding, Record
 
 LARGEST_SHARE = 0.1  # of the area of images, on average, that a crop may cut away without a note
 
@@ -17,9 +17,11 @@ class Preprocessing(Record):
     `geometry`: how an image becomes a square of `crop` px. crop: it is resized to `resize` px, (shorter side,) or
     (height, width), and the centre is cut out; squash: it is resized to the square; pad: its longer side is, and the
     rest is filled. `interpolation`: bilinear, bicubic, …; `mean`, `std`: per channel, of values from 0 to 1.
+    `jpeg_decoding`: whether large JPEGs are decoded at reduced size (fast) or at full size (exact).
     """
 
     geometry: Geometry
+    jpeg_decoding: JpegDecoding
     resize: tuple[int, ...]
     crop: int
     interpolation: str

@@ -133,7 +133,7 @@ def _network(made: Provenance, album: Album, candidates: list[str]) -> Json:
         image_id, image = next(((image_id, image) for image_id, image in opened if image), ("", None))
         if image is None:
             raise ValueError(f"the image files in {album.directory} are missing, or changed since they were indexed")
-        found["pictures"] += pictures.feature_maps(backbone, image, made.augmentation, made.backbone.cut)
+        found["pictures"] += pictures.feature_maps(backbone, image, made.backbone.cut)
         return found | {"image_id": image_id}
     except ValueError as error:
         return found | {"missing": str(error)}

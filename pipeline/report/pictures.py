@@ -18,11 +18,10 @@ from torch.nn.modules.conv import _ConvNd
 from pipeline.dataset import decoding
 from pipeline.dataset.manifest import Images
 from pipeline.features.hdf5 import Features
-from pipeline.features.views import make_views
+from pipeline.features.pixels import crop
 from pipeline.network import cuts, tracing
 from pipeline.network.backbones import Backbone
 from pipeline.network.preprocessing import Normalize
-from pipeline.params import Augmentation
 
 THUMBNAIL = 128  # px, the longer side
 MAX_POINTS = 5000  # of the map
@@ -52,15 +51,15 @@ class Album:
         self._digests = dict(zip(files.image_id, files.sha256, strict=True))
 
     def thumbnail(self, image_id: str) -> str | None:
-        """A data URI; None if the file is missing, cannot be read, or changed since it was indexed."""
-        image = self.open(image_id)
+        """A data URI of the whole image; None if its file is missing, cannot be read, or changed since indexing."""
+        image = self.open(image_id, 2 * THUMBNAIL)
         if image is None:
             return None
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
         return _uri(image, "WEBP")
 
-    def open(self, image_id: str) -> Image.Image | None:
-        """The image, decoded, or None; one that is not in the index must only lie in the directory."""
+    def open(self, image_id: str, least_side: int | None = None) -> Image.Image | None:
+        """The image, decoded as `decode` does, or None; one that is not in the index must only lie in the directory."""
         path = self.directory / image_id
         try:
             if not path.resolve().is_relative_to(self.directory.resolve()):
@@ -68,7 +67,7 @@ class Album:
             content = path.read_bytes()
             if image_id in self._digests and decoding.sha256(content) != self._digests[image_id]:
                 return None
-            return decoding.decode(content)
+            return decoding.decode(content, least_side)
         except (OSError, ValueError):
             return None
 
@@ -88,12 +87,12 @@ def first_filters(backbone: Backbone) -> Picture | None:
     return _grid([_scaled(tile) for tile in tiles[:FILTERS]], max(24, 2 * weight.shape[2]), 8, title)
 
 
-def feature_maps(backbone: Backbone, image: Image.Image, augmentation: Augmentation, last: str) -> list[Picture]:
+def feature_maps(backbone: Backbone, image: Image.Image, last: str) -> list[Picture]:
     """View 0 of the image, and the channels that vary most at the end of each block up to the cut `last`.
 
     ValueError if the network cannot be traced, or has no maps.
     """
-    pixels = make_views(image, "", [0], backbone.preprocessing, augmentation)[0]
+    pixels = crop(image, backbone.preprocessing)
     ends = {cuts.block(backbone.module, name): name for name in tracing.find(backbone)}
     names = list(ends.values())
     if last in names:

@@ -7,12 +7,16 @@ Several processes fill the store side by side: `torchrun --nproc-per-node N -m p
 ordinary stage, which has nothing left to compute.
 """
 
+from contextlib import closing
+
+import numpy as np
 import torch
 
 from pipeline import logs
 from pipeline.dataset import manifest
-from pipeline.features import extraction, hdf5
+from pipeline.features import extraction, hdf5, store
 from pipeline.features.hdf5 import Provenance
+from pipeline.features.loading import open_loader
 from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device
@@ -26,22 +30,21 @@ def main() -> None:
     images, plan = manifest.read_images(), plans.read_backbone()
     features, runtime = params.features, params.runtime
     torch.set_num_threads(params.threads)
-    backbone = backbones.load_planned(plan, str(plans.BACKBONE))
-    base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
+    store.put_at(runtime.store)
     device = choose_device(runtime.device, share.local_rank if share.world_size > 1 else None)
-    computation = extraction.prepare(base, params.augmentation, features, device)
-    paths = extraction.locate(images, params.dataset.path)
     training = training_views(params.augmentation, features.views)
     evaluation = evaluation_views(params.evaluation.views)
-    lost = plan.preprocessing.cut_away(images.width, images.height)
-    if share.rank == 0 and lost.mean() > LARGEST_SHARE:
-        logs.log.warning(
-            "features.resize: crop cuts away %.0f %% of an image's area on average, at most %.0f %%; "
-            "squash and pad show the network whole images",
-            *(100 * lost.mean(), 100 * lost.max()),
-        )
-    rows = [(sha256, view) for sha256 in images.sha256 for view in dict.fromkeys([*training, *evaluation])]
-    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, share)
+    codes, paths = list(dict.fromkeys([*training, *evaluation])), extraction.locate(images, params.dataset.path)
+    if share.rank == 0:
+        warn_of_crops(plan.preprocessing.cut_away(images.width, images.height))
+    opened = open_loader(paths, plan.preprocessing, params.augmentation, codes, runtime, device)
+    with closing(opened) as loader:
+        with loader.decoding_ahead([name for name in images.sha256 if share.holds((name, 0))]):
+            backbone = backbones.load_planned(plan, str(plans.BACKBONE))
+            base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
+            computation = extraction.prepare(base, params.augmentation, features, device)
+        rows = [(name, code) for name in images.sha256 for code in codes]
+        filled = extraction.fill(computation, loader, rows, runtime.store_max_gb, share)
     if share.world_size > 1:
         logs.log.info("rank %d of %d is done; when all are: dvc repro", share.rank, share.world_size)
         return
@@ -53,9 +56,19 @@ def main() -> None:
         engine=computation.runner.engine,
         precision=features.precision,
         store_dtype=features.store_dtype,
-        largest_rounding=store.largest_rounding(rows),
+        largest_rounding=filled.largest_rounding(rows),
     )
-    extraction.assemble(store, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
+    extraction.assemble(filled, images.sha256, training, evaluation, provenance, hdf5.FEATURES)
+
+
+def warn_of_crops(lost: np.ndarray) -> None:
+    """Warn where view 0 lacks much of the images: `lost` (n_images,), shares of their area."""
+    if lost.mean() > LARGEST_SHARE:
+        logs.log.warning(
+            "features.resize: crop cuts away %.0f %% of an image's area on average, at most %.0f %%; "
+            "squash and pad show the network whole images",
+            *(100 * lost.mean(), 100 * lost.max()),
+        )
 
 
 if __name__ == "__main__":

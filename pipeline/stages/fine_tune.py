@@ -9,7 +9,6 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import nn
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images
-from pipeline.features import engine, extraction
+from pipeline.features import engine, extraction, store
 from pipeline.features.extraction import Share
-from pipeline.features.views import Sample, evaluation_views, load_batches, training_views
+from pipeline.features.loading import Loader, open_loader
+from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import Prefix
@@ -40,6 +40,7 @@ def main() -> None:
     params, base, plan = load_params(), plans.read_backbone(), plans.read_strategy(name)
     recipe, eval_views = plan.recipe, evaluation_views(params.evaluation.views)
     torch.set_num_threads(params.threads)
+    store.put_at(params.runtime.store)
     device = choose_device(params.runtime.device)
     engine.check_precision(f"fine_tune.strategies.{name}.precision", recipe.precision, device)
     images, labels = manifest.read_images(), manifest.read_labels()
@@ -50,12 +51,14 @@ def main() -> None:
     prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, pool)
     train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
+    paths, codes = extraction.locate(images, params.dataset.path), [*cached_views, *eval_views]
+    loader = open_loader(paths, base.preprocessing, params.augmentation, codes, params.runtime, device)
     if plan.is_cached:
         pairs = [(int(row), view) for row in train for view in cached_views]
         pairs += [(int(row), view) for row in (*val, *test) for view in eval_views]
-        load, largest_rounding = load_activations(prefix, images, pairs, params, device)
+        load, largest_rounding = load_activations(prefix, images, pairs, loader, params, device)
     else:
-        pairs, load, largest_rounding = [], load_images(images, backbone, params), 0.0
+        pairs, load, largest_rounding = [], load_images(images, loader), 0.0
     network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
     batch_size = params.features.batch_size.on(device.type)
     example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
@@ -69,6 +72,7 @@ def main() -> None:
     val_predictions, test_predictions = (
         Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
     )
+    loader.close()
 
     network.cpu()
     n_epochs = len(curve) - 1
@@ -117,38 +121,36 @@ def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str
         _, dense = cuts.split(backbone, base.cut)
         return card, backbone, load_head(path, card, dense)
     random = base.choice.model_copy(update={"weights": "random", "seed": seed})
-    backbone = backbones.load(random, base.image_size).with_geometry(base.preprocessing.geometry)
+    given = base.preprocessing
+    backbone = backbones.load(random, base.image_size).with_inputs(given.geometry, given.jpeg_decoding)
     _, dense = cuts.split(backbone, base.cut)
     torch.manual_seed(seed)
     return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)
 
 
 def load_activations(
-    prefix: Prefix, images: Images, pairs: Batch, params: Params, device: torch.device
+    prefix: Prefix, images: Images, pairs: Batch, loader: Loader, params: Params, device: torch.device
 ) -> tuple[Load, float]:
     """Batches of activations at the freeze boundary, float32, from the store; what it lacks of `pairs` is computed.
 
     Also the largest relative error of storing them.
     """
     computation = extraction.prepare(prefix, params.augmentation, params.features, device)
-    paths, runtime = extraction.locate(images, params.dataset.path), params.runtime
     rows = [(images.sha256[row], view) for row, view in pairs]
-    store = extraction.fill(computation, paths, rows, runtime.workers, runtime.store_max_gb, Share(0, 1))
+    filled = extraction.fill(computation, loader, rows, params.runtime.store_max_gb, Share(0, 1))
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for batch in batches:
-            yield torch.from_numpy(store.read([(images.sha256[row], view) for row, view in batch])).float()
+            yield torch.from_numpy(filled.read([(images.sha256[row], view) for row, view in batch])).float()
 
-    return load, store.largest_rounding(rows)
+    return load, filled.largest_rounding(rows)
 
 
-def load_images(images: Images, backbone: Backbone, params: Params) -> Load:
-    """Batches of images from their files, uint8."""
-    paths = [Path(params.dataset.path, name) for name in images.image_id]
+def load_images(images: Images, loader: Loader) -> Load:
+    """Batches of pixels, uint8."""
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
-        samples = [[Sample(paths[row], images.sha256[row], view) for row, view in batch] for batch in batches]
-        return load_batches(samples, backbone.preprocessing, params.augmentation, params.runtime.workers)
+        return loader.load([[(images.sha256[row], view) for row, view in batch] for batch in batches])
 
     return load
 

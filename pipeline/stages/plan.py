@@ -27,7 +27,8 @@ def main() -> None:
     params = load_params()
     device = choose_device(params.runtime.device)
     engine.check_precision("features.precision", params.features.precision, device)
-    backbone = backbones.load(params.backbone, params.features.image_size).with_geometry(params.features.resize)
+    backbone = backbones.load(params.backbone, params.features.image_size)
+    backbone = backbone.with_inputs(params.features.resize, params.dataset.jpeg_decoding)
     base = plan_backbone(backbone, params)
     strategies, value_bytes = {}, np.dtype(STORE_DTYPES[params.features.store_dtype]).itemsize
     for name in params.fine_tune.run:

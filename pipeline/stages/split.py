@@ -8,10 +8,11 @@ Byte-identical images and images of one group stay together. The order of the fi
 """
 
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline import logs
@@ -45,7 +46,8 @@ def main() -> None:
         # A fold may test no image of a rare class: the folds are judged together
         splits.check_classes(split, labels, ("train", "val", "test")[: 2 if options.method == "folds" else 3])
         manifest.write_split(split)
-        logs.log.info("split %d: %s", seed, ", ".join(f"{n} {name}" for name, n in Counter(split.split).items()))
+        sizes = Counter(split.split.tolist())
+        logs.log.info("split %d: %s", seed, ", ".join(f"{n} {name}" for name, n in sizes.items()))
     by_tie: dict[tuple[str, str], Leak] = {}
     for split in drawn:
         for leak in splits.find_leaks(labels, split):
@@ -124,11 +126,12 @@ def missed_shares(labels: Labels, drawn: list[Split], units: list[list[int]], op
 
 def few_units(drawn: list[Split], units: list[list[int]], options: Splitting) -> list[str]:
     """A note on each of validation and test that has fewer than 10 units with some seed, or in all folds together."""
-    found = []
+    found, unit_of = [], np.empty(len(drawn[0].split), np.int64)
+    unit_of[[*chain.from_iterable(units)]] = np.repeat(np.arange(len(units)), [*map(len, units)])
     for name in ("val", "test"):
-        counts = [{unit[0] for unit in units if name in split.split[unit]} for split in drawn]
+        counts = [np.unique(unit_of[split.rows(name)]) for split in drawn]
         is_folds = options.method == "folds"
-        fewest = len(set().union(*counts)) if is_folds else min(map(len, counts))
+        fewest = len(np.unique(np.concatenate(counts))) if is_folds else min(map(len, counts))
         if fewest < FEW_UNITS:
             way_out = "add data" if is_folds else "add data, or raise split.val_fraction or split.test_fraction"
             found.append(

@@ -42,11 +42,11 @@ def predict(run: Path, paths: Sequence[Path]) -> tuple[list[dict], list[str]]:
     for path in paths:
         try:
             content = path.read_bytes()
-            image, name = decoding.decode(content), decoding.sha256(content)
+            name = decoding.sha256(content)
+            pixels = make_views(content, name, views, card.backbone.preprocessing, card.augmentation)
         except (OSError, ValueError) as error:
             failures.append(f"{path}: {error}")
             continue
-        pixels = make_views(image, name, views, card.backbone.preprocessing, card.augmentation)
         (logits,) = engine.run(network, [torch.from_numpy(pixels)], "torch", "fp32", device, len(pixels))
         probability = heads.mean_log_probability(torch.from_numpy(logits)[None])[0].exp()
         best = int(probability.argmax())

@@ -1,34 +1,42 @@
 """store: list the keys of the feature store, check its shards, and remove what is not used; checkpoints, too."""
 
 import json
+import os
+import re
 import shutil
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.features import hdf5, store
+from pipeline.features import hdf5, index, store
 from pipeline.features.store import read_shards
 from pipeline.files import digest, shared
 from pipeline.training.runs import CHECKPOINTS
 
 HOUR, DAY = 3600, 86_400  # s; a temporary file that is older than an hour was left by a process that is gone
+KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{16})?(\.[0-9a-f]{8})?")  # directories with other names are not the store's
 
 
 @dataclass(frozen=True)
 class _Directory:
-    """The directory of a key; `last_use` in seconds since the epoch, `is_current`: this version can read its shards."""
+    """The directory of a key; `is_current`: this version can read its shards.
+
+    `last_use` and `now` are in seconds since the epoch, by the clock of the file system.
+    """
 
     path: Path
     description: str
     is_current: bool
     n_bytes: int
     last_use: float
+    now: float
 
     @property
     def days_unused(self) -> float:
-        return (time.time() - self.last_use) / DAY
+        return max(0.0, self.now - self.last_use) / DAY
 
     @property
     def shards(self) -> list[Path]:
@@ -37,7 +45,7 @@ class _Directory:
     @property
     def left_overs(self) -> list[Path]:
         """Damaged shards, and temporary files of processes that were killed."""
-        abandoned = [path for path in self.path.glob(".*.tmp") if time.time() - _size_and_time(path)[1] > HOUR]
+        abandoned = [path for path in self.path.glob(".*.tmp") if self.now - _size_and_time(path)[1] > HOUR]
         return sorted([*self.path.glob("*.damaged"), *abandoned])
 
     def line(self, contents: str = "") -> str:
@@ -47,8 +55,8 @@ class _Directory:
 
 def _directories() -> list[_Directory]:
     """Every key, the one used last first."""
-    found = []
-    for path in (path for path in store.root().glob("*/") if not path.is_symlink()):
+    found, now = [], _now(store.root())
+    for path in (path for path in store.root().glob("*/") if KEY.fullmatch(path.name) and not path.is_symlink()):
         entries = [_size_and_time(entry) for entry in path.glob("*")]
         last_use = max((time for _, time in entries), default=_size_and_time(path)[1])
         description, is_current = "unknown: no key.json that fits", False
@@ -61,7 +69,7 @@ def _directories() -> list[_Directory]:
                 is_current = key["schema"] == store.SCHEMA and not aside
                 other = "set aside, its rows were computed again" if aside else "of another version of this pipeline"
                 description = _describe(key) if is_current else other
-        found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use))
+        found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use, now))
     return sorted(found, key=lambda directory: -directory.last_use)
 
 
@@ -71,7 +79,14 @@ def _checkpoints() -> list[Path]:
 
 
 def _days(path: Path) -> float:
-    return (time.time() - _size_and_time(path)[1]) / DAY
+    return max(0.0, _now(path.parent) - _size_and_time(path)[1]) / DAY
+
+
+def _now(directory: Path) -> float:
+    """Seconds since the epoch by the clock of the directory's file system, which may be that of another machine."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_mtime
+    return time.time()  # nothing can be written there, and so nothing removed
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:
@@ -99,7 +114,7 @@ def status() -> None:
         for path in directory.shards if directory.is_current else ():
             with suppress(FileNotFoundError):  # set aside by a run, or removed by gc
                 try:
-                    n_rows += len(hdf5.parse_shard(path).rows)
+                    n_rows += len(hdf5.parse_shard(path).sortable)
                 except ValueError:
                     n_damaged += 1
         contents = f"{n_rows:,} rows, " if directory.is_current else f"{len(directory.shards):,} shards, "
@@ -115,12 +130,15 @@ def verify() -> None:
     """Compare every shard with its digest and its key; print the damaged ones; ValueError if there are any."""
     n_shards, damaged = 0, []
     for directory in _directories():
+        n_before = len(damaged)
         for path, found in read_shards(directory.shards if directory.is_current else []):
             n_shards += 1
             if isinstance(found, ValueError):
                 damaged.append(f"{path}: {found}")
             elif found.key != directory.path.name:
                 damaged.append(f"{path}: it belongs to the key {found.key}")
+        if len(damaged) > n_before:  # or a run would trust what it remembers
+            (directory.path / index.VERIFIED).unlink(missing_ok=True)
     print("\n".join([*damaged, f"{store.root()}: {n_shards} shards, {len(damaged)} damaged"]))
     if damaged:
         raise ValueError(f"{len(damaged)} damaged shards; the next run that uses them computes their rows again")

@@ -65,7 +65,8 @@ def main():
     share = extraction.share_of_environment()
     views = [0, AUGMENTED + 1]
     rows = [(name, view) for name in paths for view in views]
-    store = extraction.fill(computation, paths, rows, options["workers"], math.inf, share)
+    loader = factories.loader(computation, paths, options["workers"])
+    store = extraction.fill(computation, loader, rows, math.inf, share)
     if share.world_size == 1:
         extraction.assemble(store, list(paths), views, [0], factories.provenance(), Path(options["out"]))
 

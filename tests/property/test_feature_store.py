@@ -5,11 +5,10 @@ import io
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -23,12 +22,13 @@ from torch import nn
 from pipeline.features import extraction
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
+from pipeline.features.loading import Loader
 from pipeline.features.store import Store
-from pipeline.features.views import AUGMENTED, Sample
+from pipeline.features.views import AUGMENTED
 from pipeline.network.backbones import Backbone, state_sha256
 from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize, Preprocessing
-from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
+from tests.factories import FLIPS, PREPROCESSING, feature_options, loader, provenance
 
 N_IMAGES = 9
 VIEWS = [0, 2, AUGMENTED + 1, AUGMENTED + 2]
@@ -86,7 +86,7 @@ def fill(images: dict[str, Path], rows: list[Row], after: float = float("inf")) 
     """Fill the store, or be killed after so many batches."""
     network, computation = prepared()
     network.left = after
-    return extraction.fill(computation, images, rows, workers=0, max_gb=math.inf, share=Share(0, 1))
+    return extraction.fill(computation, loader(computation, images), rows, math.inf, Share(0, 1))
 
 
 def assembled(images: dict[str, Path], store: Store, folder: str) -> bytes:
@@ -177,6 +177,7 @@ def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
     augmentation = AUGMENTATION.model_copy(update={n: values[at[f"view {n}"]] for n, values in OF_VIEWS.items()})
     crop, mean = int(v["crop"]), float(v["mean"])
     geometry = Preprocessing(
+        jpeg_decoding="exact",
         geometry=v["geometry"],  # pyright: ignore[reportArgumentType]
         resize=(crop,),
         crop=crop,
@@ -204,14 +205,14 @@ def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
     state: State = dict.fromkeys(CHANGES, 0)
     seen: set[tuple[str, Row]] = set()
     asked: list[Row] = []
-    load_batches = extraction.load_batches
+    load = Loader.load
 
-    def counted(batches: list[list[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
-        asked.extend((sample.sha256, sample.view) for batch in batches for sample in batch)
-        return load_batches(batches, *arguments)
+    def counted(self: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+        asked.extend(row for batch in batches for row in batch)
+        return load(self, batches)
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extraction, "load_batches", counted)
+        patch.setattr(Loader, "load", counted)
         patch.setattr(extraction, "N_CHECKED", 0)
         paths = {name: Path(shutil.copy(path, folder)) for name, path in images.items()}
         chosen, views = list(paths), VIEWS
@@ -240,14 +241,14 @@ def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
             rows = [(name, view) for name in chosen for view in views]
             asked.clear()
             patch.setenv("DVC_ROOT", f"{folder}/store")
-            values = extraction.fill(computation, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+            values = extraction.fill(computation, loader(computation, paths), rows, math.inf, Share(0, 1)).read(rows)
             keyed = {(computation.key.name(row[1]), row) for row in rows}
             assert {(computation.key.name(row[1]), row) for row in asked} == keyed - seen
             assert len(set(asked)) == len(asked)
             seen |= keyed
             with tempfile.TemporaryDirectory() as empty:
                 patch.setenv("DVC_ROOT", empty)
-                fresh = extraction.fill(computation, paths, rows, 0, math.inf, Share(0, 1)).read(rows)
+                fresh = extraction.fill(computation, loader(computation, paths), rows, math.inf, Share(0, 1)).read(rows)
             assert values.tobytes() == fresh.tobytes()
 
 

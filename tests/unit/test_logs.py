@@ -71,6 +71,20 @@ def test_sigterm_ends_a_stage_as_ctrl_c_does(how: signal.Signals) -> None:
     assert cleaned == [how]
 
 
+WORKER_ENDED = "DataLoader worker (pid 12) is killed by signal: Terminated. "
+
+
+def test_a_signal_to_the_whole_process_group_is_no_lack_of_memory() -> None:
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:  # torch notices the end of a worker while the stage ends
+            raise RuntimeError(WORKER_ENDED)
+
+    assert last_line(main, MEMORY) == "interrupted"
+
+
 MEMORY = ("batch_size", "features.image_size", "runtime.workers")
 ON_CPU, ON_GPU = "lower batch_size, features.image_size, runtime.workers", "lower batch_size, features.image_size in"
 IN_WORKER = (
@@ -106,6 +120,11 @@ IN_WORKER = (
             RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
             "a process that decodes images was killed (DataLoader worker (pid(s) 12) exited unexpectedly); memory",
             "lower runtime.workers",
+        ),
+        (
+            RuntimeError(WORKER_ENDED),
+            "a process that decodes images was told to end (DataLoader worker (pid 12) is killed by signal: Terminated",
+            "not by this run; start it again",
         ),
         (
             RuntimeError("DataLoader worker (pid 12) is killed by signal: Segmentation fault. "),

@@ -344,6 +344,17 @@ def test_a_missing_key_is_named(tmp_path: Path):
         load(document, tmp_path)
 
 
+def test_the_place_of_the_store_is_a_directory_as_it_is(tmp_path: Path):
+    assert load(document_with({"runtime.store": "/mnt/team store/ü"}), tmp_path).runtime.store == "/mnt/team store/ü"
+    for wrong, expected in (
+        ("~/store", "expected a directory; ~ is not expanded"),
+        ("", "expected a word"),
+        (3, "a valid string"),
+    ):
+        with pytest.raises(ValueError, match=rf"runtime\.store: found {json.dumps(wrong)}; .*{expected}"):
+            load(document_with({"runtime.store": wrong}), tmp_path)
+
+
 def test_every_mistake_has_its_line(tmp_path: Path):
     with pytest.raises(ValueError, match=r"params\.yaml") as error:
         load(document_with({"features.views": 0, "runtime.device": "tpu"}), tmp_path)

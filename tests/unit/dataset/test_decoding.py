@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.dataset import decoding
-from pipeline.dataset.decoding import decode, sha256
+from pipeline.dataset.decoding import decode, examine, sha256
 from tests.factories import encoded, noise, photograph
 
 
@@ -172,3 +172,47 @@ def test_a_png_is_what_was_written_or_is_refused():
 def test_a_tiff_that_is_not_read_is_reported_as_that(start: bytes):
     with pytest.raises(ValueError, match="a TIFF of a kind that is not read"):
         decode(start + bytes(20))
+
+
+# JPEGs at reduced size
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A photograph without fine detail, dark at its top and bright at its left."""
+    return photograph().resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("least", "expected"), [(None, 1), (500, 1), (150, 2), (75, 4), (38, 8), (1, 8)])
+def test_a_jpeg_has_at_least_the_px_that_are_needed_along_each_side(least: int | None, expected: int, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(smooth(400, 304), "JPEG", exif=exif.tobytes(), quality=95)
+    found, whole = examine(content, least), examine(content)
+    size = (400, 304) if orientation < 5 else (304, 400)
+    assert found.size == whole.size == whole.image.size == size
+    assert found.image.size == (size[0] // expected, size[1] // expected)
+    small = whole.image.resize(found.image.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(small).astype(int) - np.asarray(found.image)).mean() < 2, "the same picture, upright"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
+def test_only_jpegs_are_decoded_at_reduced_size(kind: str):
+    content = encoded(smooth(400, 304), kind)
+    assert np.array_equal(np.asarray(decode(content, 10)), np.asarray(decode(content)))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_truncated_jpeg_is_found_at_reduced_size_too(share: float):
+    content = encoded(smooth(800, 608), "JPEG")
+    with pytest.raises(ValueError, match="truncated"):
+        decode(content[: int(share * len(content))], 50)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_at_reduced_size(mode: str):
+    content = encoded(smooth(400, 304).convert(mode), "JPEG")
+    found, whole = decode(content, 50), decode(content)
+    assert (found.size, found.mode) == ((100, 76), whole.mode)
+    small = np.asarray(whole.resize(found.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - np.asarray(found)).mean() < 2

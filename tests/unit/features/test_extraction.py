@@ -17,14 +17,15 @@ from torch import nn
 from pipeline.features import extraction, hdf5
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
+from pipeline.features.loading import Loader
 from pipeline.features.store import Store
-from pipeline.features.views import AUGMENTED, Sample
+from pipeline.features.views import AUGMENTED
 from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone, state_sha256
 from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize, Preprocessing
 from pipeline.params import Augmentation, BackboneChoice
-from tests.factories import FLIPS, PREPROCESSING, feature_options, provenance
+from tests.factories import FLIPS, PREPROCESSING, feature_options, loader, provenance
 
 CPU = torch.device("cpu")
 N_IMAGES = 12
@@ -72,7 +73,7 @@ def fill(
     max_gb: float = math.inf,
     share: Share = EVERYTHING,
 ) -> Store:
-    return extraction.fill(computation, paths, rows, workers=0, max_gb=max_gb, share=share)
+    return extraction.fill(computation, loader(computation, paths), rows, max_gb, share)
 
 
 def all_rows(paths: dict[str, Path], views: int = 2) -> list[Row]:
@@ -339,13 +340,13 @@ def test_features_that_are_not_finite_are_refused_and_not_stored(paths: dict[str
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[list[Row]]:
     """Grows by the rows of every call that loads images: those that are checked, then those that are missing."""
     calls: list[list[Row]] = []
-    load_batches = extraction.load_batches
+    load = Loader.load
 
-    def recorded(batches: Sequence[Sequence[Sample]], *arguments: Any) -> Iterator[torch.Tensor]:
-        calls.append([(sample.sha256, sample.view) for batch in batches for sample in batch])
-        return load_batches(batches, *arguments)
+    def recorded(self: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+        calls.append([row for batch in batches for row in batch])
+        return load(self, batches)
 
-    monkeypatch.setattr(extraction, "load_batches", recorded)
+    monkeypatch.setattr(Loader, "load", recorded)
     return calls
 
 

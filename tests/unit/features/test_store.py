@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,33 @@ def test_rows_are_read_as_they_were_written() -> None:
     order = np.random.default_rng(1).permutation(12)
     assert np.array_equal(store.read([ROWS[i] for i in order]), VALUES[order])
     assert store.missing([*ROWS, ("f" * 64, 0), (ROWS[0][0], AUGMENTED)]) == [("f" * 64, 0), (ROWS[0][0], AUGMENTED)]
+
+
+def test_pixels_are_read_and_located_as_they_were_written() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
+    key = replace(store_key(store_dtype="uint8"), row_shape=(4, 4, 3))
+    Store(key).write(ROWS, pixels)
+    store = Store(key)
+    assert store.read(ROWS).dtype == np.uint8
+    assert np.array_equal(store.read(ROWS), pixels)
+    assert store.agrees(dict(zip(ROWS, pixels, strict=True)))
+    assert not store.agrees({ROWS[0]: pixels[1]})
+    assert store.largest_rounding(ROWS) == 0
+
+
+@pytest.mark.parametrize("store_dtype", ["fp32", "fp16", "uint8"])
+def test_rows_lie_where_they_are_located(store_dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (12, 5), np.uint8)
+    key = store_key(store_dtype=store_dtype)
+    Store(key).write(ROWS, values if store_dtype == "uint8" else values.astype(np.float32))
+    store = Store(key)
+    for (path, offset), value in zip(store.locate(ROWS[::-1]), values[::-1], strict=True):
+        assert np.array_equal(np.memmap(path, key.dtype, "r", offset, (5,)), value)
+    with pytest.raises(KeyError):
+        store.locate([("f" * 64, 0)])
+    assert ROWS[0] in store
+    assert ("f" * 64, 0) not in store
+    assert (ROWS[0][0], AUGMENTED) not in store
 
 
 def test_writing_the_same_rows_again_adds_nothing() -> None:

@@ -1,7 +1,5 @@
 """Decoding, the evaluation transform, and augmented views that depend on seed, image and number alone."""
 
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -9,20 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.dataset.decoding import decode, sha256
 from pipeline.features import views
-from pipeline.features.views import (
-    AUGMENTED,
-    SYMMETRIES,
-    Sample,
-    evaluation_views,
-    load_batches,
-    make_views,
-    training_views,
-)
+from pipeline.features.views import AUGMENTED, SYMMETRIES, evaluation_views, training_views
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, Symmetry
-from tests.factories import PLAIN, encoded, noise, photograph
+from tests.factories import PLAIN, encoded, photograph
 
 KNOBS: list[dict[str, Any]] = [
     {"flips": "horizontal"},
@@ -42,7 +31,13 @@ KNOBS: list[dict[str, Any]] = [
 ]
 EVERYTHING: dict[str, Any] = {key: value for knob in KNOBS for key, value in knob.items()}
 SMALL = Preprocessing(
-    geometry="crop", resize=(20,), crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2)
+    geometry="crop",
+    jpeg_decoding="exact",
+    resize=(20,),
+    crop=16,
+    interpolation="bicubic",
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.2, 0.2),
 )
 NAME = "0" * 64
 
@@ -54,6 +49,10 @@ def augmentation(**changes: Any) -> Augmentation:
 def augmented(*numbers: int) -> list[int]:
     """Codes of augmented views, whose pixels may be those of a symmetry."""
     return [AUGMENTED + k for k in numbers]
+
+
+def make_views(image: Image.Image, *arguments: Any) -> np.ndarray:
+    return views.make_views(encoded(image), *arguments)
 
 
 def view(k: int, options: Augmentation, image: Image.Image | None = None, name: str = NAME) -> np.ndarray:
@@ -309,92 +308,3 @@ def test_a_random_crop_of_an_image_of_a_few_pixels_has_at_least_one():
         for geometry in ("squash", "pad"):
             pixels = fitted(geometry, marked(*shape), options, *augmented(1))
             assert (pixels.max(axis=2) > 100).all(), "nothing is black, as a part without pixels would be"
-
-
-# load_batches
-
-
-def files(directory: Path, n: int) -> list[tuple[Path, str]]:
-    contents = [encoded(Image.fromarray(noise(20 + i, 24, 3))) for i in range(n)]
-    for i, content in enumerate(contents):
-        (directory / f"{i}.png").write_bytes(content)
-    return [(directory / f"{i}.png", sha256(content)) for i, content in enumerate(contents)]
-
-
-def test_batches_are_the_same_with_and_without_workers(tmp_path: Path):
-    options = augmentation(**EVERYTHING)
-    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, *augmented(2))]
-    batches = [samples[:4], samples[4:], samples[3:2:-1]]
-    alone, helped = (list(load_batches(batches, SMALL, options, workers)) for workers in (0, 2))
-    assert [tuple(batch.shape) for batch in alone] == [(4, 16, 16, 3), (2, 16, 16, 3), (1, 16, 16, 3)]
-    assert all(batch.dtype == torch.uint8 for batch in alone)
-    assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
-    last = make_views(decode(samples[3].path.read_bytes()), samples[3].sha256, augmented(2), SMALL, options)
-    assert np.array_equal(alone[2].numpy(), last)
-
-
-@pytest.mark.parametrize(("free", "is_shared"), [(10**6, True), (10**4, False), (0, False)])
-def test_small_shared_memory_is_not_used(free: int, is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Three batches of 2 views of 16 px, of which at most 10 wait: 15 kB, and as much again for other programs."""
-    samples = [Sample(path, name, k) for path, name in files(tmp_path, 3) for k in (0, *augmented(2))]
-    batches = [samples[:2], samples[2:4], samples[4:]]
-    expected = list(load_batches(batches, SMALL, PLAIN, 0))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    found = list(load_batches(batches, SMALL, PLAIN, 1))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert {batch.is_shared() for batch in found} == {is_shared}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_image_that_needs_more_memory_than_there_is_is_not_called_damaged(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def decode(_: bytes) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(views, "decode", decode)
-    ((path, name),) = files(tmp_path, 1)
-    with pytest.raises(MemoryError, match=rf"^{path}: cannot be decoded in the memory there is$"):
-        list(load_batches([[Sample(path, name, 0)]], SMALL, PLAIN, workers))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_error_of_shared_memory_comes_without_the_traceback_of_a_worker_and_a_bug_with_it(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    ((path, name),) = files(tmp_path, 1)
-    for text, begin in (
-        ("unable to write to file </torch_1_2>: No space left on device (28)", "unable"),
-        ("a bug", "Caught" if workers else "a bug"),
-    ):
-
-        def collate(_: object, text: str = text) -> None:
-            raise RuntimeError(text)
-
-        monkeypatch.setattr(views, "default_collate", collate)
-        with pytest.raises(RuntimeError, match=f"^{begin}"):
-            list(load_batches([[Sample(path, name, 0)]], SMALL, PLAIN, workers))
-
-
-def test_no_batches_are_no_batches():
-    assert list(load_batches([], SMALL, PLAIN, 2)) == []
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", ["changed", "unreadable", "absent"])
-def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: str, workers: int, tmp_path: Path):
-    (good, name), (bad, other) = files(tmp_path, 2)
-    if damage == "changed":
-        bad.write_bytes(good.read_bytes())
-    elif damage == "unreadable":
-        bad.write_bytes(b"no image")
-        other = sha256(b"no image")
-    else:
-        bad.unlink()
-    batches = load_batches([[Sample(good, name, 0)], [Sample(bad, other, 0)]], SMALL, PLAIN, workers)
-    assert next(batches).shape == (1, 16, 16, 3)
-    with pytest.raises(ValueError, match=str(bad)) as error:
-        next(batches)
-    assert len(str(error.value).splitlines()) == 1
-    if damage == "changed":
-        assert str(error.value) == f"{bad}: the file changed since it was indexed; run: dvc repro"

@@ -270,11 +270,11 @@ def test_a_file_that_crashes_the_decoder_is_refused_and_the_others_are_read(
     examine, main = decoding.examine, os.getpid()
     fatal = {(tmp_path / "many" / name).read_bytes() for name in crashing}
 
-    def crash(content: bytes) -> tuple[Image.Image, str, str, int]:
+    def crash(content: bytes, least_side: int) -> decoding.Decoded:
         if content in fatal:
             assert os.getpid() != main
             os.kill(os.getpid(), signal.SIGKILL)
-        return examine(content)
+        return examine(content, least_side)
 
     monkeypatch.setattr(decoding, "examine", crash)
     bystander = get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)

@@ -14,7 +14,7 @@ PHOTO = SMOOTH.resize((300, 200), Image.Resampling.BICUBIC)
 
 
 def seen(image: Image.Image, kind: str = "PNG", **options: int) -> tuple[str, str]:
-    pixels, _, mode, _ = examine(encoded(image, kind, **options))
+    pixels, _, mode, _, _ = examine(encoded(image, kind, **options))
     return look(pixels, mode, reduced(pixels))
 
 

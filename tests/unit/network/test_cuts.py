@@ -42,7 +42,13 @@ def backbone(name: str) -> Backbone:
 def wrap(module: nn.Module, size: int = 8, name: str = "timm/toy") -> Backbone:
     """A network for images of `size` pixels as a backbone."""
     geometry = Preprocessing(
-        geometry="crop", resize=(size,), crop=size, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+        geometry="crop",
+        jpeg_decoding="exact",
+        resize=(size,),
+        crop=size,
+        interpolation="bilinear",
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
     )
     return Backbone(name, module.eval(), geometry, "", 0, None)
 

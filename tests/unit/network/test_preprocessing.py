@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pipeline.features.views import make_views
-from tests.factories import PLAIN, PREPROCESSING
+from tests.factories import PLAIN, PREPROCESSING, encoded
 
 IMAGENET = PREPROCESSING.model_copy(update={"resize": (256,), "crop": 224})
 
@@ -37,6 +37,6 @@ def test_share_that_is_cut_away_is_what_view_0_does_not_show() -> None:
     """A ramp from the left to the right: the range of the view is the part of the width that it shows."""
     ramp = Image.fromarray(np.broadcast_to(np.linspace(0, 255, 512), (64, 512)).astype(np.uint8))
     options = IMAGENET.model_copy(update={"resize": (32,), "crop": 32})
-    (pixels,) = make_views(ramp, "", [0], options, PLAIN)
+    (pixels,) = make_views(encoded(ramp), "", [0], options, PLAIN)
     (share,) = options.cut_away([512], [64])
     assert np.ptp(pixels.astype(int)) / 255 == pytest.approx(1 - share, abs=0.02)

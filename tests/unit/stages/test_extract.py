@@ -46,6 +46,19 @@ def run(**changes: Any) -> hdf5.Features:
     return hdf5.read_features()
 
 
+def test_the_store_lies_where_params_yaml_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(runtime={"store": "of/all"})
+    assert [*Path("of/all").glob("*/*.h5")]
+    before = hdf5.FEATURES.read_bytes()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))  # as in a queued experiment
+    run(runtime={"store": str(tmp_path / "of/all")})
+    assert not Path("main").exists()
+    run(runtime={"store": "of/all"})
+    assert [*Path("main/of/all").glob("*/*.h5")]
+    assert not Path("data/.feature_store").exists()
+    assert hdf5.FEATURES.read_bytes() == before
+
+
 def test_the_four_flips_are_computed_and_stored_once_for_training_and_evaluation(computed: list[Row]) -> None:
     found = run(features={"views": 8}, augmentation={"flips": "both"}, evaluation={"views": FOUR})
     assert {view for _, view in computed} == {0, 1, 2, 3}

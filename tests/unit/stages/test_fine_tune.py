@@ -383,6 +383,11 @@ def test_rounding_of_the_cache_is_reported(tune: Tune) -> None:
     assert tune(TINY, {"freeze_until": "layer2", "boundary_cache": "off"}).network["largest_rounding"] == 0
 
 
+def test_the_store_lies_where_params_yaml_says(tune: Tune) -> None:
+    tune(TINY, {"freeze_until": "all"}, runtime={"store": "elsewhere"})
+    assert [*Path("elsewhere").glob("*/*.h5")]
+
+
 def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:
     tune(TINY, {"freeze_until": "all"})
     computed.clear()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.__main__ import cli
-from pipeline.dataset.decoding import decode, sha256
+from pipeline.dataset.decoding import sha256
 from pipeline.features.views import make_views
 from pipeline.network import backbones
 from pipeline.network.preprocessing import Normalize
@@ -86,8 +86,7 @@ def test_saved_run_predicts_what_the_network_predicts_from_another_directory(
     assert [entry["path"] for entry in predictions] == [str(path) for path in photographs]
     for entry, path in zip(predictions, photographs, strict=True):
         content = path.read_bytes()
-        image, name = decode(content), sha256(content)
-        pixels = make_views(image, name, [0, 1], card.backbone.preprocessing, PLAIN)
+        pixels = make_views(content, sha256(content), [0, 1], card.backbone.preprocessing, PLAIN)
         assert np.array_equal(pixels[1], pixels[0][:, ::-1])
         assert not np.array_equal(pixels[0], pixels[1])
         with torch.no_grad():

@@ -23,9 +23,9 @@ from pipeline.features import hdf5
 from pipeline.features import store as feature_store
 from pipeline.features.store import Store
 from pipeline.features.views import AUGMENTED
+from tests.factories import REPOSITORY, fill_store, store_key
 from tests.factories import STORE_ROWS as ROWS
 from tests.factories import STORE_VALUES as VALUES
-from tests.factories import fill_store, store_key
 
 DAY = 86_400
 
@@ -320,6 +320,44 @@ def test_directory_that_is_no_key_of_now_is_shown_left_alone_and_collected(
         os.utime(path, (then, then))
     run("gc", "--days", "1", "--yes")
     assert not other.exists()
+
+
+def test_ages_are_those_of_the_file_system_whatever_our_clock_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard, *_) = fill_store(store_key())
+    being_written = shard.parent / ".x.h5.1.tmp"
+    being_written.write_bytes(b"x")
+    unused_for(shard.parent, 0.5)
+    monkeypatch.setattr(time, "time", lambda: os.stat(being_written).st_mtime + 5 * DAY)
+    assert "used today" in run("status")
+    assert "nothing to remove" in run("gc", "--days", "1", "--yes")
+    assert being_written.exists()
+
+
+def test_the_store_lies_where_params_yaml_says(
+    run: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shard, *_) = fill_store(store_key())
+    text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for place, expected in (("sto re/é", root.parents[1] / "sto re/é"), (tmp_path / "team", tmp_path / "team")):
+        Path("params.yaml").write_text(text.replace("  store: null ", f"  store: {place} "), encoding="utf-8")
+        assert run("status") == f"{expected}: 0 keys, 0.0 MB\n"
+        shutil.copytree(root, expected)
+        assert f"{expected}: 1 keys" in run("status")
+        assert run("verify") == f"{expected}: 3 shards, 0 damaged\n"
+    run("gc", "--days", "0", "--yes")
+    assert (shard.exists(), [*expected.iterdir()]) == (True, [])
+
+
+def test_gc_leaves_what_else_lies_in_the_directory(run: Run, root: Path) -> None:
+    fill_store(store_key())
+    others = [root / name / "file" for name in ("photos", "data", "0123", f"{'a' * 32}.old", "A" * 32)]
+    for path in others:
+        path.parent.mkdir()
+        path.write_bytes(b"mine")
+    assert "1 keys" in run("status")
+    run("gc", "--days", "0", "--yes")
+    assert {*root.iterdir()} == {path.parent for path in others}
 
 
 def test_key_of_another_version_is_shown_as_such(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

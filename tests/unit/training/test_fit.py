@@ -105,7 +105,13 @@ def load(name: str) -> Backbone:
             torch.manual_seed(0)
             network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
         geometry = Preprocessing(
-            geometry="crop", resize=(32,), crop=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
+            geometry="crop",
+            jpeg_decoding="exact",
+            resize=(32,),
+            crop=32,
+            interpolation="bilinear",
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
         )
         return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
     size = 64 if name == ALEXNET else 32

@@ -1,0 +1,345 @@
+"""Load views of images in worker processes: from pixels in the feature store, or from image files.
+
+Pixels that are decoded are kept in the store, so that each image file is read once (`runtime.pixel_cache`).
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import features as pillow
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from pipeline.dataset.decoding import sha256
+from pipeline.features import pixels
+from pipeline.features.code import digest_of_code
+from pipeline.features.hdf5 import Row
+from pipeline.features.pixels import Kind
+from pipeline.features.store import Key, Store
+from pipeline.features.views import kind_of, view_of
+from pipeline.logs import explain, leave_signals
+from pipeline.network.preprocessing import Preprocessing
+from pipeline.params import Augmentation, Runtime
+
+DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")  # of Pillow
+PIXEL_CODE = ("dataset/decoding.py", "features/pixels.py", "network/preprocessing.py")
+SHARD_BYTES = 32 * 2**20
+PREFETCHED = 4  # batches for each worker
+AHEAD = 8  # images in a batch that is decoded ahead
+SHARED_MEMORY = "/dev/shm"
+Place = tuple[Path, int]  # a file, and where in it a row begins, in bytes
+Fresh = list[tuple[Kind, str, np.ndarray]]  # pixels that were decoded, of the image with this SHA-256
+Answer = tuple[torch.Tensor | np.ndarray | Exception, Fresh]
+log = logging.getLogger("pipeline")
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the libraries that can change pixels; None for a decoder that Pillow has not."""
+    return {"pillow": metadata.version("pillow")} | {name: pillow.version(name) for name in DECODERS}
+
+
+class PixelStore:
+    """The pixels in the feature store, by kind; those that are added are written by a thread, a shard at a time."""
+
+    def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation, kinds: Iterable[Kind]) -> None:
+        self._stores: dict[Kind, Store] = {kind: Store(_key(kind, preprocessing, augmentation)) for kind in kinds}
+        self._added: dict[Kind, dict[str, np.ndarray]] = {kind: {} for kind in self._stores}  # not on disk yet
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def locate(self, name: str, kinds: Iterable[Kind]) -> dict[Kind, Place]:
+        """Where the pixels of the image with this SHA-256 are; those that are not on disk are left out."""
+        row = name, 0
+        return {kind: self._stores[kind].locate([row])[0] for kind in kinds if row in self._stores[kind]}
+
+    def add(self, fresh: Fresh) -> None:
+        """Keep these pixels."""
+        for kind, name, row in fresh:
+            waiting = self._added[kind]
+            if name not in waiting and (name, 0) not in self._stores[kind]:
+                waiting[name] = row
+                if len(waiting) * row.nbytes >= SHARD_BYTES:
+                    self._write(kind)
+
+    def flush(self) -> None:
+        """Wait until all that was added is on disk."""
+        for kind in self._added:
+            self._write(kind)
+        self._wait()
+
+    def _write(self, kind: Kind) -> None:
+        self._wait()  # one shard waits in memory, not more
+        if rows := self._added[kind]:
+            self._added[kind] = {}
+            names, values = [(name, 0) for name in rows], np.stack([*rows.values()])
+            self._writing = self._writer.submit(self._stores[kind].write, names, values)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def _key(kind: Kind, preprocessing: Preprocessing, augmentation: Augmentation) -> Key:
+    """What pixels depend on; the augmentation only by the shape of a row, the mean only as the colour of a border."""
+    shape = pixels.row_shape(kind, preprocessing, augmentation)
+    description: dict[str, Any] = {
+        "pixels": kind,
+        "shape": list(shape),
+        "interpolation": preprocessing.interpolation,
+        "jpeg_decoding": preprocessing.jpeg_decoding,
+        "code": digest_of_code(modules=PIXEL_CODE),
+        "store_dtype": "uint8",
+        "versions": versions(),
+    }
+    if kind == "crop":
+        used = {"crop": preprocessing.resize, "squash": None, "pad": preprocessing.mean_colour}
+        description["geometry"] = [preprocessing.geometry, used[preprocessing.geometry]]
+    return Key(description, augmentation, shape)
+
+
+def open_pixels(
+    preprocessing: Preprocessing, augmentation: Augmentation, codes: Iterable[int], n_images: int, runtime: Runtime
+) -> PixelStore | None:
+    """The store of the pixels of which the views `codes` are made; None where `runtime.pixel_cache` has none.
+
+    ValueError if it is on and the pixels of `n_images` take more than `runtime.store_max_gb`.
+    """
+    kinds: set[Kind] = {kind_of(code, augmentation) for code in codes}
+    shapes = [pixels.row_shape(kind, preprocessing, augmentation) for kind in kinds]
+    size = n_images * sum(map(math.prod, shapes)) / 1e9
+    if runtime.pixel_cache == "off":
+        return None
+    if size <= runtime.store_max_gb:
+        log.info("pixels of %d images (%.3g GB): decoded once, then read from the feature store", n_images, size)
+        return PixelStore(preprocessing, augmentation, kinds)
+    problem = f"the pixels of {n_images} images take {size:.3g} GB, more than runtime.store_max_gb"
+    if runtime.pixel_cache == "on":
+        raise ValueError(f"params.yaml: runtime.pixel_cache: on, but {problem} ({runtime.store_max_gb:g}); raise it")
+    log.info("%s (%g): image files are decoded each time", problem, runtime.store_max_gb)
+    return None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Views, by their codes, of one image: its file, whose bytes must have this SHA-256, and where its pixels are."""
+
+    path: Path
+    sha256: str
+    views: tuple[int, ...]
+    places: dict[Kind, Place]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch: a worker hands it over in shared memory or through a pipe, and keeps the pixels it decoded or not."""
+
+    samples: list[Sample]
+    is_piped: bool
+    is_kept: bool
+
+
+@dataclass(frozen=True)
+class Decoder(Dataset):
+    """What a worker does."""
+
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+
+    def __getitem__(self, request: Request) -> Answer:
+        """The views of a batch, and the pixels that were decoded for it.
+
+        Instead of views the error to raise in the main process: one that is raised in a worker comes with a traceback.
+        """
+        views: list[np.ndarray] = []
+        fresh: Fresh = []
+        for sample in request.samples:
+            try:
+                views += self._views(sample, fresh)
+            except MemoryError as error:
+                problem = str(error) or "cannot be decoded in the memory there is"
+                return MemoryError(f"{sample.path}: {problem}"), fresh
+            except (OSError, ValueError) as error:
+                return ValueError(f"{sample.path}: {error}"), fresh
+        fresh = fresh if request.is_kept else []
+        if request.is_piped:
+            return np.stack(views), fresh
+        try:
+            return default_collate([torch.from_numpy(np.ascontiguousarray(view)) for view in views]), fresh
+        except RuntimeError as error:
+            if explain(error) is None:
+                raise
+            return error, []
+
+    def _views(self, sample: Sample, fresh: Fresh) -> Iterator[np.ndarray]:
+        """The views of one image, whose file is read at most once, and only for pixels that are not stored."""
+        rows = {}
+        content = None
+        for code in sample.views:
+            kind = kind_of(code, self.augmentation)
+            if kind not in rows and kind in sample.places:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    rows[kind] = self._stored(sample.places[kind], kind)
+            if kind not in rows:
+                content = content or _read(sample)
+                rows[kind] = pixels.make(content, kind, self.preprocessing, self.augmentation)
+                fresh.append((kind, sample.sha256, rows[kind]))
+            yield view_of(rows[kind], sample.sha256, code, self.preprocessing, self.augmentation)
+
+    def _stored(self, place: Place, kind: Kind) -> np.ndarray:
+        path, offset = place
+        shape = pixels.row_shape(kind, self.preprocessing, self.augmentation)
+        row = np.fromfile(path, np.uint8, math.prod(shape), offset=offset)
+        if row.size != math.prod(shape):
+            raise OSError(f"its pixels in {path} were cut short")
+        return row.reshape(shape)
+
+
+def _read(sample: Sample) -> bytes:
+    content = sample.path.read_bytes()
+    if sha256(content) != sample.sha256:
+        raise ValueError("the file changed since it was indexed; run: dvc repro")
+    return content
+
+
+class _Requests:
+    """Yields the requests that were set last, each time that it is iterated over."""
+
+    def __init__(self) -> None:
+        self.current: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.current)
+
+
+class Loader:
+    """Loads views of the image files `paths`, by SHA-256, with `workers` processes that live as long as it does.
+
+    0: in this process. `store`: where pixels are kept, if anywhere. One batch after the other: to load others ends what
+    was being loaded.
+    """
+
+    def __init__(
+        self,
+        paths: dict[str, Path],
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        store: PixelStore | None,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.paths = paths
+        self._store, self._workers, self._augmentation = store, workers, augmentation
+        self._view_bytes = 3 * preprocessing.crop**2
+        self._requests = _Requests()
+        self._loader: DataLoader | None = DataLoader(
+            Decoder(preprocessing, augmentation),
+            batch_size=None,
+            sampler=self._requests,
+            collate_fn=_same,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals,
+            prefetch_factor=PREFETCHED if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # not the global one, from which dropout draws
+        )
+
+    def load(self, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+        """The batches in order: uint8 (len(batch), crop, crop, 3) each.
+
+        Raises ValueError for a file that cannot be read or that changed since it was indexed, MemoryError if there is
+        too little memory.
+        """
+        if self._store is not None:
+            self._store.flush()
+        n_waiting, largest = PREFETCHED * self._workers + 2, max(map(len, batches), default=0)
+        is_piped = self._workers > 0 and not _has_shared_memory(n_waiting * largest * self._view_bytes)
+        self._requests.current = (self._request(batch, is_piped=is_piped) for batch in batches)
+        assert self._loader is not None, "it is closed"
+        return self._receive(iter(self._loader))  # workers begin now, not when the first batch is asked for
+
+    def _request(self, batch: Sequence[Row], *, is_piped: bool) -> Request:
+        samples = []
+        for name, rows in groupby(batch, lambda row: row[0]):  # the views of one image
+            codes = tuple(code for _, code in rows)
+            kinds: set[Kind] = {kind_of(code, self._augmentation) for code in codes}
+            places = {} if self._store is None else self._store.locate(name, kinds)
+            samples.append(Sample(self.paths[name], name, codes, places))
+        return Request(samples, is_piped, self._store is not None)
+
+    def _receive(self, answers: Iterator[Answer]) -> Iterator[torch.Tensor]:
+        for views, fresh in answers:
+            if self._store is not None:
+                self._store.add(fresh)
+            if isinstance(views, Exception):
+                raise views
+            yield torch.from_numpy(views) if isinstance(views, np.ndarray) else views
+
+    @contextmanager
+    def decoding_ahead(self, names: Sequence[str]) -> Iterator[None]:
+        """Meanwhile, have the workers decode those images whose pixels are not stored."""
+        store, stop = self._store, Event()
+        if store is None or not self._workers:
+            yield
+            return
+        missing = [name for name in names if not store.locate(name, ["crop"])]
+        answers = self.load([[(name, 0) for name in missing[i : i + AHEAD]] for i in range(0, len(missing), AHEAD)])
+
+        def receive() -> None:
+            with suppress(ValueError, MemoryError, OSError, RuntimeError):  # it comes again when the image is needed
+                for _ in answers:
+                    if stop.is_set():
+                        break
+
+        thread = Thread(target=receive)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def close(self) -> None:
+        """End the workers; wait until all pixels are on disk."""
+        self._loader = None
+        if self._store is not None:
+            self._store.flush()
+
+
+def open_loader(
+    paths: dict[str, Path],
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    codes: Sequence[int],
+    runtime: Runtime,
+    device: torch.device,
+) -> Loader:
+    """A loader of the views `codes`, as `runtime` says; raises as `open_pixels` does."""
+    store = open_pixels(preprocessing, augmentation, codes, len(paths), runtime)
+    return Loader(paths, preprocessing, augmentation, store, runtime.workers, device)
+
+
+def _same(batch: object) -> object:
+    return batch
+
+
+def _has_shared_memory(n_bytes: int) -> bool:
+    """Whether /dev/shm has room for `n_bytes`, twice over for who else uses it; a container often has only 64 MB.
+
+    Systems without this directory have no such limit.
+    """
+    with suppress(OSError):
+        return shutil.disk_usage(SHARED_MEMORY).free >= 2 * n_bytes
+    return True
