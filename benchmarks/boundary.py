@@ -2,7 +2,7 @@
 
 Trains on images of dataset.path (needs `dvc repro split`) with fp32 and frozen BatchNorm: from activations cached at
 the freeze boundary, and the same through the whole network, from pixels in the store. ResNet-18 has random weights,
-which changes no speed. The time of an epoch, with its validation, is that of several epochs less that of the first.
+which changes no speed. The time of an epoch, with its validation, is that of several less that of the first.
 """
 
 import copy

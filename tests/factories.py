@@ -141,7 +141,8 @@ def feature_options(**changes: Any) -> FeatureOptions:
     """Two views, in torch."""
     plain: dict[str, Any] = {"views": 2, "image_size": None, "cut": "all", "pool": "none", "resize": "crop"}
     precision: dict[str, Any] = {"precision": "fp32", "store_dtype": "fp32", "engine": "torch"}
-    return FeatureOptions(**plain | precision | {"batch_size": BatchSize(cpu=8, cuda=256)} | changes)
+    sizes: dict[str, Any] = {"batch_size": BatchSize(cpu=8, cuda=256)}
+    return FeatureOptions(**plain | precision | sizes | changes)
 
 
 def loader(computation: Computation, paths: dict[str, Path], workers: int = 0) -> Loader:

@@ -77,8 +77,8 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
 
 def versions() -> dict[str, str | None]:
     """The versions of the libraries that can change a row; None for a decoder that Pillow has not, and no OpenVINO."""
-    installed = [name for name in LIBRARIES if name != "openvino" or find_spec(name)]
-    return dict.fromkeys(LIBRARIES) | {name: metadata.version(name) for name in installed} | loading.versions()
+    installed = {name: metadata.version(name) for name in LIBRARIES if name != "openvino" or find_spec(name)}
+    return dict.fromkeys(LIBRARIES) | installed | loading.versions()
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:
