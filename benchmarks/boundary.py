@@ -63,7 +63,7 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
         load = fine_tune.load_images(files, loader)
     head = nn.Linear(backbone.feature_dim, len(labels.class_names))
     network = nn.Sequential(nn.Identity() if is_cached else prefix.module, suffix, head)
-    task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch", 8)
+    task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch", params.features.batch_size.cpu)
     base = params.fine_tune.strategies["partial_freeze"].model_dump()
     changes = {"batch_size": 32, "patience": None, "views": len(VIEWS), "warmup_epochs": 0}
     seconds = []

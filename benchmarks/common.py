@@ -126,11 +126,16 @@ def generate(n: int, directory: Path, side: int = 300) -> Images:
     return Images(names, digests, [side] * n, [side] * n)
 
 
+def show(line: Line) -> None:
+    """Print it, with what it should keep."""
+    target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
+    print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
+
+
 def run(measure: Callable[..., Iterable[Line]]) -> None:
     """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     try:
         for line in measure(is_quick="--quick" in sys.argv):
-            target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
-            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
+            show(line)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -5,6 +5,8 @@ at the end one HDF5 file. Prints the seconds that its loop took.
 """
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,11 +14,13 @@ import h5py
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.dataset import manifest
 from pipeline.network import backbones
+from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import load_params
 
 
@@ -24,26 +28,34 @@ def main() -> None:
     """Write data/features.h5 with one view of every image."""
     params = load_params()
     backbone = backbones.load(params.backbone, None)
-    geometry = backbone.preprocessing
-    transform = transforms.Compose(
-        [
-            transforms.Resize(geometry.resize[0], transforms.InterpolationMode(geometry.interpolation)),
-            transforms.CenterCrop(geometry.crop),
-            transforms.ToTensor(),
-            transforms.Normalize(geometry.mean, geometry.std),
-        ]
-    )
     paths = [Path(params.dataset.path, name) for name in manifest.read_images().image_id]
-
-    def read(batch: list[Path]) -> torch.Tensor:
-        return torch.stack([cast(torch.Tensor, transform(Image.open(path).convert("RGB"))) for path in batch])
-
-    loop = time.perf_counter()
-    with torch.no_grad():
-        rows = [backbone.module(batch).numpy() for batch in DataLoader(cast(Dataset, paths), 32, collate_fn=read)]
+    start = time.perf_counter()
+    rows = loop(paths, backbone.preprocessing, backbone.module, torch.device("cpu"), workers=0)
     with h5py.File("data/features.h5", "w") as file:
-        file["features"] = np.concatenate(rows)[:, None]
-    print(time.perf_counter() - loop)
+        file["features"] = rows[:, None]
+    print(time.perf_counter() - start)
+
+
+def loop(
+    paths: Sequence[Path], preprocessing: Preprocessing, network: nn.Module, device: torch.device, workers: int
+) -> np.ndarray:
+    """The rows of the images at `paths`, in order; they are decoded by `workers` processes, 0 for this one."""
+    decoding = [crop(preprocessing), transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+    collate = partial(_read, transforms.Compose(decoding))
+    batches = DataLoader(cast(Dataset, paths), 32, collate_fn=collate, num_workers=workers)
+    with torch.no_grad():
+        return np.concatenate([network(batch.to(device)).cpu().numpy() for batch in batches])
+
+
+def crop(preprocessing: Preprocessing) -> transforms.Compose:
+    """The usual geometry of an image."""
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    resize = transforms.Resize(preprocessing.resize[0], interpolation)
+    return transforms.Compose([resize, transforms.CenterCrop(preprocessing.crop)])
+
+
+def _read(transform: transforms.Compose, batch: list[Path]) -> torch.Tensor:
+    return torch.stack([cast(torch.Tensor, transform(Image.open(path).convert("RGB"))) for path in batch])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The assembled file is in the order of images.csv, so that its bytes do not depen
 
 import logging
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -54,6 +54,8 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
     with torch.no_grad():
         expected = module.eval()(example[:1]).numpy()
     runner = engine.prepare(options.engine, module, example, options.precision, device, expected)
+    if device.type == "cuda":  # the first use of each kernel takes seconds, in which workers decode already
+        deque(runner.run(example.split(runner.piece)), maxlen=0)
     description = {
         "backbone": backbone.name,
         "weights_sha256": backbone.weights_sha256,

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from benchmarks import __main__ as everything
 from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
-MEASURING = ["boundary", "busy", "extract", "head", "index", "startup", "store"]
-BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "near_duplicates", "plain_loop", "scale"]
+MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "startup", "store"]
+BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "gpu", "near_duplicates", "plain_loop", "scale"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
@@ -61,3 +62,30 @@ def test_without_data_a_benchmark_ends_in_one_line(name: str, tmp_path: Path, mo
     assert line.startswith("error: data/")
     assert "\n" not in line
     assert "run: dvc repro" in line
+
+
+ABSENT = "import sys; sys.modules |= dict.fromkeys(('dvc', 'openvino', 'sklearn', 'statsmodels'))"
+LINE = re.compile(r"^(\S.*?)  +[\d.e+-]+ (?:times)? +at (?:least|most) \S+ +(holds|MISSED)$", re.MULTILINE)
+
+
+@pytest.mark.end_to_end
+def test_the_benchmark_of_a_gpu_runs_to_its_end_on_a_cpu_without_dvc_and_openvino(tmp_path: Path):
+    sizes = "--device cpu --images 40 --side 40 --size 32 --backbone timm/test_resnet --freeze-until layer2"
+    Path(tmp_path, "sitecustomize.py").write_text(ABSENT)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu", *sizes.split()]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    verdicts = dict(LINE.findall(ran.stdout))
+    assert list(verdicts) == [
+        "extraction / its limit, fp32",
+        "two runs with the same bytes, fp32",
+        "extraction / plain loop with as many workers, fp32",
+        "1 and all workers with the same bytes",
+        "full_retrain / bare eager loop",
+        "partial_freeze / bare eager loop",
+    ]
+    assert {verdict for name, verdict in verdicts.items() if "same bytes" in name} == {"holds"}
+    for words in ("paid once: imports: ", "paid once: first use of the device: ", "decoding ", "head: ", "bare loop "):
+        assert words in ran.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["sitecustomize.py"], "nothing is left"

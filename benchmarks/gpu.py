@@ -1,0 +1,389 @@
+"""One GPU against what its machine can do: `python -m benchmarks.gpu [--device cpu] [--images N] …`.
+
+Makes images and random weights, and runs the stages of this repository on them, in this process and a temporary
+directory. Every line is a ratio of two things in this run; rates are of loops without what is paid once, which is
+printed beside them. Needs neither DVC nor OpenVINO. docs/machines.md says how to run it on a bare machine.
+
+- Extraction, from image files to data/features.h5, four flips of each image: against its limit, the smaller of two
+  rates: of the cores, which decode, resize and crop and do nothing else; and of the network alone, on pixels that are
+  there, in its best batch. One view against the plain loop of benchmarks.plain_loop with as many workers.
+- Training at batches of 16: against a bare eager loop on the same network with all inputs on the device.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import plain_loop
+from benchmarks.common import LITE, REPOSITORY, Line, show
+from pipeline.dataset import manifest
+from pipeline.dataset.decoding import sha256
+from pipeline.features import hdf5
+from pipeline.network import backbones, cuts, plans
+from pipeline.network.cuts import Prefix
+from pipeline.network.device import arithmetic, autocast, choose_device, place
+from pipeline.network.preprocessing import Preprocessing
+from pipeline.params import BackboneChoice, count_cores, load_params
+from pipeline.stages import extract, fine_tune, index, plan, split, train_head
+from pipeline.training import heads
+from pipeline.training.heads import Examples
+
+N_WARM = 64  # images that pay what is paid once
+N_STEPS = 100  # of a loop that is measured, at most
+EPOCHS = 4  # the first of which loads what then stays on the device
+FEATURES, STORE = Path("data/features.h5"), Path("data/.feature_store")
+STRATEGIES = ("full_retrain", "partial_freeze")
+
+
+def main() -> None:
+    """Print the lines."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="One GPU against its machine.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--side", type=int, default=300, help="px of the images")
+    parser.add_argument("--size", type=int, default=224, help="px of what the network sees")
+    parser.add_argument("--backbone", default=LITE)
+    parser.add_argument("--freeze-until", default="blocks.5")
+    given, start = parser.parse_args(), time.perf_counter()
+    try:
+        with workspace(given):
+            lines = []
+            for line in measure(given):
+                show(line)
+                lines.append(line)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    n_missed = sum(not line.holds for line in lines)
+    print(f"{len(lines)} lines, {n_missed} missed their target; {time.perf_counter() - start:.0f} s")
+
+
+def measure(given: argparse.Namespace) -> Iterator[Line]:
+    """All lines, in the order in which they are cheap to get."""
+    n_cores, seconds = count_cores(), {}
+    generate(given.images, given.side, n_cores)
+    imported = [sys.executable, "-c", "import pipeline.stages.extract"]
+    seconds["imports"] = took(partial(subprocess.run, imported, cwd=REPOSITORY, check=True))
+    call(index)
+    call(split)
+    preprocessing = planned(given).preprocessing
+    decoding = 4 * given.images / took(partial(decode_all, preprocessing, n_cores))
+    begin = time.perf_counter()
+    device = choose_device(given.device)
+    torch.zeros(1, device=device)
+    seconds["first use of the device"] = time.perf_counter() - begin
+    print(f"{describe(device)}, {n_cores} cores, {platform.platform()}, torch {torch.__version__}", flush=True)
+    precisions = ["fp32"]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        precisions.append("bf16")
+
+    rates: dict[str, float] = {}
+    for precision in precisions:
+        configure(given, precision=precision)
+        seconds[f"first {N_WARM} images, {precision}"] = took(partial(extract_some, N_WARM))
+        rates[precision], digest = extract_all()
+        by_batch = {size: forward_rate(given, size, precision, device) for size in batch_sizes(device)}
+        best = max(by_batch, key=by_batch.__getitem__)
+        limit = min(decoding, by_batch[best])
+        alone = ", ".join(f"{rate:.0f} at {size}" for size, rate in by_batch.items())
+        print(f"  {precision}: {rates[precision]:.0f} views/s; decoding {decoding:.0f}, network {alone}", flush=True)
+        yield Line(f"extraction / its limit, {precision}", rates[precision] / limit, "times", "at least", 0.8)
+        _, again = extract_all()
+        yield Line(f"two runs with the same bytes, {precision}", float(digest == again), "", "at least", 1)
+    if "bf16" in rates:
+        yield Line("extraction, bf16 / fp32", rates["bf16"] / rates["fp32"], "times", "at least", 1)
+    for what, value in seconds.items():
+        print(f"  paid once: {what}: {value:.1f} s", flush=True)
+
+    yield from against_the_plain_loop(given, device, n_cores)
+    yield from with_one_worker(given, n_cores)
+    yield from head(given, device, n_cores)
+    yield from training(given, device)
+
+
+def describe(device: torch.device) -> str:
+    """The name of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def batch_sizes(device: torch.device) -> tuple[int, ...]:
+    """Among which the network alone has its best one."""
+    return (256, 512, 1024) if device.type == "cuda" else (8, 16)
+
+
+# The stages, in a directory of their own
+
+
+@contextmanager
+def workspace(given: argparse.Namespace) -> Iterator[None]:
+    """A directory with params.yaml, in which the stages run in this process."""
+    before, arguments = Path.cwd(), sys.argv
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    os.environ.pop("DVC_ROOT", None)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            configure(given)
+            yield
+        finally:
+            os.chdir(before)
+            sys.argv = arguments
+
+
+def configure(given: argparse.Namespace, precision: str = "fp32", views: int = 4, workers: int | str = "auto") -> None:
+    """params.yaml of this repository for the images, the network and the device at hand."""
+    yaml = YAML()
+    params = yaml.load(REPOSITORY / "params.yaml")
+    params["dataset"].update({"fetch": [], "path": "images"})
+    params["split"].update({"seeds": [0], "test_fraction": 0.1, "val_fraction": 0.1})
+    params["backbone"] = BackboneChoice.of(given.backbone, "random", 0).model_dump()
+    params["features"].update({"views": views, "image_size": given.size, "engine": "torch", "precision": precision})
+    params["evaluation"]["views"] = ["identity"]
+    params["fine_tune"].update({"run": [*STRATEGIES], "seeds": [0]})
+    params["fine_tune"]["defaults"].update({"views": 1, "epochs": EPOCHS})
+    params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = given.freeze_until
+    params["compare"]["guard"] = {}
+    params["runtime"].update({"device": given.device, "workers": workers, "store_max_gb": 1000})
+    yaml.dump(params, Path("params.yaml"))
+
+
+class Clock(logging.Handler):
+    """The lines that the pipeline logs, with the time of each (s)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[float, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note one."""
+        self.lines.append((time.perf_counter(), record.getMessage()))
+
+    def find(self, pattern: str) -> list[tuple[float, int]]:
+        """When lines with `pattern` came, and the number that it has as its group."""
+        return [(at, int(found[1])) for at, line in self.lines if (found := re.search(pattern, line))]
+
+
+def call(stage: Any, *arguments: str) -> Clock:  # noqa: ANN401 (a module)
+    """Run a stage in this process, and what it logged."""
+    clock, log = Clock(), logging.getLogger("pipeline")
+    sys.argv = [stage.__name__, *arguments]
+    log.addHandler(clock)
+    try:
+        stage.main()
+    finally:
+        log.removeHandler(clock)
+    return clock
+
+
+def took(work: Any) -> float:  # noqa: ANN401 (anything to call)
+    """The seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def planned(given: argparse.Namespace) -> plans.BackbonePlan:
+    """Run `plan`, and what it found."""
+    configure(given)
+    call(plan)
+    return plans.read_backbone()
+
+
+# Images, and what the cores can do with them
+
+
+def generate(n: int, side: int, n_cores: int) -> None:
+    """Write `n` grey PNG files of two classes, as the default data are."""
+    chunks = [range(start, min(n, start + 64)) for start in range(0, n, 64)]
+    for name in ("one", "other"):
+        Path("images", name).mkdir(parents=True)
+    with ProcessPoolExecutor(n_cores, get_context("fork")) as pool:
+        list(pool.map(_generate, chunks, [side] * len(chunks)))
+
+
+def _generate(numbers: range, side: int) -> None:
+    grid = np.linspace(0, 6, side)
+    for number in numbers:
+        random = np.random.default_rng(number)
+        wave = np.outer(np.sin(grid * random.uniform(1, 4)), np.cos(grid * random.uniform(1, 4)))
+        pixels = 128 + 80 * wave + random.integers(-6, 7, (side, side))
+        path = Path("images", ("one", "other")[number % 2], f"{number:06}.png")
+        Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=1)
+
+
+def decode_all(preprocessing: Preprocessing, n_cores: int) -> None:
+    """Read every image, and crop it, on all cores; the pixels go nowhere."""
+    paths = sorted(Path("images").rglob("*.png"))
+    with ProcessPoolExecutor(n_cores, get_context("fork")) as pool:
+        list(pool.map(partial(_decode, preprocessing), paths, chunksize=16))
+
+
+def _decode(preprocessing: Preprocessing, path: Path) -> None:
+    pixels = np.asarray(plain_loop.crop(preprocessing)(Image.open(path).convert("RGB")))
+    np.stack([pixels, pixels[:, ::-1], pixels[::-1], pixels[::-1, ::-1]])
+
+
+# Extraction
+
+
+def extract_all() -> tuple[float, str]:
+    """Views per second from an empty store, once the network is ready; and the SHA-256 of data/features.h5."""
+    rmtree(STORE, ignore_errors=True)
+    clock = call(extract)
+    ((begin, n_rows),), ((end, _),) = clock.find(r"(\d+) rows to compute"), clock.find(r"(\d+) computed, ")
+    return n_rows / (end - begin), sha256(FEATURES.read_bytes())
+
+
+def extract_some(n: int) -> float:
+    """`extract_all` of the first `n` images."""
+    images = manifest.read_images()
+    manifest.write_images(type(images)(**{name: values[:n] for name, values in vars(images).items()}))
+    try:
+        return extract_all()[0]
+    finally:
+        manifest.write_images(images)
+
+
+def base(boundary: str) -> tuple[Prefix, nn.Sequential]:
+    """The planned network, new, before and behind a boundary."""
+    found = plans.read_backbone()
+    backbone = backbones.load_planned(found, str(plans.BACKBONE))
+    return cuts.prefix_and_suffix(backbone, boundary, found.cut, cuts.Pool(found.pool, found.prefix_tokens))
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forward_rate(given: argparse.Namespace, size: int, precision: str, device: torch.device) -> float:
+    """Views per second of the network alone, in batches of `size` that are on the device."""
+    prefix, _ = base(plans.read_backbone().cut)
+    module = prefix.module.eval()
+    place(module, device)
+    pixels = torch.randint(256, (size, given.size, given.size, 3), dtype=torch.uint8, device=device)
+    n = max(1, min(N_STEPS, 4 * given.images // size))
+
+    def run(times: int) -> None:
+        with torch.inference_mode(), arithmetic(precision, device), autocast(precision, device):
+            for _ in range(times):
+                module(pixels)
+        wait(device)
+
+    run(3)
+    return n * size / took(partial(run, n))
+
+
+def against_the_plain_loop(given: argparse.Namespace, device: torch.device, n_cores: int) -> Iterator[Line]:
+    """One view of every image."""
+    configure(given, views=1)
+    rate, _ = extract_all()
+    found = plans.read_backbone()
+    network = backbones.load_planned(found, str(plans.BACKBONE)).module.eval().to(device)
+    paths = [Path("images", name) for name in manifest.read_images().image_id]
+    run = partial(plain_loop.loop, preprocessing=found.preprocessing, network=network, device=device, workers=n_cores)
+    run(paths[:N_WARM])
+    plain = len(paths) / took(partial(run, paths))
+    print(f"  one view: {rate:.0f} images/s, plain loop {plain:.0f}", flush=True)
+    yield Line("extraction / plain loop with as many workers, fp32", rate / plain, "times", "at least", 1)
+
+
+def with_one_worker(given: argparse.Namespace, n_cores: int) -> Iterator[Line]:
+    """Whether a few images give the same bytes."""
+    digests = set()
+    for workers in (1, n_cores):
+        configure(given, workers=workers)
+        extract_some(min(given.images, 4 * N_WARM))
+        digests.add(sha256(FEATURES.read_bytes()))
+    yield Line("1 and all workers with the same bytes", float(len(digests) == 1), "", "at least", 1)
+
+
+# Training
+
+
+def head(given: argparse.Namespace, device: torch.device, n_cores: int) -> Iterator[Line]:
+    """The linear head on four views, on the device and on all cores."""
+    configure(given)
+    extract_all()
+    call(train_head)
+    values, labels, options = hdf5.read_features().values, manifest.read_labels(), load_params().head
+    parts = map(manifest.read_split(0, labels.image_id).rows, ("train", "val"))
+    train, val = (Examples(values[rows], labels.label[rows], labels.weight[rows]) for rows in parts)
+
+    def fit(where: torch.device) -> None:
+        heads.fit(heads.build(values.shape[2:], 2, options, nn.Identity()).to(where), train, val, options)
+
+    fit(device)
+    seconds = took(partial(fit, device))
+    torch.set_num_threads(n_cores)
+    on_cores = took(partial(fit, torch.device("cpu")))
+    torch.set_num_threads(load_params().threads)
+    n_rows = len(train.label) * values.shape[1]
+    print(f"  head: {n_rows} x {values.shape[-1]}: {seconds:.2f} s, on the cores {on_cores:.2f} s", flush=True)
+    if device.type == "cuda":
+        yield Line("head, seconds on the GPU / on the cores", seconds / on_cores, "times", "at most", 1)
+
+
+def training(given: argparse.Namespace, device: torch.device) -> Iterator[Line]:
+    """Both strategies, from their second epoch on: what fits is on the device then."""
+    for name in STRATEGIES:
+        clock = call(fine_tune, name, "0")
+        first, *later = [rate for _, rate in clock.find(r"epoch \d+: .*, (\d+) images/s$")]
+        rate, bare = statistics.median(later), bare_rate(name, given, device)
+        print(f"  {name}: {first}, then {rate:.0f} images/s; bare loop {bare:.0f}", flush=True)
+        yield Line(f"{name} / bare eager loop", rate / bare, "times", "at least", 0.8)
+
+
+def bare_rate(name: str, given: argparse.Namespace, device: torch.device) -> float:
+    """Images per second of a loop that does nothing but train, on inputs and labels that are on the device."""
+    recipe, n = plans.read_strategy(name).recipe, 16 * N_STEPS
+    prefix, suffix = base(plans.read_strategy(name).boundary)
+    pixels = torch.randint(256, (16, given.size, given.size, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        inputs = prefix.module.eval()(pixels) if name == "partial_freeze" else pixels
+        features = suffix.eval()(prefix.module(pixels[:1]))
+    first = [] if name == "partial_freeze" else [prefix.module]
+    network = nn.Sequential(*first, suffix, nn.Linear(features.shape[1], 2)).requires_grad_(True)
+    place(network, device)
+    stored = inputs.to(device).repeat(N_STEPS, *[1] * (inputs.ndim - 1))
+    label = torch.randint(2, (n,), device=device)
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.learning_rate_base, fused=fused)
+
+    def run(n_steps: int) -> None:
+        for rows in torch.randperm(n, device=device).split(recipe.batch_size)[:n_steps]:
+            loss = F.cross_entropy(network(stored[rows]), label[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        wait(device)
+
+    n_steps = max(1, min(N_STEPS, given.images // recipe.batch_size))
+    run(max(1, n_steps // 4))
+    return n_steps * recipe.batch_size / took(partial(run, n_steps))
+
+
+if __name__ == "__main__":
+    main()
