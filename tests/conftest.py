@@ -7,13 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
 from pipeline.features import extraction
+from pipeline.features.extraction import Computation
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
 
@@ -42,12 +44,12 @@ def _store_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     """Grows by every row that the store computes because it is missing; none is checked."""
     rows: list[Row] = []
-    load = Loader.load
+    compute = extraction._compute
 
-    def counted(loader: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
-        rows.extend(row for batch in batches for row in batch)
-        return load(loader, batches)
+    def counted(computation: Computation, loader: Loader, missing: Sequence[Row]) -> Generator[np.ndarray, None, None]:
+        rows.extend(missing)
+        return compute(computation, loader, missing)
 
-    monkeypatch.setattr(Loader, "load", counted)
+    monkeypatch.setattr(extraction, "_compute", counted)
     monkeypatch.setattr(extraction, "N_CHECKED", 0)
     return rows

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from pipeline.features import extraction, hdf5
+from pipeline.dataset.manifest import read_images
+from pipeline.features import extraction, hdf5, loading
 from pipeline.features.hdf5 import Row
 from pipeline.features.views import AUGMENTED
 from pipeline.stages import extract, index, plan, split, train_head
@@ -96,13 +97,37 @@ def test_features_have_the_same_bytes_where_only_the_key_changes(
     run(features={"views": 2}, augmentation={"noise_std": 4.0})
     before = hdf5.FEATURES.read_bytes()
     n_rows = len(computed)
-    for name, value in {"digest_of_code": lambda: "other code", "DECODERS": ("jpg",), "LIBRARIES": ("torch",)}.items():
+    for module, name, value in (
+        (extraction, "digest_of_code", lambda: "other code"),
+        (loading, "DECODERS", ("jpg",)),
+        (extraction, "LIBRARIES", ("torch",)),
+    ):
         computed.clear()
-        monkeypatch.setattr(extraction, name, value)
+        monkeypatch.setattr(module, name, value)
         hdf5.FEATURES.unlink()
         extract.main()
         assert len(computed) == n_rows, "a key of its own"
         assert hdf5.FEATURES.read_bytes() == before
+
+
+@pytest.mark.parametrize("augmentation", [{"noise_std": 4.0}, {"crop_area": [0.3, 0.8]}])
+def test_another_cut_and_another_network_open_no_image_file(augmentation: dict[str, Any]) -> None:
+    features: dict[str, Any] = {"views": 2}
+    expected = run(features=features, augmentation=augmentation).values.copy()
+    names = read_images().image_id
+    for name in names:
+        Path("data/mine", name).unlink()
+    first_cut = {"cut": "act1", "pool": "avg"}
+    configure(features=features | first_cut)
+    plan.main()
+    assert run().values.shape != expected.shape
+    configure(features=features | {"cut": "all", "pool": "none"}, backbone={"seed": 1})
+    plan.main()
+    assert not np.array_equal(run().values, expected)
+    configure(runtime={"pixel_cache": "off"}, backbone={"seed": 2})
+    plan.main()
+    with pytest.raises(ValueError, match="No such file"):
+        run()
 
 
 def make_wide_images(directory: Path) -> None:

@@ -387,6 +387,21 @@ def test_the_store_lies_where_params_yaml_says(tune: Tune) -> None:
     assert [*Path("elsewhere").glob("*/*.h5")]
 
 
+def test_the_whole_network_trains_on_pixels_without_opening_an_image_file(tune: Tune) -> None:
+    model, whole = Path("models/tuned/seed_0.safetensors"), {"freeze_until": "none"}
+    augmentation = {"noise_std": 3.0}
+    tune(MOBILENET, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
+    expected = model.read_bytes()
+    tune(MOBILENET, whole, augmentation=augmentation)
+    assert model.read_bytes() == expected
+    for path in Path("images").rglob("*.*"):
+        path.unlink()
+    tune(MOBILENET, whole, augmentation=augmentation)
+    assert model.read_bytes() == expected
+    with pytest.raises(ValueError, match="No such file"):
+        tune(MOBILENET, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
+
+
 def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:
     tune(TINY, {"freeze_until": "all"})
     computed.clear()
