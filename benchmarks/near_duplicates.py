@@ -1,7 +1,7 @@
 """Near-duplicates: how many planted copies are found, and how many different images are taken for copies.
 
 `python -m benchmarks.near_duplicates` plants copies of every tenth image of the default data (resized, recompressed,
-cropped), and chains all images of the default data by the threshold of params.yaml.
+enlarged to a JPEG that is decoded at reduced size, cropped), and chains all images of the default data by the threshold of params.yaml.
 """
 
 import io
@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.dataset import decoding
 from pipeline.ingest import duplicates, sources
+from pipeline.ingest.indexing import LEAST_SIDE
 from pipeline.params import load_params
 
 COPIED = 10  # every so many images
@@ -29,6 +30,9 @@ def copies(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         yield f"JPEG of quality {quality}", _saved(image, "JPEG", quality)
     yield "WebP of quality 50", _saved(image, "WEBP", 50)
     yield "half the size, JPEG of quality 60", _saved(image.resize((width // 2, height // 2)), "JPEG", 60)
+    for factor in (2, 4, 8):
+        large = _saved(image.resize((width * factor, height * factor), Image.Resampling.BICUBIC), "JPEG", 90)
+        yield f"enlarged {factor} times, JPEG of quality 90", large
     for share in (0.01, 0.02, 0.05):
         x, y = round(width * share), round(height * share)
         yield f"cropped by {share:.0%} at each side", image.crop((x, y, width - x, height - y))
@@ -37,7 +41,7 @@ def copies(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
 def _saved(image: Image.Image, kind: str, quality: int) -> Image.Image:
     stream = io.BytesIO()
     image.save(stream, kind, quality=quality)
-    return decoding.decode(stream.getvalue())
+    return decoding.decode(stream.getvalue(), LEAST_SIDE)
 
 
 def main() -> None:

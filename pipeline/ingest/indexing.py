@@ -37,6 +37,7 @@ IMAGE_START = re.compile(
     rb"|\0\0\0\x0cj[PX]|\xff\x4f\xff\x51",
     re.DOTALL,
 )
+LEAST_SIDE = 2 * quality.SIDE  # px: no check needs more of an image
 DOUBTFUL_START = re.compile(rb"BM|P[0-9fy]")
 LFS_START = b"version https://git-lfs"
 NO_IMAGE = "none"  # the format of a file that does not begin like an image
@@ -134,7 +135,7 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     try:
         content = _read(path)
         sha256 = decoding.sha256(content)
-        decoded = decoding.examine(content, 2 * quality.SIDE)  # no check needs more pixels
+        decoded = decoding.examine(content, LEAST_SIDE)
         decoding.check_sums(content)
     except OSError as error:
         return Inspected(f"cannot be read: {error.strerror}"), None
