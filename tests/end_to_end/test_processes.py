@@ -30,6 +30,7 @@ N_IMAGES, VIEWS = 48, 2
 # Forks a child for every line that it reads, which fills the store and writes features.h5 as the stage does
 DRIVER = """
 import json, math, os, resource, sys, time
+from contextlib import suppress
 from pathlib import Path
 import torch
 from torch import nn
@@ -42,6 +43,12 @@ from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize
 from tests import factories
 
+written = []  # files of this process
+
+def is_held():  # once it has written as many files as the file `hold` says
+    with suppress(FileNotFoundError):
+        return len(written) >= int(Path(os.environ["DVC_ROOT"], "hold").read_text() or 0)
+
 class Slow(nn.Module):
     def __init__(self):
         super().__init__()
@@ -49,7 +56,7 @@ class Slow(nn.Module):
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 50))
     def forward(self, x):
         time.sleep(0.02)
-        while Path(os.environ["DVC_ROOT"], "hold").exists():  # with it, a test says what happens next
+        while is_held():
             time.sleep(0.02)
         return self.layers(x)
 
@@ -60,7 +67,8 @@ def main():
     if options["limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["limit"],) * 2)
     fsync = os.fsync
-    os.fsync = lambda file: time.sleep(0.01) or fsync(file)  # so that some are killed between writing and renaming
+    # Slow, so that some are killed between writing and renaming
+    os.fsync = lambda file: time.sleep(0.01) or written.append(fsync(file))
     paths = {sha256(path.read_bytes()): path for path in sorted(Path(sys.argv[1]).iterdir())}
     augmentation = factories.FLIPS.model_copy(update={"noise_std": 3.0})
     network, geometry = Slow(), factories.PREPROCESSING
@@ -264,12 +272,17 @@ def rows_in(store: Path) -> list[Row]:
     return [row for path in store.glob("data/.feature_store/*/*.h5") for row in hdf5.read_shard(path).rows]
 
 
-def once(images: Path, store: Path, log: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
-    """A process of its own that fills `store` once."""
+def write_script(store: Path, script: Path) -> Path:
+    """Code that fills `store` once."""
     options = {"environment": {}, "out": str(store / "features.h5"), "limit": 0, "workers": 0}
     code = f"{DRIVER.partition('torch.set_num_threads(1)')[0]}line = {json.dumps(options)!r}\nlogs.run(main)\n"
-    script = log.with_suffix(".py")
     script.write_text(code)
+    return script
+
+
+def once(images: Path, store: Path, log: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own that fills `store` once."""
+    script = write_script(store, log.with_suffix(".py"))
     inherited = {
         **os.environ,
         "TQDM_DISABLE": "1",
@@ -368,7 +381,7 @@ def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
     options, _, module = " ".join(documented("torchrun", "Several machines")[1:]).partition(" -m ")
     assert module == "pipeline.stages.extract"
     options = options.replace("first-machine:29500", f"127.0.0.1:{port}").replace("--nproc-per-node 4", "")
-    (tmp_path / "hold").touch()
+    (tmp_path / "hold").write_text("12")  # of about 24 that each has to write
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launchers = []
 
@@ -384,12 +397,11 @@ def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
 
 
 def stop_at_a_third(store: Path, *machines: Machine) -> list[int]:
-    """Let the ranks run until a third of the rows is there; their processes."""
-    (store / "hold").unlink()
+    """Let the ranks run until a third of the rows is there, and hold them; their processes."""
     while len(rows_in(store)) < N_IMAGES * VIEWS / 3:
         assert all(machine.launcher.poll() is None for machine in machines)
-        time.sleep(0.002)
-    (store / "hold").touch()
+        time.sleep(0.02)
+    (store / "hold").write_text("0")
     return [rank for machine in machines for rank in machine.ranks]
 
 
@@ -453,9 +465,8 @@ sys.exit(max(task.wait() for task in tasks))
 def test_ranks_under_srun(images: Path, tmp_path: Path, expected: bytes) -> None:
     (tmp_path / "srun").write_text(SRUN.format(python=sys.executable))
     (tmp_path / "srun").chmod(0o755)
-    once(images, tmp_path, tmp_path / "rank.log").kill()  # writes the script of a rank
     words = documented("srun", "SLURM")
-    script = shlex.join([sys.executable, str(tmp_path / "rank.py"), str(images)])
+    script = shlex.join(command(images, str(write_script(tmp_path, tmp_path / "rank.py"))))
     assert "python -m pipeline.stages.extract" in words[-1]
     words[-1] = words[-1].replace("python -m pipeline.stages.extract", script)
     words[words.index("--ntasks") + 1] = "3"
