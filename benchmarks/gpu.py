@@ -151,7 +151,13 @@ def workspace(given: argparse.Namespace) -> Iterator[None]:
             sys.argv = arguments
 
 
-def configure(given: argparse.Namespace, precision: str = "fp32", views: int = 4, workers: int | str = "auto") -> None:
+def configure(
+    given: argparse.Namespace,
+    precision: str = "fp32",
+    views: int = 4,
+    workers: int | str = "auto",
+    pixel_cache: str = "off",  # so that nothing is decoded before the loop that is measured
+) -> None:
     """params.yaml of this repository for the images, the network and the device at hand."""
     yaml = YAML()
     params = yaml.load(REPOSITORY / "params.yaml")
@@ -164,7 +170,8 @@ def configure(given: argparse.Namespace, precision: str = "fp32", views: int = 4
     params["fine_tune"]["defaults"].update({"views": 1, "epochs": EPOCHS})
     params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = given.freeze_until
     params["compare"]["guard"] = {}
-    params["runtime"].update({"device": given.device, "workers": workers, "store_max_gb": 1000})
+    runtime = {"device": given.device, "workers": workers, "store_max_gb": 1000, "pixel_cache": pixel_cache}
+    params["runtime"].update(runtime)
     yaml.dump(params, Path("params.yaml"))
 
 
@@ -325,7 +332,7 @@ def with_one_worker(given: argparse.Namespace, n_cores: int) -> Iterator[Line]:
 
 def head(given: argparse.Namespace, device: torch.device, n_cores: int) -> Iterator[Line]:
     """The linear head on four views, on the device and on all cores."""
-    configure(given)
+    configure(given, pixel_cache="on")  # training reads the pixels that are stored here
     extract_all()
     call(train_head)
     values, labels, options = hdf5.read_features().values, manifest.read_labels(), load_params().head

@@ -80,6 +80,16 @@ def test_pairs_that_repeat_in_a_batch_take_one_place() -> None:
     assert len(files.loaded) == 4
 
 
+def test_pairs_that_repeat_in_a_pass_take_one_place() -> None:
+    files = Files()
+    kept = Resident(files.load, 2, CPU)
+    kept.open()
+    for _ in range(2):
+        files.loaded.clear()
+        list(kept.load([[(3, 0)], [(3, 0), (4, 1)]]))
+    assert files.loaded == []
+
+
 def test_views_of_a_row_are_different_inputs() -> None:
     kept = Resident(Files().load, 40, CPU)
     kept.open()
