@@ -1,7 +1,8 @@
 """Near-duplicates: how many planted copies are found, and how many different images are taken for copies.
 
 `python -m benchmarks.near_duplicates` plants copies of every tenth image of the default data (resized, recompressed,
-enlarged to a JPEG that is decoded at reduced size, cropped), and chains all images of the default data by the threshold of params.yaml.
+enlarged to a JPEG that is decoded at reduced size, cropped), and chains all images of the default data by the threshold
+of params.yaml.
 """
 
 import io

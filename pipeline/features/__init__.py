@@ -1,4 +1,4 @@
-"""From image files to cached features: pixels, views, the engines that run frozen networks, HDF5 files, the feature store.
+"""From image files to cached features: pixels, views, the engines that run frozen networks, and the feature store.
 
 Nothing here knows of labels or splits.
 """
