@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LFS_START = b"version https://git-lfs"  # of a pointer that Git LFS leaves in the place of a file
 NUMBERS = re.compile(r"\[\n[-+.,\deE\s]+\]")  # a list of numbers as json indents it; inside texts, json escapes \n
 
 

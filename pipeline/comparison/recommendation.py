@@ -72,7 +72,7 @@ def recommend(
 ) -> Recommendation:
     """Apply the rule to the validation outcomes of each strategy's runs, all with the same seeds.
 
-    `references`: outcomes of classifiers that cost nothing, for the same seeds; they are never recommended.
+    `references`: outcomes of classifiers on the cached features, for the same seeds; they are never recommended.
     """
     by_cost = sorted(runs, key=train_flops.__getitem__)
     level = 1 - (1 - confidence) / max(len(runs) - 1, 1)

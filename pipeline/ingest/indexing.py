@@ -23,7 +23,7 @@ import numpy as np
 import PIL
 
 from pipeline.dataset import decoding
-from pipeline.files import digest, shared, write_text
+from pipeline.files import LFS_START, digest, shared, write_text
 from pipeline.ingest import duplicates, quality
 from pipeline.logs import leave_signals, log, progress
 
@@ -39,7 +39,6 @@ IMAGE_START = re.compile(
 )
 LEAST_SIDE = 2 * quality.SIDE  # px: no check needs more of an image
 DOUBTFUL_START = re.compile(rb"BM|P[0-9fy]")
-LFS_START = b"version https://git-lfs"
 NO_IMAGE = "none"  # the format of a file that does not begin like an image
 CHUNK_FILES, CHUNK_BYTES = 64, 2_000_000  # handed to a process at a time: about so many files, or so many bytes of them
 MAX_ALONE = 8  # files up to which no process is started

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import logs
+from pipeline.files import LFS_START
 from pipeline.logs import is_out_of_memory
 from pipeline.params import BackboneChoice
 
@@ -137,9 +138,20 @@ def _read(path: Path) -> object:
             raise
         # torch wraps what it says in a page that recommends to trust the file
         cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
-        reason = logs.one_line(cause).partition(" Please use")[0] or type(cause).__name__
+        reason = _no_download(path) or logs.one_line(cause).partition(" Please use")[0] or type(cause).__name__
         advice = "; save its tensors alone: torch.save(network.state_dict(), ...)" if "GLOBAL" in reason else ""
         raise ValueError(f"{path}: no weights file, or one that holds more than tensors ({reason}){advice}") from None
+
+
+def _no_download(path: Path) -> str:
+    """What took the place of the weights while they were downloaded; empty if nothing known."""
+    with path.open("rb") as file:
+        start = file.read(256).lstrip()
+    if start.startswith(LFS_START):
+        return "a pointer of Git LFS to a file that is not here; run: git lfs pull"
+    if start[:1] == b"<":
+        return "a web page; download the file itself"
+    return "cut short; download it again" if start.startswith(b"PK\3\4") and not zipfile.is_zipfile(path) else ""
 
 
 def _flatten(content: object) -> tuple[State, set[str]]:

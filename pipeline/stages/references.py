@@ -1,4 +1,4 @@
-"""references: classifiers on the cached features that cost nothing, to compare the strategies with.
+"""references: classifiers on the cached features that cost nothing more, to compare the strategies with.
 
 Reads   data/features.h5, data/labels.csv, data/splits/
 Writes  reports/runs/<majority_class, nearest_class_mean, k_nearest_neighbours>/seed_<s>/

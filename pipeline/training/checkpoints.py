@@ -24,6 +24,7 @@ from torch import nn
 from pipeline.features.code import MODULES, digest_of_code
 from pipeline.files import digest, replacing, shared
 from pipeline.logs import one_line
+from pipeline.network.backbones import state_sha256
 from pipeline.training.runs import CHECKPOINTS, Candidates, join_candidates
 
 STORE = ("features/hdf5.py", "features/index.py", "features/store.py")
@@ -51,13 +52,8 @@ class Training:
 
 def locate(network: nn.Module, inputs: dict[str, Any]) -> Path:
     """The path of the checkpoint of the run that starts from `network` as it is now, with `inputs` (JSON)."""
-    start = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        start.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        start.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return shared(CHECKPOINTS) / digest(
-        {"start": start.hexdigest(), "code": digest_of_code(modules=TRAINING), **inputs}
-    )
+    described = {"start": state_sha256(network), "code": digest_of_code(modules=TRAINING), **inputs}
+    return shared(CHECKPOINTS) / digest(described)
 
 
 def write(path: Path, training: Training) -> int:

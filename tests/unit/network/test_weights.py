@@ -283,6 +283,24 @@ def test_names_in_a_hostile_file_cannot_paint_the_terminal(weights: Path) -> Non
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("name", ["own.pth", "own.safetensors"])
+@pytest.mark.parametrize(
+    ("begin", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of Git LFS .*; run: git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "a web page; download the file itself"),
+        (None, "cut short; download it again"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(weights: Path, name: str, begin: bytes | None, words: str) -> None:
+    if begin is None:
+        torch.save(whole(SMALL).state_dict(), weights / "own.pth")
+        begin = (weights / "own.pth").read_bytes()[:-100]
+    (weights / name).write_bytes(begin)
+    with pytest.raises(ValueError, match=rf"^data/weights/{name}: no weights file.* \({words}\)"):
+        load(SMALL, name)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
