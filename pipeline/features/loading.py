@@ -136,10 +136,15 @@ def open_pixels(
     if size <= runtime.store_max_gb:
         log.info("pixels of %d images (%.3g GB): decoded once, then read from the feature store", n_images, size)
         return PixelStore(preprocessing, augmentation, kinds)
-    problem = f"the pixels of {n_images} images take {size:.3g} GB, more than runtime.store_max_gb"
     if runtime.pixel_cache == "on":
-        raise ValueError(f"params.yaml: runtime.pixel_cache: on, but {problem} ({runtime.store_max_gb:g}); raise it")
-    log.info("%s (%g): image files are decoded each time", problem, runtime.store_max_gb)
+        raise ValueError(
+            f"params.yaml: runtime.pixel_cache: on, but the pixels of {n_images} images take {size:.3g} GB, more than "
+            f"runtime.store_max_gb ({runtime.store_max_gb:g}); raise it, or choose auto"
+        )
+    log.info(
+        "pixels of %d images would take %.3g GB, more than runtime.store_max_gb (%g): files are decoded each time",
+        *(n_images, size, runtime.store_max_gb),
+    )
     return None
 
 
@@ -180,8 +185,7 @@ class Decoder(Dataset):
             try:
                 views += self._views(sample, fresh)
             except MemoryError as error:
-                problem = str(error) or "cannot be decoded in the memory there is"
-                return MemoryError(f"{sample.path}: {problem}"), fresh
+                return MemoryError(f"{sample.path}: {str(error) or 'cannot be decoded in the memory there is'}"), fresh
             except (OSError, ValueError) as error:
                 return ValueError(f"{sample.path}: {error}"), fresh
         fresh = fresh if request.is_kept else []
@@ -279,7 +283,7 @@ class Loader:
         n_waiting, largest = PREFETCHED * self._workers + 2, max(map(len, batches), default=0)
         is_piped = self._workers > 0 and not _has_shared_memory(n_waiting * largest * self._view_bytes)
         self._requests.current = self._make_requests(batches, is_piped=is_piped)
-        assert self._loader is not None, "it is closed"
+        assert self._loader is not None
         return self._receive(iter(self._loader))  # workers begin now, not when the first batch is asked for
 
     def _make_requests(self, batches: Sequence[Sequence[Row]], *, is_piped: bool) -> Iterator[Request]:

@@ -100,7 +100,8 @@ def _size_and_time(path: Path) -> tuple[int, float]:
 
 def _describe(key: dict[str, Any]) -> str:
     if "pixels" in key:
-        return f"pixels ({key['pixels']}) of {' x '.join(map(str, key['shape']))}, JPEGs decoded {key['jpeg_decoding']}"
+        shape = " x ".join(map(str, key["shape"]))
+        return f"pixels ({key['pixels']}), {shape}, {key['interpolation']}, JPEGs {key['jpeg_decoding']}"
     views = "augmented views" if key["augmentation"] else "symmetries"
     engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
     geometry = "" if (kind := key["preprocessing"].get("geometry", "crop")) == "crop" else f" ({kind})"

@@ -33,6 +33,7 @@ OPTIONS = {
     "similar_classes": "error",
     "min_class_size": 1,
     "small_classes": "error",
+    "jpeg_decoding": "fast",
 }
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "GIF": ".gif", "BMP": ".bmp", "WEBP": ".webp", "TIFF": ".tif", "PPM": ".ppm"}
 CLASSES = ("cat", "dog 2", "a,b", "caf\u00e9", "日本", "line\nbreak", "-rf", "[x]*", 'q"uote', "1.0", "NA", "train")

@@ -37,8 +37,9 @@ def test_a_copy_has_the_digest_of_the_pipeline(package: Path) -> None:
     ("module", "old", "new"),
     [
         ("features/views.py", '"flip_vertical": (True, 2)', '"flip_vertical": (True, 0)'),
-        ("features/views.py", "pixels[:, ::-1] if is_flipped", "pixels[::-1] if is_flipped"),
-        ("features/views.py", "v2.CenterCrop(size)", "v2.CenterCrop(size - 1)"),
+        ("features/views.py", "row[:, ::-1] if is_flipped", "row[::-1] if is_flipped"),
+        ("features/pixels.py", "round((n - side) / 2)", "(n - side) // 2"),
+        ("features/loading.py", "offset=offset", "offset=0"),
         ("features/views.py", 'f"{augmentation.seed} {name} {k}"', 'f"{augmentation.seed}  {name} {k}"'),
         ("network/preprocessing.py", "round(255 * mean)", "round(256 * mean)"),
         ("network/preprocessing.py", "255 * torch", "256 * torch"),
@@ -104,9 +105,9 @@ def test_other_words_in_every_module_change_nothing(package: Path) -> None:
 
 def test_words_that_are_added_change_nothing(package: Path) -> None:
     replace(
-        package / "features/views.py",
-        "    workers = min(workers",
-        '    """More."""\n    log.info("%s", batches)  # a comment\n    workers = min(workers',
+        package / "features/loading.py",
+        "        n_waiting, largest =",
+        '        """More."""\n        log.info("%s", batches)  # a comment\n        n_waiting, largest =',
     )
     replace(package / "network/flops.py", "    module.eval()\n", "    # Evaluation mode\n\n    module.eval()\n")
     replace(package / "network/device.py", '"""The context in which a forward pass has this precision."""\n    ', "")

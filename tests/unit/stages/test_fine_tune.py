@@ -414,8 +414,12 @@ OUTPUTS = ("models/tuned", "reports/runs/tuned")
 
 
 def outputs() -> dict[str, bytes]:
-    """What the stage wrote, by path; then deleted, as by DVC before a stage starts."""
-    found = {str(path): path.read_bytes() for out in OUTPUTS for path in Path(out).rglob("*") if path.is_file()}
+    """What the stage wrote, by path; then deleted, as by DVC before a stage starts.
+
+    Without what a kill leaves of a file that was being written, which git and DVC ignore.
+    """
+    paths = [path for out in OUTPUTS for path in Path(out).rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    found = {str(path): path.read_bytes() for path in paths}
     for out in OUTPUTS:
         shutil.rmtree(out, ignore_errors=True)
     return found

@@ -220,9 +220,10 @@ def test_damage_that_changes_no_time_is_found_by_verify_and_then_by_the_next_run
 
 def test_status_describes_pixels(run: Run) -> None:
     description = {"pixels": "crop", "shape": [4, 4, 3], "interpolation": "bicubic", "store_dtype": "uint8"}
+    description["jpeg_decoding"] = "fast"
     key = replace(store_key(), description=description, row_shape=(4, 4, 3))
     Store(key).write(ROWS, np.zeros((12, 4, 4, 3), np.uint8))
-    assert "12 rows, 0.0 MB, used today: pixels (crop), 4 x 4 x 3, bicubic" in run("status")
+    assert "12 rows, 0.0 MB, used today: pixels (crop), 4 x 4 x 3, bicubic, JPEGs fast" in run("status")
 
 
 def test_verify_finds_a_shard_of_another_key(run: Run) -> None:
