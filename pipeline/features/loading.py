@@ -40,7 +40,8 @@ LOCATED = 256  # batches whose pixels are looked up at once
 AHEAD = 8  # images in a batch that is decoded ahead
 SHARED_MEMORY = "/dev/shm"
 Place = tuple[Path, int]  # a file, and where in it a row begins, in bytes
-Fresh = list[tuple[Kind, str, np.ndarray]]  # pixels that were decoded, of the image with this SHA-256
+# Pixels that were decoded: their kind, the SHA-256 of the image, and which view of the batch they are, or the pixels
+Fresh = list[tuple[Kind, str, int | np.ndarray]]
 Answer = tuple[torch.Tensor | np.ndarray | Exception, Fresh]
 log = logging.getLogger("pipeline")
 
@@ -54,8 +55,10 @@ class PixelStore:
     """The pixels in the feature store, by kind; those that are added are written by a thread, a shard at a time."""
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation, kinds: Iterable[Kind]) -> None:
-        self._stores: dict[Kind, Store] = {kind: Store(_key(kind, preprocessing, augmentation)) for kind in kinds}
-        self._waiting: dict[Kind, dict[str, np.ndarray]] = {kind: {} for kind in self._stores}
+        keys: dict[Kind, Key] = {kind: _key(kind, preprocessing, augmentation) for kind in kinds}
+        self._shapes = {kind: key.row_shape for kind, key in keys.items()}
+        self._stores: dict[Kind, Store] = {kind: Store(key) for kind, key in keys.items()}
+        self._waiting: dict[Kind, tuple[list[str], np.ndarray]] = {kind: self._empty(kind) for kind in self._stores}
         self._added: set[tuple[Kind, str]] = set()  # since the last flush
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -67,15 +70,15 @@ class PixelStore:
         there = [row for row in rows if row not in absent]
         return {name: place for (name, _), place in zip(there, store.locate(there), strict=True)}
 
-    def add(self, fresh: Fresh) -> None:
-        """Keep these pixels."""
-        for kind, name, row in fresh:
-            if (kind, name) not in self._added:
-                self._added.add((kind, name))
-                waiting = self._waiting[kind]
-                waiting[name] = row
-                if len(waiting) * row.nbytes >= SHARD_BYTES:
-                    self._write(kind)
+    def add(self, kind: Kind, name: str, row: np.ndarray) -> None:
+        """Keep the pixels of an image."""
+        if (kind, name) not in self._added:
+            self._added.add((kind, name))
+            names, values = self._waiting[kind]
+            values[len(names)] = row
+            names.append(name)
+            if len(names) == len(values):
+                self._write(kind)
 
     def flush(self) -> None:
         """Wait until all that was added is on disk."""
@@ -90,12 +93,18 @@ class PixelStore:
         for store in self._stores.values():
             store.save_index()
 
+    def _empty(self, kind: Kind) -> tuple[list[str], np.ndarray]:
+        """Room for a shard: no names, and values of which only what is written takes memory."""
+        shape = self._shapes[kind]
+        return [], np.empty((max(1, SHARD_BYTES // math.prod(shape)), *shape), np.uint8)
+
     def _write(self, kind: Kind) -> None:
         self._wait()  # one shard waits in memory, not more
-        if rows := self._waiting[kind]:
-            self._waiting[kind] = {}
-            names, values = [(name, 0) for name in rows], np.stack([*rows.values()])
-            self._writing = self._writer.submit(self._stores[kind].write, names, values)
+        names, values = self._waiting[kind]
+        if names:
+            self._waiting[kind] = self._empty(kind)
+            rows = [(name, 0) for name in names]
+            self._writing = self._writer.submit(self._stores[kind].write, rows, values[: len(names)])
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -183,11 +192,11 @@ class Decoder(Dataset):
         fresh: Fresh = []
         for sample in request.samples:
             try:
-                views += self._views(sample, fresh)
+                views += self._views(sample, len(views), fresh)
             except MemoryError as error:
-                return MemoryError(f"{sample.path}: {str(error) or 'cannot be decoded in the memory there is'}"), fresh
+                return MemoryError(f"{sample.path}: {str(error) or 'cannot be decoded in the memory there is'}"), []
             except (OSError, ValueError) as error:
-                return ValueError(f"{sample.path}: {error}"), fresh
+                return ValueError(f"{sample.path}: {error}"), []
         fresh = fresh if request.is_kept else []
         if request.is_piped:
             return np.stack(views), fresh
@@ -198,8 +207,8 @@ class Decoder(Dataset):
                 raise
             return error, []
 
-    def _views(self, sample: Sample, fresh: Fresh) -> Iterator[np.ndarray]:
-        """The views of one image, whose file is read at most once, and only for pixels that are not stored."""
+    def _views(self, sample: Sample, start: int, fresh: Fresh) -> Iterator[np.ndarray]:
+        """The views of one image, from `start` in the batch; its file is read once, if its pixels are not stored."""
         rows = {}
         content = None
         for code in sample.views:
@@ -210,7 +219,9 @@ class Decoder(Dataset):
             if kind not in rows:
                 content = content or _read(sample)
                 rows[kind] = pixels.make(content, kind, self.preprocessing, self.augmentation)
-                fresh.append((kind, sample.sha256, rows[kind]))
+                is_view = kind == "crop" and 0 in sample.views
+                found = start + sample.views.index(0) if is_view else rows[kind]
+                fresh.append((kind, sample.sha256, found))
             yield view_of(rows[kind], sample.sha256, code, self.preprocessing, self.augmentation)
 
     def _stored(self, place: Place, kind: Kind) -> np.ndarray:
@@ -304,11 +315,13 @@ class Loader:
 
     def _receive(self, answers: Iterator[Answer]) -> Iterator[torch.Tensor]:
         for views, fresh in answers:
-            if self._store is not None:
-                self._store.add(fresh)
             if isinstance(views, Exception):
                 raise views
-            yield torch.from_numpy(views) if isinstance(views, np.ndarray) else views
+            batch = torch.from_numpy(views) if isinstance(views, np.ndarray) else views
+            if self._store is not None:
+                for kind, name, found in fresh:
+                    self._store.add(kind, name, batch[found].numpy() if isinstance(found, int) else found)
+            yield batch
 
     @contextmanager
     def decoding_ahead(self, names: Sequence[str]) -> Iterator[None]:

@@ -179,7 +179,9 @@ class Store:
         for view in (0, AUGMENTED):
             part = [i for i, (_, other) in enumerate(rows) if (other < AUGMENTED) == (view < AUGMENTED)]
             try:
-                if part:
+                if len(part) == len(rows):
+                    self._write(rows, stored, rounding)
+                elif part:
                     self._write([rows[i] for i in part], stored[part], rounding[part])
             except FileNotFoundError:  # the directory was set aside meanwhile
                 self._check_place()
@@ -193,7 +195,7 @@ class Store:
         self._check_place()
         if not (directory / "key.json").exists():
             write_json(directory / "key.json", self._key.describe(view))
-        shard = hdf5.read_shard(hdf5.write_shard(directory, directory.name, rows, stored, rounding))
+        shard = hdf5.parse_shard(hdf5.write_shard(directory, directory.name, rows, stored, rounding))
         self._indices[int(view >= AUGMENTED)].add([shard])
 
     def _check_place(self) -> None:
@@ -242,7 +244,7 @@ class Store:
     def _rounded(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values in the stored type, and of each row the largest error relative to its largest value."""
         if self._key.dtype == np.uint8:
-            return values.astype(np.uint8, casting="safe"), np.zeros(len(values), np.float32)
+            return values.astype(np.uint8, casting="safe", copy=False), np.zeros(len(values), np.float32)
         with np.errstate(over="ignore"):
             stored = values.astype(self._key.dtype)
         largest = np.abs(values).reshape(len(values), -1).max(axis=1)
