@@ -96,7 +96,7 @@ def choose(name: str) -> BackboneChoice:
 
 @contextmanager
 def workspace(
-    directory: Path, name: str = LITE, precision: str = "fp32", jpeg_decoding: str = "fast"
+    directory: Path, name: str = LITE, precision: str = "fp32", jpeg_decoding: str = "fast", pixel_cache: str = "auto"
 ) -> Iterator[Workspace]:
     """A workspace for one view of each image of the data set `directory`, and the network `name`."""
     yaml = YAML()
@@ -106,6 +106,7 @@ def workspace(
     params["features"].update({"views": 1, "precision": precision})
     params["evaluation"]["views"] = ["identity"]
     params["fine_tune"]["run"] = []
+    params["runtime"]["pixel_cache"] = pixel_cache
     with tempfile.TemporaryDirectory() as folder:
         made = Workspace(Path(folder))
         yaml.dump(params, made.root / "params.yaml")

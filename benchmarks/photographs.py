@@ -1,8 +1,9 @@
 """Large photographs: `python -m benchmarks.photographs [--quick]`.
 
 Whole runs of `index` and `extract` on JPEGs of 12 megapixels, with `dataset.jpeg_decoding` fast and exact; the seconds
-of a run with few images are subtracted, so that start-up does not count. The limit of `extract` is what decoding and
-the network take, each alone on all cores. Then what decoding at reduced size does to features and to a head: on
+of a run with few images are subtracted, so that start-up does not count; `runtime.pixel_cache` is off, because with it
+the workers decode during start-up. The limit of `extract` is what decoding and the network take, each alone on all
+cores. Then what decoding at reduced size does to features and to a head: on
 patches of scikit-learn's two photographs, which are as large for a small network as photographs are for a large one.
 """
 
@@ -31,7 +32,8 @@ from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import JpegDecoding, load_params
 
 WIDTH, HEIGHT = 4000, 3000
-FEW, MANY, QUICK = 8, 56, 24  # photographs
+FEW, MANY, QUICK = 8, 208, 48  # photographs
+SHOTS = 26  # of which the photographs are copies with other bytes at their ends
 PATCH, SMALL = 320, 64  # px of a patch, and of the input of the small network
 N_PATCHES = 400
 N_BATCHES = 40
@@ -71,12 +73,16 @@ def photographs(directory: Path, n: int) -> list[Path]:
     """Write `n` JPEGs of two classes: the photographs, enlarged, shifted, and with the noise of a camera."""
     random, files = np.random.default_rng(0), []
     large = [np.asarray(Image.fromarray(each).resize((WIDTH, HEIGHT)), np.int16) for each in originals()]
-    for number in range(n):
+    for number in range(min(n, SHOTS)):
         picture = np.roll(large[number % 2], 37 * number, axis=1)
         noisy = picture + random.integers(-8, 9, picture.shape, dtype=np.int16)
         files.append(directory / f"{number % 2}" / f"{number:03}.jpg")
         files[-1].parent.mkdir(exist_ok=True)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
+    for number in range(SHOTS, n):
+        shot = files[number % SHOTS]
+        files.append(shot.with_name(f"{number:03}.jpg"))
+        files[-1].write_bytes(shot.read_bytes() + f"{number}".encode())
     return files
 
 
@@ -87,7 +93,7 @@ def stage_seconds(files: Sequence[Path], jpeg_decoding: str) -> dict[str, float]
             link = Path(folder, file.parent.name, file.name)
             link.parent.mkdir(exist_ok=True)
             link.hardlink_to(file)
-        with workspace(Path(folder), jpeg_decoding=jpeg_decoding) as place:
+        with workspace(Path(folder), jpeg_decoding=jpeg_decoding, pixel_cache="off") as place:
             index = place.run("pipeline.stages.index").seconds
             place.run("pipeline.stages.plan")
             return {"index": index, "extract": place.run("pipeline.stages.extract").seconds}
