@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.dataset.manifest import Images
-from pipeline.features import engine, hdf5, loading
+from pipeline.features import engine, hdf5, pixel_store
 from pipeline.features.code import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.loading import Loader
@@ -78,7 +78,7 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
 def versions() -> dict[str, str | None]:
     """The versions of the libraries that can change a row; None for a decoder that Pillow has not, and no OpenVINO."""
     installed = {name: metadata.version(name) for name in LIBRARIES if name != "openvino" or find_spec(name)}
-    return dict.fromkeys(LIBRARIES) | installed | loading.versions()
+    return dict.fromkeys(LIBRARIES) | installed | pixel_store.versions()
 
 
 def locate(images: Images, directory: str) -> dict[str, Path]:

@@ -9,6 +9,7 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -52,27 +53,27 @@ def main() -> None:
     train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
     paths, codes = extraction.locate(images, params.dataset.path), [*cached_views, *eval_views]
-    loader = open_loader(paths, base.preprocessing, params.augmentation, codes, params.runtime, device)
-    if plan.is_cached:
-        pairs = [(int(row), view) for row in train for view in cached_views]
-        pairs += [(int(row), view) for row in (*val, *test) for view in eval_views]
-        load, largest_rounding = load_activations(prefix, images, pairs, loader, params, device)
-    else:
-        pairs, load, largest_rounding = [], load_images(images, loader), 0.0
-    network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
-    batch_size = params.features.batch_size.on(device.type)
-    example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
-    evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
-    place(network, device)
-    engine_and_batch = evaluation_engine, batch_size
-    task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, *engine_and_batch)
-    inputs = describe(task, images, params, base, plan, seed) | {"machine": engine.machine(evaluation_engine, device)}
-    checkpoint = checkpoints.locate(network, inputs)
-    best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}", checkpoint)
-    val_predictions, test_predictions = (
-        Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
-    )
-    loader.close()
+    with closing(open_loader(paths, base.preprocessing, params.augmentation, codes, params.runtime, device)) as loader:
+        if plan.is_cached:
+            pairs = [(int(row), view) for row in train for view in cached_views]
+            pairs += [(int(row), view) for row in (*val, *test) for view in eval_views]
+            load, largest_rounding = load_activations(prefix, images, pairs, loader, params, device)
+        else:
+            pairs, load, largest_rounding = [], load_images(images, loader), 0.0
+        network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
+        batch_size = params.features.batch_size.on(device.type)
+        example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
+        evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
+        place(network, device)
+        engine_and_batch = evaluation_engine, batch_size
+        task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, *engine_and_batch)
+        machine = engine.machine(evaluation_engine, device)
+        inputs = describe(task, images, params, base, plan, seed) | {"machine": machine}
+        checkpoint = checkpoints.locate(network, inputs)
+        best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}", checkpoint)
+        val_predictions, test_predictions = (
+            Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
+        )
 
     network.cpu()
     n_epochs = len(curve) - 1

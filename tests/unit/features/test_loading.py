@@ -13,23 +13,18 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.decoding import sha256
-from pipeline.features import loading, pixels
+from pipeline.features import loading, pixel_store, pixels
 from pipeline.features.hdf5 import Row
-from pipeline.features.loading import Loader, PixelStore, open_pixels
+from pipeline.features.loading import Loader
+from pipeline.features.pixel_store import PixelStore, open_pixels
 from pipeline.features.views import AUGMENTED, make_views
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, Runtime
-from tests.factories import PLAIN, encoded, noise
+from tests.factories import PLAIN, PREPROCESSING, encoded, noise
 
 CPU = torch.device("cpu")
-SMALL = Preprocessing(
-    geometry="crop",
-    jpeg_decoding="fast",
-    resize=(20,),
-    crop=16,
-    interpolation="bicubic",
-    mean=(0.5, 0.4, 0.3),
-    std=(0.2,) * 3,
+SMALL = PREPROCESSING.model_copy(
+    update={"resize": (20,), "crop": 16, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3)}
 )
 EVERYTHING = PLAIN.model_copy(
     update={"flips": "both", "crop_area": (0.3, 0.9), "rotation_degrees": 20.0, "brightness": 0.3, "noise_std": 4.0}
@@ -83,10 +78,10 @@ def open_loader(
     return Loader(paths, preprocessing, augmentation, store, workers, CPU)
 
 
-def pixel_store(augmentation: Augmentation = EVERYTHING, preprocessing: Preprocessing = SMALL) -> PixelStore:
-    opened = open_pixels(preprocessing, augmentation, CODES, 3, runtime())
-    assert opened is not None
-    return opened
+def opened(augmentation: Augmentation = EVERYTHING, preprocessing: Preprocessing = SMALL) -> PixelStore:
+    store = open_pixels(preprocessing, augmentation, CODES, 3, runtime())
+    assert store is not None
+    return store
 
 
 def load(loader: Loader, batches: Sequence[Sequence[Row]]) -> list[np.ndarray]:
@@ -112,7 +107,7 @@ def test_views_are_the_same_with_and_without_workers_and_pixels(
     expected = make_views(paths[name].read_bytes(), name, [code], preprocessing, augmentation)
     assert np.array_equal(plain[2], expected)
     assert not kept.exists()
-    store = pixel_store(augmentation, preprocessing)
+    store = opened(augmentation, preprocessing)
     others = [load(open_loader(paths, augmentation, None, 2, preprocessing), batches)]
     decoded.clear()
     others.append(load(open_loader(paths, augmentation, store, 0, preprocessing), batches))
@@ -120,7 +115,7 @@ def test_views_are_the_same_with_and_without_workers_and_pixels(
     for path in paths.values():
         path.unlink()
     for workers in (0, 2):
-        again = pixel_store(augmentation, preprocessing)
+        again = opened(augmentation, preprocessing)
         others.append(load(open_loader(paths, augmentation, again, workers, preprocessing), batches))
     for other in others:
         assert all(map(np.array_equal, other, plain))
@@ -129,7 +124,7 @@ def test_views_are_the_same_with_and_without_workers_and_pixels(
 def test_a_loader_serves_epoch_after_epoch_and_reads_each_file_once(tmp_path: Path, kept: Path):
     paths = files(tmp_path, 3)
     batches = batches_of(paths)
-    with closing(open_loader(paths, store=pixel_store(), workers=2)) as loader:
+    with closing(open_loader(paths, store=opened(), workers=2)) as loader:
         first = [batch.clone() for batch in loader.load(batches)]
         processes = {worker.pid for worker in loader._loader._iterator._workers}  # pyright: ignore
         next(loader.load(batches))  # and the rest is not asked for
@@ -143,7 +138,7 @@ def test_a_loader_serves_epoch_after_epoch_and_reads_each_file_once(tmp_path: Pa
 def test_images_are_decoded_ahead(tmp_path: Path, kept: Path):
     paths = files(tmp_path, 3)
     expected = load(open_loader(paths), batches_of(paths))
-    with closing(open_loader(paths, store=pixel_store(), workers=2)) as loader:
+    with closing(open_loader(paths, store=opened(), workers=2)) as loader:
         with loader.decoding_ahead([*paths]):
             pass
         assert all(map(np.array_equal, (batch.numpy() for batch in loader.load(batches_of(paths))), expected))
@@ -156,21 +151,43 @@ def test_an_image_that_cannot_be_decoded_ahead_is_an_error_once_it_is_needed(tmp
     paths = files(tmp_path, 3)
     bad = [*paths][1]
     paths[bad].write_bytes(b"no image")
-    with closing(open_loader(paths, store=pixel_store(), workers=1)) as loader:
+    with closing(open_loader(paths, store=opened(), workers=1)) as loader:
         with loader.decoding_ahead([*paths]):
             pass
         with pytest.raises(ValueError, match=str(paths[bad])):
             list(loader.load([[(bad, 0)]]))
 
 
+@pytest.mark.parametrize("cache", ["auto", "on"])
+def test_a_disk_without_room_is_a_warning_unless_pixels_must_be_kept(
+    cache: str, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def write(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    paths = files(tmp_path, 3)
+    expected = load(open_loader(paths), batches_of(paths))
+    monkeypatch.setattr(pixel_store.Store, "write", write)
+    monkeypatch.setattr(pixel_store, "SHARD_BYTES", 1)  # each image is a shard
+    store = open_pixels(SMALL, EVERYTHING, CODES, 3, runtime(cache))
+    if cache == "on":
+        with pytest.raises(OSError, match="No space left on device"):
+            load(open_loader(paths, store=store), batches_of(paths))
+        return
+    assert all(map(np.array_equal, load(open_loader(paths, store=store), batches_of(paths)), expected))
+    assert [line for line in caplog.messages if "No space left" in line] == [
+        "pixels are not kept any more ([Errno 28] No space left on device): image files are decoded each time"
+    ]
+
+
 def test_networks_of_the_same_geometry_share_pixels_and_others_do_not(tmp_path: Path, kept: Path):
     def keys(**changes: Any) -> set[str]:
         preprocessing = SMALL.model_copy(update=changes)
-        return {loading._key(kind, preprocessing, EVERYTHING).name(0) for kind in ("crop", "whole")}
+        return {pixel_store._key(kind, preprocessing, EVERYTHING).name(0) for kind in ("crop", "whole")}
 
     assert keys(mean=(0.1,) * 3, std=(0.9,) * 3) == keys()
     assert keys(geometry="squash", resize=(9,)) == keys(geometry="squash", mean=(0.1,) * 3)
-    for other in ({"crop": 17}, {"interpolation": "bilinear"}, {"jpeg_decoding": "exact"}):
+    for other in ({"crop": 17}, {"interpolation": "bilinear"}, {"jpeg_decoding": "fast"}):
         assert not keys(**other) & keys(), other
     assert keys(geometry="pad", mean=(0.1,) * 3) != keys(geometry="pad")
     assert keys(resize=(21,)) != keys()
@@ -272,8 +289,8 @@ def test_pixels_that_were_removed_meanwhile_are_decoded_again(
 ):
     paths = files(tmp_path, 3)
     rows = [[(name, code) for name in paths for code in CODES]]
-    expected = load(open_loader(paths, store=pixel_store()), rows)
-    with closing(open_loader(paths, store=pixel_store(), workers=workers)) as loader:
+    expected = load(open_loader(paths, store=opened()), rows)
+    with closing(open_loader(paths, store=opened(), workers=workers)) as loader:
         store = loader._store
         assert store is not None
         located = {kind: store.locate(paths, kind) for kind in ("crop", "whole")}

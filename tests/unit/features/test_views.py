@@ -9,9 +9,8 @@ from PIL import Image
 
 from pipeline.features import views
 from pipeline.features.views import AUGMENTED, SYMMETRIES, evaluation_views, training_views
-from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, Symmetry
-from tests.factories import PLAIN, encoded, photograph
+from tests.factories import PLAIN, PREPROCESSING, encoded, photograph
 
 KNOBS: list[dict[str, Any]] = [
     {"flips": "horizontal"},
@@ -30,14 +29,8 @@ KNOBS: list[dict[str, Any]] = [
     {"noise_std": 20.0},
 ]
 EVERYTHING: dict[str, Any] = {key: value for knob in KNOBS for key, value in knob.items()}
-SMALL = Preprocessing(
-    geometry="crop",
-    jpeg_decoding="exact",
-    resize=(20,),
-    crop=16,
-    interpolation="bicubic",
-    mean=(0.5, 0.4, 0.3),
-    std=(0.2, 0.2, 0.2),
+SMALL = PREPROCESSING.model_copy(
+    update={"resize": (20,), "crop": 16, "interpolation": "bicubic", "mean": (0.5, 0.4, 0.3)}
 )
 NAME = "0" * 64
 

@@ -17,8 +17,8 @@ from pipeline.network import backbones, cuts, tracing
 from pipeline.network.backbones import Backbone
 from pipeline.network.cuts import CutPoint
 from pipeline.network.flops import flops_per_image
-from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import BackboneChoice
+from tests.factories import PREPROCESSING
 
 SIZES = {
     "torchvision/resnet18": 64,
@@ -41,15 +41,7 @@ def backbone(name: str) -> Backbone:
 
 def wrap(module: nn.Module, size: int = 8, name: str = "timm/toy") -> Backbone:
     """A network for images of `size` pixels as a backbone."""
-    geometry = Preprocessing(
-        geometry="crop",
-        jpeg_decoding="exact",
-        resize=(size,),
-        crop=size,
-        interpolation="bilinear",
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-    )
+    geometry = PREPROCESSING.model_copy(update={"resize": (size,), "crop": size})
     return Backbone(name, module.eval(), geometry, "", 0, None)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.dataset.manifest import read_images
-from pipeline.features import extraction, hdf5, loading
+from pipeline.features import extraction, hdf5, pixel_store
 from pipeline.features.hdf5 import Row
 from pipeline.features.views import AUGMENTED
 from pipeline.stages import extract, index, plan, split, train_head
@@ -99,7 +99,7 @@ def test_features_have_the_same_bytes_where_only_the_key_changes(
     n_rows = len(computed)
     for module, name, value in (
         (extraction, "digest_of_code", lambda: "other code"),
-        (loading, "DECODERS", ("jpg",)),
+        (pixel_store, "DECODERS", ("jpg",)),
         (extraction, "LIBRARIES", ("torch",)),
     ):
         computed.clear()

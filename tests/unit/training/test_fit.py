@@ -20,12 +20,12 @@ from pipeline.features import engine
 from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone
 from pipeline.network.device import place
-from pipeline.network.preprocessing import Normalize, Preprocessing
+from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
 from pipeline.training import fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.heads import Examples
-from tests.factories import LINEAR
+from tests.factories import LINEAR, PREPROCESSING
 
 CPU = torch.device("cpu")
 N_CLASSES, N_IMAGES = 3, 36
@@ -104,15 +104,7 @@ def load(name: str) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = Vgg() if name == VGG_LINEAR else VGG([8, "M", 16, "M", 16, "M"], num_classes=0, mlp_ratio=0.002)
-        geometry = Preprocessing(
-            geometry="crop",
-            jpeg_decoding="exact",
-            resize=(32,),
-            crop=32,
-            interpolation="bilinear",
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-        )
+        geometry = PREPROCESSING.model_copy(update={"resize": (32,), "crop": 32})
         return Backbone(name, network.eval().requires_grad_(False), geometry, "", 0, None)
     size = 64 if name == ALEXNET else 32
     backbone = backbones.load(BackboneChoice.of(name, "random", 0), size)
