@@ -35,6 +35,7 @@ NO_MEMORY = re.compile(
     r"|alloc_failed|memory allocation failed|could not create a memory(?! descriptor)",
     re.IGNORECASE,
 )
+KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*")  # torch's own message
 NO_SHARED_MEMORY = re.compile(r"unable to (allocate|write|open|resize).*/torch_|signal: Bus error", re.IGNORECASE)
 NO_MORE_ALLOWED = re.compile(r"can't start new thread|items of ancdata|Too many open files", re.IGNORECASE)
 WORKERS = "runtime.workers"
@@ -98,13 +99,24 @@ def explain(error: Exception, memory: Sequence[str] = ()) -> str | None:
         lower = ", ".join(key for key in memory if not (on_gpu and key == WORKERS))
         way_out = f"lower {lower} in params.yaml" if lower else "end other programs, or use a machine with more"
         return f"too little memory{' on the GPU' if on_gpu else ''} ({short}); {way_out}"
-    if is_runtime_error and words.startswith("DataLoader worker"):  # torch's own message when a worker was killed
+    if is_runtime_error and KILLED_WORKER.match(words):
         if "Terminated" in words:
             return f"a process that decodes images was told to end ({short}), not by this run; start it again"
         is_crash = "signal:" in words and "Killed" not in words
         why = "an image crashes its decoder" if is_crash else "memory is probably full"
         return f"a process that decodes images was killed ({short}); {why}; lower {WORKERS} in params.yaml"
     return words if isinstance(error, OSError) else None
+
+
+def raise_if_of_machine(error: BaseException) -> None:
+    """Raise what is no fault of the input at work: memory that ran out, and a process of decoding that was killed.
+
+    torch notices such a process at once, in whatever code the main process runs.
+    """
+    if is_out_of_memory(error):
+        raise error
+    if found := KILLED_WORKER.search(str(error)):
+        raise RuntimeError(found.group()) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

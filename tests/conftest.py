@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +47,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     rows: list[Row] = []
     compute = extraction._compute
 
-    def counted(computation: Computation, loader: Loader, missing: Sequence[Row]) -> Generator[np.ndarray, None, None]:
+    def counted(
+        computation: Computation, loader: Loader, missing: Sequence[Row], **options: Any
+    ) -> Generator[np.ndarray, None, None]:
         rows.extend(missing)
-        return compute(computation, loader, missing)
+        return compute(computation, loader, missing, **options)
 
     monkeypatch.setattr(extraction, "_compute", counted)
     monkeypatch.setattr(extraction, "N_CHECKED", 0)

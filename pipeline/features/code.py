@@ -16,7 +16,6 @@ MODULES = (
     "network/[!w]*.py",
     "features/engine.py",
     "features/loading.py",
-    "features/pixel_store.py",
     "features/pixels.py",
     "features/views.py",
     "features/extraction.py",

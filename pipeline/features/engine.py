@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.logs import is_out_of_memory, one_line
+from pipeline.logs import one_line, raise_if_of_machine
 from pipeline.network.device import arithmetic, autocast, pinned, place
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def prepare(
                 _compare(compiled, example, expected)
         # The converter raises errors of many types; all of them mean that it cannot convert the network
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
+            raise_if_of_machine(error)
             if engine == "openvino":
                 raise ValueError(
                     f"params.yaml: features.engine: openvino cannot convert this network ({one_line(error)}); expected "

@@ -24,13 +24,12 @@ from pipeline.features import engine, hdf5, pixel_store
 from pipeline.features.code import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.loading import Loader
-from pipeline.features.store import Key, Store
+from pipeline.features.store import SHARD_BYTES, Key, Store
 from pipeline.features.views import AUGMENTED
 from pipeline.logs import progress
 from pipeline.network.cuts import Prefix
 from pipeline.params import Augmentation, FeatureOptions
 
-SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 256  # the most rows that are lost when the process is killed
 LIBRARIES = ("torch", "torchvision", "timm", "openvino")  # with those of the pixels, their versions can change a row
 N_CHECKED = 8  # stored rows that are computed again, one batch on a CPU
@@ -185,14 +184,17 @@ def fill(computation: Computation, loader: Loader, rows: Sequence[Row], max_gb: 
 def _compute_again(
     computation: Computation, loader: Loader, store: Store, rows: Sequence[Row]
 ) -> dict[Row, np.ndarray]:
-    """Compute at most N_CHECKED stored rows: of each image format, symmetries and augmented views; others each time."""
+    """Compute at most N_CHECKED stored rows from image files: of each format, symmetries and others; others each time.
+
+    Stored pixels are compared with those that are decoded for it.
+    """
     missing, groups = {*store.missing(rows)}, defaultdict(list)
     stored = [row for row in rows if row not in missing]
     for name, view in Random(len(missing)).sample(stored, len(stored)):
         groups[view < AUGMENTED, loader.paths[name].suffix.lower()].append((name, view))
     in_turn = chain.from_iterable(zip_longest(*groups.values()))
     chosen = [*islice(filter(None, in_turn), N_CHECKED)]
-    return dict(zip(chosen, _compute(computation, loader, chosen), strict=True))
+    return dict(zip(chosen, _compute(computation, loader, chosen, is_check=True), strict=True))
 
 
 def _compute_and_write(computation: Computation, loader: Loader, rows: Sequence[Row], store: Store) -> None:
@@ -217,11 +219,13 @@ def _compute_and_write(computation: Computation, loader: Loader, rows: Sequence[
             writing.result()
 
 
-def _compute(computation: Computation, loader: Loader, rows: Sequence[Row]) -> Generator[np.ndarray, None, None]:
+def _compute(
+    computation: Computation, loader: Loader, rows: Sequence[Row], *, is_check: bool = False
+) -> Generator[np.ndarray, None, None]:
     """The values of `rows`, one by one; ValueError if one is not finite."""
     size = computation.runner.piece
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    for batch, output in zip(batches, computation.runner.run(loader.load(batches)), strict=True):
+    for batch, output in zip(batches, computation.runner.run(loader.load(batches, is_check=is_check)), strict=True):
         if not np.isfinite(output).all():
             raise ValueError(f"{loader.paths[batch[0][0]]} or a neighbour gives features that are not finite")
         yield from output

@@ -1,11 +1,12 @@
 """Load views of images in worker processes: from pixels in the feature store, or from image files."""
 
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from threading import Event, Thread
 
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from pipeline.dataset.decoding import sha256
 from pipeline.features import pixels
 from pipeline.features.hdf5 import Row
-from pipeline.features.pixel_store import PixelStore, Place, open_pixels
+from pipeline.features.pixel_store import PixelStore, open_pixels
 from pipeline.features.pixels import Kind
+from pipeline.features.store import Place
 from pipeline.features.views import kind_of, view_of
 from pipeline.logs import explain, leave_signals
 from pipeline.network.preprocessing import Preprocessing
@@ -25,11 +27,12 @@ from pipeline.params import Augmentation, Runtime
 
 PREFETCHED = 4  # batches for each worker
 LOCATED = 256  # batches whose pixels are looked up at once
-AHEAD = 8  # images in a batch that is decoded ahead
+AHEAD = 2  # images in a batch that is decoded ahead: few, because what was asked for is waited for
 SHARED_MEMORY = "/dev/shm"
 # Pixels that were decoded: their kind, the SHA-256 of the image, and which view of the batch they are, or the pixels
 Fresh = list[tuple[Kind, str, int | np.ndarray]]
 Answer = tuple[torch.Tensor | np.ndarray | Exception, Fresh]
+log = logging.getLogger("pipeline")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Decoder(Dataset):
         for code in sample.views:
             kind = kind_of(code, self.augmentation)
             if kind not in rows and kind in sample.places:
-                with suppress(FileNotFoundError):  # removed meanwhile
+                with suppress(OSError):  # removed meanwhile, by this machine or another
                     rows[kind] = self._stored(sample.places[kind], kind)
             if kind not in rows:
                 content = content or _read(sample)
@@ -158,28 +161,32 @@ class Loader:
             generator=torch.Generator(),  # not the global one, from which dropout draws
         )
 
-    def load(self, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+    def load(self, batches: Sequence[Sequence[Row]], *, is_check: bool = False) -> Iterator[torch.Tensor]:
         """The batches in order: uint8 (len(batch), crop, crop, 3) each.
 
+        `is_check`: from image files, even where pixels are stored, which are compared with those of the files.
         Raises ValueError for a file that cannot be read or that changed since it was indexed, MemoryError if there is
         too little memory.
         """
         if self._store is not None:
             self._store.flush()
+        return self._start(self._make_requests(batches, is_check=is_check), is_check=is_check)
+
+    def _start(self, requests: Iterable[Request], *, is_check: bool = False) -> Iterator[torch.Tensor]:
+        self._requests.current = requests
+        assert self._loader is not None
+        return self._receive(iter(self._loader), is_check=is_check)  # workers begin now, not with the first batch
+
+    def _make_requests(self, batches: Sequence[Sequence[Row]], *, is_check: bool = False) -> Iterator[Request]:
         n_waiting, largest = PREFETCHED * self._workers + 2, max(map(len, batches), default=0)
         is_piped = self._workers > 0 and not _has_shared_memory(n_waiting * largest * self._view_bytes)
-        self._requests.current = self._make_requests(batches, is_piped=is_piped)
-        assert self._loader is not None
-        return self._receive(iter(self._loader))  # workers begin now, not when the first batch is asked for
-
-    def _make_requests(self, batches: Sequence[Sequence[Row]], *, is_piped: bool) -> Iterator[Request]:
         for start in range(0, len(batches), LOCATED):
             part = batches[start : start + LOCATED]
             names: dict[Kind, list[str]] = {}
             for name, code in chain.from_iterable(part):
                 names.setdefault(kind_of(code, self._augmentation), []).append(name)
             places: list[tuple[Kind, dict[str, Place]]] = []
-            if self._store is not None:
+            if self._store is not None and not is_check:
                 places = [(kind, self._store.locate(named, kind)) for kind, named in names.items()]
             for batch in part:
                 samples = []
@@ -188,14 +195,15 @@ class Loader:
                     samples.append(Sample(self.paths[name], name, tuple(code for _, code in rows), found))
                 yield Request(samples, is_piped, self._store is not None)
 
-    def _receive(self, answers: Iterator[Answer]) -> Iterator[torch.Tensor]:
+    def _receive(self, answers: Iterator[Answer], *, is_check: bool) -> Iterator[torch.Tensor]:
         for views, fresh in answers:
             if isinstance(views, Exception):
                 raise views
             batch = torch.from_numpy(views) if isinstance(views, np.ndarray) else views
             if self._store is not None:
+                keep = self._store.compare if is_check else self._store.add
                 for kind, name, found in fresh:
-                    self._store.add(kind, name, batch[found].numpy() if isinstance(found, int) else found)
+                    keep(kind, name, batch[found].numpy() if isinstance(found, int) else found)
             yield batch
 
     @contextmanager
@@ -207,13 +215,17 @@ class Loader:
             return
         there = store.locate(names, "crop")
         missing = [name for name in names if name not in there]
-        answers = self.load([[(name, 0) for name in missing[i : i + AHEAD]] for i in range(0, len(missing), AHEAD)])
+        batches = [[(name, 0) for name in missing[i : i + AHEAD]] for i in range(0, len(missing), AHEAD)]
+        requests = self._make_requests(batches)
+        # Requests end, not answers: what was asked for is not thrown away
+        answers = self._start(takewhile(lambda _: not stop.is_set(), requests))
 
         def receive() -> None:
-            with suppress(ValueError, MemoryError, OSError, RuntimeError):  # it comes again when the image is needed
+            try:
                 for _ in answers:
-                    if stop.is_set():
-                        break
+                    pass
+            except (ValueError, MemoryError, OSError, RuntimeError) as error:  # it comes again when the image is needed
+                log.debug("decoding ahead has ended: %s", error)
 
         thread = Thread(target=receive)
         thread.start()

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import features as pillow
 from pipeline.features import pixels
 from pipeline.features.code import digest_of_code
 from pipeline.features.pixels import Kind
-from pipeline.features.store import Key, Store
+from pipeline.features.store import SHARD_BYTES, Key, Place, Store
 from pipeline.features.views import kind_of
 from pipeline.logs import one_line
 from pipeline.network.preprocessing import Preprocessing
@@ -22,8 +21,6 @@ from pipeline.params import Augmentation, Runtime
 
 DECODERS = ("jpg", "libjpeg_turbo", "jpg_2000", "zlib", "zlib_ng", "libtiff", "webp", "avif", "littlecms2")  # of Pillow
 PIXEL_CODE = ("dataset/decoding.py", "features/pixels.py", "network/preprocessing.py")
-SHARD_BYTES = 32 * 2**20
-Place = tuple[Path, int]  # a file, and where in it a row begins, in bytes
 log = logging.getLogger("pipeline")
 
 
@@ -43,9 +40,8 @@ class PixelStore:
         self, preprocessing: Preprocessing, augmentation: Augmentation, kinds: Iterable[Kind], *, needed: bool
     ) -> None:
         self._is_needed, self._is_open = needed, True
-        keys: dict[Kind, Key] = {kind: _key(kind, preprocessing, augmentation) for kind in kinds}
-        self._shapes = {kind: key.row_shape for kind, key in keys.items()}
-        self._stores: dict[Kind, Store] = {kind: Store(key) for kind, key in keys.items()}
+        self._keys: dict[Kind, Key] = {kind: _key(kind, preprocessing, augmentation) for kind in kinds}
+        self._stores: dict[Kind, Store] = {kind: Store(key) for kind, key in self._keys.items()}
         self._waiting: dict[Kind, tuple[list[str], np.ndarray]] = {kind: self._empty(kind) for kind in self._stores}
         self._added: set[tuple[Kind, str]] = set()  # since the last flush
         self._writer = ThreadPoolExecutor(1)
@@ -53,10 +49,16 @@ class PixelStore:
 
     def locate(self, names: Iterable[str], kind: Kind) -> dict[str, Place]:
         """Where the pixels of the images with these SHA-256 are; those that are not on disk are left out."""
-        rows, store = [(name, 0) for name in dict.fromkeys(names)], self._stores[kind]
-        absent = {*store.missing(rows)}
-        there = [row for row in rows if row not in absent]
-        return {name: place for (name, _), place in zip(there, store.locate(there), strict=True)}
+        found = self._stores[kind].locate([(name, 0) for name in dict.fromkeys(names)])
+        return {name: place for (name, _), place in found.items()}
+
+    def compare(self, kind: Kind, name: str, row: np.ndarray) -> None:
+        """Set all pixels of this kind aside if those of the image are not `row`, which was decoded now."""
+        key, store = (name, 0), self._stores[kind]
+        if key in store and not np.array_equal(store.read([key])[0], row):
+            aside = ", ".join(map(str, store.set_aside()))
+            log.warning("stored pixels differ from the same pixels decoded now; set aside: %s", aside)
+            self._stores[kind] = Store(self._keys[kind])
 
     def add(self, kind: Kind, name: str, row: np.ndarray) -> None:
         """Keep the pixels of an image."""
@@ -83,7 +85,7 @@ class PixelStore:
 
     def _empty(self, kind: Kind) -> tuple[list[str], np.ndarray]:
         """Room for a shard: no names, and values of which only what is written takes memory."""
-        shape = self._shapes[kind]
+        shape = self._keys[kind].row_shape
         return [], np.empty((max(1, SHARD_BYTES // math.prod(shape)), *shape), np.uint8)
 
     def _write(self, kind: Kind) -> None:

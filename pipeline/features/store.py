@@ -27,6 +27,8 @@ from pipeline.features.views import AUGMENTED
 from pipeline.files import digest, shared_directory, write_json
 from pipeline.params import STORE_DTYPES, Augmentation
 
+Place = tuple[Path, int]  # a file, and where in it a row begins, in bytes
+SHARD_BYTES = 32 * 2**20
 SCHEMA = 4  # of the shards and of the codes of views; what computes a row is in the key itself
 CHUNK = 65_536  # rows that are looked up at once
 log = logging.getLogger("pipeline")
@@ -104,13 +106,14 @@ class Store:
         """Whether the row is on disk, in a shard that is whole."""
         return not self.missing([row])
 
-    def locate(self, rows: Sequence[Row]) -> list[tuple[Path, int]]:
-        """The file that holds each row, and the offset in bytes of its values; errors as of `read`."""
-        parts, shards, positions, _ = self._found(rows)
-        located: list[tuple[Path, int]] = []
-        for part, shard, position in zip(parts.tolist(), shards.tolist(), positions.tolist(), strict=True):
-            index = self._indices[part]
-            located.append((index.paths[shard], int(index.offsets[shard]) + position * self._key.row_bytes))
+    def locate(self, rows: Sequence[Row]) -> dict[Row, Place]:
+        """Where the values of each row are; those that `missing` names are left out."""
+        parts, shards, positions, _ = self._find(rows, is_checked=True)
+        located: dict[Row, Place] = {}
+        for row, part, shard, position in zip(rows, parts.tolist(), shards.tolist(), positions.tolist(), strict=True):
+            if shard >= 0:
+                index = self._indices[part]
+                located[row] = index.paths[shard], int(index.offsets[shard]) + position * self._key.row_bytes
         return located
 
     def read(self, rows: Sequence[Row]) -> np.ndarray:

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from pipeline.logs import is_out_of_memory, one_line
+from pipeline.logs import one_line, raise_if_of_machine
 from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, State, bundled_state, load_own
@@ -142,8 +142,7 @@ def _build_torchvision(name: str, weights: str, size: int | None) -> Built:
     except AssertionError as error:
         raise _wrong_size(f"torchvision/{name}", side, error) from None
     except (OSError, RuntimeError) as error:  # RuntimeError: the file has another digest
-        if is_out_of_memory(error):
-            raise
+        raise_if_of_machine(error)
         raise _unreachable(f"torchvision/{name}", error) from None
     n_classes = len(published.meta["categories"])
     *_, last = (
@@ -184,8 +183,7 @@ def _build_timm(name: str, weights: str, size: int | None) -> Built:
             network = timm.create_model(name, pretrained=weights == "default" or _is_file(weights), **options)
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        raise_if_of_machine(error)
         if weights != "default" or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise _unreachable(f"timm/{name}", error) from None
@@ -250,8 +248,7 @@ def _measure_width(name: str, network: nn.Module, size: int) -> int:
         with torch.no_grad():
             shape = network(torch.zeros(1, 3, size, size)).shape
     except (RuntimeError, AssertionError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
+        raise_if_of_machine(error)
         raise _wrong_size(name, size, error) from None
     if len(shape) != 2:
         raise ValueError(f"params.yaml: backbone.name: {name} gives features of shape {tuple(shape[1:])}, not a vector")

@@ -74,13 +74,12 @@ def _claim(name: str) -> bool:
     """Whether this process holds the lock of the GPU `name` now."""
     if fcntl is None:
         return True
-    file = Path(tempfile.gettempdir(), f"pipeline-{os.getuid()}-{name}").open("w")  # noqa: SIM115 (open until the end)
     try:
+        file = Path(tempfile.gettempdir(), f"pipeline-{os.getuid()}-{name}").open("a")  # noqa: SIM115 (open until the end)
+        _claims.append(file)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
         return False
-    _claims.append(file)
     return True
 
 

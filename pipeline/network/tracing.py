@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Argument, map_arg
 
-from pipeline.logs import is_out_of_memory, one_line
+from pipeline.logs import one_line, raise_if_of_machine
 from pipeline.network.backbones import Backbone
 from pipeline.network.flops import counting_flops
 
@@ -37,8 +37,7 @@ def find(backbone: Backbone) -> dict[str, fx.Node]:
         _fold_numbers(graph, two, three)
     # Tracing calls the network's forward with proxies instead of tensors, which can raise errors of any type
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        raise_if_of_machine(error)
         raise ValueError(
             f"{backbone.name} cannot be traced, so it can be frozen only whole or not at all ({one_line(error)})"
         ) from None

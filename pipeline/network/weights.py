@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline import logs
 from pipeline.files import LFS_START
-from pipeline.logs import is_out_of_memory
+from pipeline.logs import raise_if_of_machine
 from pipeline.params import BackboneChoice
 
 WEIGHTS = Path("data/weights")
@@ -134,8 +134,7 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     # On broken files the unpickler, which builds nothing but tensors, raises errors of almost any type
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
+        raise_if_of_machine(error)
         # torch wraps what it says in a page that recommends to trust the file
         cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
         reason = _no_download(path) or logs.one_line(cause).partition(" Please use")[0] or type(cause).__name__

@@ -836,8 +836,12 @@ def test_runs_of_the_matrix_side_by_side_are_taken_from_the_cache(repository: Re
         for number in range(2)
     ]
     assert [task.wait() for task in tasks] == [0, 0]
-    while re.search("Queued|Running", status := repository.dvc("queue", "status")):
+    status = repository.dvc("queue", "status")
+    for _ in range(600):
+        if not re.search("Queued|Running", status):
+            break
         time.sleep(1)
+        status = repository.dvc("queue", "status")
     assert status.count("Success") == 2, status
 
     ran = repository.repro()

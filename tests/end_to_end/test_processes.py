@@ -386,7 +386,9 @@ def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
     launchers = []
 
     def start(nodes: str) -> Machine:
-        launcher = ("-m", "torch.distributed.run", *options.replace("1:3", nodes).split())
+        # All have one address here: the store of the rendezvous must be with the machine that is never lost
+        host = f"--rdzv-conf is_host={int(not launchers)}"
+        launcher = ("-m", "torch.distributed.run", *host.split(), *options.replace("1:3", nodes).split())
         log = tmp_path / f"{len(launchers)}.log"
         launchers.append(once(images, tmp_path, log, *launcher, **environment))
         return Machine(launchers[-1])

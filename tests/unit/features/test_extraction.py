@@ -361,9 +361,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[list[Row]]:
     calls: list[list[Row]] = []
     load = Loader.load
 
-    def recorded(self: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+    def recorded(self: Loader, batches: Sequence[Sequence[Row]], **options: Any) -> Iterator[torch.Tensor]:
         calls.append([row for batch in batches for row in batch])
-        return load(self, batches)
+        return load(self, batches, **options)
 
     monkeypatch.setattr(Loader, "load", recorded)
     return calls

@@ -240,6 +240,8 @@ def test_no_row_of_a_damaged_shard_is_used(
     assert not caplog.records
     if use is Store.missing:
         assert store.missing(ROWS) == ROWS[:4]
+    elif use is Store.locate:
+        assert [*store.locate(ROWS)] == ROWS[4:]
     else:
         with pytest.raises(ValueError, match=r"were damaged, and are set aside; run again$") as caught:
             use(store, ROWS)

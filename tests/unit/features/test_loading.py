@@ -1,7 +1,7 @@
 """Views that worker processes load, and pixels that are kept in the store: the same with and without either."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from pipeline.dataset.decoding import sha256
-from pipeline.features import loading, pixel_store, pixels
+from pipeline.features import extraction, loading, pixel_store, pixels
+from pipeline.features.engine import Runner
+from pipeline.features.extraction import Computation, Share
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
 from pipeline.features.pixel_store import PixelStore, open_pixels
+from pipeline.features.store import Key
 from pipeline.features.views import AUGMENTED, make_views
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation, Runtime
@@ -136,15 +139,63 @@ def test_a_loader_serves_epoch_after_epoch_and_reads_each_file_once(tmp_path: Pa
 
 
 def test_images_are_decoded_ahead(tmp_path: Path, kept: Path):
-    paths = files(tmp_path, 3)
-    expected = load(open_loader(paths), batches_of(paths))
-    with closing(open_loader(paths, store=opened(), workers=2)) as loader:
+    paths = files(tmp_path, 2)  # one batch, which is received however soon it is ended
+    expected = load(open_loader(paths, MOVED), batches_of(paths))
+    with closing(open_loader(paths, MOVED, opened(MOVED), workers=2)) as loader:
         with loader.decoding_ahead([*paths]):
             pass
+        for path in paths.values():
+            path.unlink()
         assert all(map(np.array_equal, (batch.numpy() for batch in loader.load(batches_of(paths))), expected))
         loader.load([])
         with loader.decoding_ahead([*paths]):  # nothing is left to do
             assert len(list(kept.glob("*/*.h5"))) >= 1
+
+
+@pytest.mark.parametrize(("geometry", "needed"), [("crop", 20), ("squash", 16), ("pad", 16)])
+def test_jpegs_are_decoded_to_twice_the_px_that_are_needed_unless_exactly(
+    geometry: str, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, decode = [], pixels.decode
+    monkeypatch.setattr(pixels, "decode", lambda content, least: asked.append(least) or decode(content, least))
+    ((_, path),) = files(tmp_path, 1, "JPEG").items()
+    for jpeg_decoding in ("fast", "exact"):
+        preprocessing = SMALL.model_copy(update={"geometry": geometry, "jpeg_decoding": jpeg_decoding})
+        for kind in ("crop", "whole"):
+            pixels.make(path.read_bytes(), kind, preprocessing, EVERYTHING)
+    whole = 30  # px of a square whose smallest random crop, 0.3 of its area, has 16 x 16
+    assert asked == [2 * needed, 2 * whole, None, None]
+
+
+def test_pixels_that_the_decoder_gives_no_more_are_set_aside_with_the_rows_that_were_made_of_them(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """As another version of the decoder would, with the same keys."""
+    paths = files(tmp_path, 6)
+    key = Key(
+        {"cut": "all", "store_dtype": "fp32", "engine": "torch", "precision": "fp32", "device": "cpu"}, PLAIN, (3,)
+    )
+
+    def run(batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+        yield from (batch.float().mean((1, 2)).numpy() for batch in batches)
+
+    def fill(names: list[str], store: PixelStore | None) -> np.ndarray:
+        computation, rows = Computation(key, Runner("torch", 4, 4, run)), [(name, 0) for name in names]
+        with closing(open_loader(paths, PLAIN, store)) as loader:
+            return extraction.fill(computation, loader, rows, 1.0, Share(0, 1)).read(rows)
+
+    fill([*paths][:3], opened(PLAIN))
+    crop = pixels.crop
+    monkeypatch.setattr(pixels, "crop", lambda *given: 255 - crop(*given))
+    found = fill([*paths], opened(PLAIN))
+    assert "stored pixels differ" in caplog.text
+    assert "stored rows differ" in caplog.text
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "empty"))
+    assert np.array_equal(found, fill([*paths], None))
+    caplog.clear()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
+    assert np.array_equal(found, fill([*paths], opened(PLAIN)))
+    assert not caplog.messages or "differ" not in caplog.text
 
 
 def test_an_image_that_cannot_be_decoded_ahead_is_an_error_once_it_is_needed(tmp_path: Path, kept: Path):
@@ -193,14 +244,16 @@ def test_networks_of_the_same_geometry_share_pixels_and_others_do_not(tmp_path: 
     assert keys(resize=(21,)) != keys()
 
 
-@pytest.mark.parametrize(("cache", "max_gb", "is_kept"), [("auto", 1, True), ("auto", 1e-9, False), ("off", 1, False)])
+@pytest.mark.parametrize(
+    ("cache", "max_gb", "is_kept"), [("auto", 1, True), ("on", 1, True), ("auto", 1e-9, False), ("off", 1, False)]
+)
 def test_pixels_are_kept_where_they_fit(
     cache: str, max_gb: float, is_kept: bool, kept: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.INFO):
         opened = open_pixels(SMALL, PLAIN, CODES, 3, runtime(cache, max_gb))
     assert (opened is not None) == is_kept
-    assert bool(caplog.messages) == (cache == "auto")
+    assert bool(caplog.messages) == (cache != "off")
 
 
 def test_pixels_that_must_be_kept_and_do_not_fit_are_an_error(kept: Path):

@@ -277,12 +277,14 @@ def test_a_file_that_crashes_the_decoder_is_refused_and_the_others_are_read(
         return examine(content, least_side)
 
     monkeypatch.setattr(decoding, "examine", crash)
-    bystander = get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    bystander = get_context("fork").Process(target=signal.pause, daemon=True)
     bystander.start()
-    found = inspect(tmp_path / "many", names, 2, is_verifying=True)
-    assert bystander.is_alive()  # only its own processes are ended
-    bystander.kill()
-    bystander.join()
+    try:
+        found = inspect(tmp_path / "many", names, 2, is_verifying=True)
+        assert bystander.is_alive(), "only its own processes are ended"
+    finally:
+        bystander.kill()
+        bystander.join()
     for name, one, other in zip(names, found, expected, strict=True):
         if name in crashing:
             assert one.reason.startswith("ended the process that decoded it")

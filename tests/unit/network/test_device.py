@@ -79,26 +79,29 @@ def test_auto_takes_the_gpu_that_uses_least_memory_and_keeps_to_it(
 
 
 CLAIM = """
-import sys, time
+import sys
 from pipeline.network import device
 device.tempfile.gettempdir = lambda: sys.argv[1]
 assert device._claim(sys.argv[2])
 print("ready", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def test_processes_that_start_together_take_different_gpus(gpus: list[Any], tmp_path: Path) -> None:
-    others = []
-    for name, expected in (("GPU-uuid-1", 2), ("GPU-uuid-2", 0), ("GPU-uuid-0", 1)):
-        command = [sys.executable, "-c", CLAIM, str(tmp_path), name]
-        others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert others[-1].stdout.readline() == "ready\n"
-        assert choose_device("auto") == torch.device("cuda", expected), "the least used of those that are free"
-        forget()
-    for other in others:
-        other.kill()
-        other.communicate()
+    others: list[subprocess.Popen[str]] = []
+    try:
+        for name, expected in (("GPU-uuid-1", 2), ("GPU-uuid-2", 0), ("GPU-uuid-0", 1)):
+            command = [sys.executable, "-c", CLAIM, str(tmp_path), name]
+            others.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            assert others[-1].stdout is not None
+            assert others[-1].stdout.readline() == "ready\n"
+            assert choose_device("auto") == torch.device("cuda", expected), "the least used of those that are free"
+            forget()
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
     assert choose_device("auto") == torch.device("cuda", 1), "a process that is gone holds none"
 
 
