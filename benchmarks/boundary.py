@@ -9,6 +9,7 @@ import copy
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from unittest import mock
 
@@ -58,9 +59,11 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     loader = open_loader(paths, backbone.preprocessing, params.augmentation, [0, *VIEWS], params.runtime, device)
     if is_cached:
         pairs = [(int(row), view) for row in train for view in VIEWS] + [(int(row), 0) for row in val]
-        load, _ = fine_tune.load_activations(prefix, files, pairs, loader, params, device)
+        computation = extraction.prepare(prefix, params.augmentation, params.features, device)
+        load, _ = fine_tune.load_activations(computation, files, pairs, loader, params.runtime.store_max_gb)
     else:
         load = fine_tune.load_images(files, loader)
+        deque(load([[(int(row), 0)] for row in (*train, *val)]), maxlen=0)  # each image is decoded once, and before
     head = nn.Linear(backbone.feature_dim, len(labels.class_names))
     network = nn.Sequential(nn.Identity() if is_cached else prefix.module, suffix, head)
     task = Task(load, labels.label, labels.weight, train, val, VIEWS, [0], "torch", params.features.batch_size.cpu)

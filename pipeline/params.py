@@ -62,6 +62,16 @@ def _boundary(where: object) -> object:
     return where
 
 
+def _views(number: object) -> object:
+    if number != "every_epoch" and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+        raise ValueError("expected a whole number, 0 or more, or every_epoch")
+    return number
+
+
+def _pair(rate: object) -> object:
+    return tuple(rate) if isinstance(rate, list | tuple) else (rate, rate)
+
+
 def count_cores() -> int:
     """How many CPU cores this process may use: those that it may run on, fewer where its container has less time."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,6 +99,7 @@ Channels = Annotated[tuple[float, ...], AfterValidator(_channels)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Pair = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
 Strengths = Annotated[tuple[NonNegative, ...], AfterValidator(_distinct), Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Half = Annotated[float, Field(ge=0, le=0.5)]
@@ -269,7 +280,11 @@ class Strategy(Record):
     freeze_until: Boundary
     boundary_cache: Literal["on", "off"]
     batchnorm: Literal["frozen", "train"]
-    views: Natural
+    views: Annotated[int | str, BeforeValidator(_views)]
+    augmentation: Augmentation
+    mixup: NonNegative
+    dropout: BelowOne
+    drop_path: BelowOne | None
     epochs: Count
     patience: Count | None
     batch_size: Count
@@ -277,8 +292,14 @@ class Strategy(Record):
     momentum: BelowOne
     learning_rate_base: Positive
     learning_rate_head: Positive
+    learning_rates: Annotated[tuple[Pair, ...], AfterValidator(_distinct)]
+    halving_keeps: Count
+    halving_epochs: Count
+    halving_share: Annotated[float, Field(gt=0, le=0.5)]
     warmup_epochs: Natural
     weight_decay: NonNegative
+    gradient_clipping: Positive | None
+    ema: BelowOne
     label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
     precision: Precision
@@ -292,12 +313,25 @@ class Strategy(Record):
             raise ValueError(f"warmup_epochs: found {self.warmup_epochs}, expected at most epochs ({self.epochs})")
         return self
 
+    @property
+    def n_views(self) -> int:
+        """How many augmented views training uses, at most one per epoch; 0: view 0 only."""
+        return min(self.views, self.epochs) if isinstance(self.views, int) else self.epochs
+
+    def with_rates(self, base: float, head: float) -> Self:
+        """The strategy with these learning rates and no others to choose from."""
+        return self.model_copy(update={"learning_rate_base": base, "learning_rate_head": head, "learning_rates": ()})
+
 
 class FineTune(Record):
-    """The strategies, and which of them run. Each strategy is already merged with the defaults."""
+    """The strategies, and which of them run.
+
+    Each strategy is already merged with the defaults, and each augmentation with the section `augmentation`.
+    """
 
     run: Annotated[tuple[Name, ...], AfterValidator(_distinct)]
     seeds: Seeds
+    augmentations: dict[Name, Augmentation]
     defaults: dict[str, Any]
     strategies: dict[Name, Strategy]
 
@@ -413,16 +447,32 @@ def load_params(path: Path = PARAMS) -> Params:
 
 
 def _with_defaults(document: Any) -> Any:  # noqa: ANN401
-    """The document with `fine_tune.defaults` merged into each strategy; the strategy's own keys win."""
+    """The document with `fine_tune.defaults` merged into each strategy, and `augmentation` into that of fine-tuning.
+
+    The strategy's own keys win.
+    """
     match document:
-        case {"fine_tune": {"strategies": dict(strategies)} as fine_tune}:
-            defaults = fine_tune.get("defaults")
-            if isinstance(defaults, dict):
-                merged = {name: defaults | own if isinstance(own, dict) else own for name, own in strategies.items()}
-            else:
-                merged = {}  # the error is about the defaults, not about every key that they would have given
-            return document | {"fine_tune": fine_tune | {"strategies": merged}}
+        case {"fine_tune": dict(fine_tune)}:
+            base = document.get("augmentation")
+            presets, strategies = fine_tune.get("augmentations"), fine_tune.get("strategies")
+            is_named = isinstance(presets, dict)
+            presets = {name: _merged(base, own) for name, own in presets.items()} if is_named else {}
+            fine_tune = fine_tune | ({"augmentations": presets} if is_named else {})
+            if isinstance(strategies, dict):
+                # Where the defaults are wrong, the error is about them, not about every key that they would have given
+                is_whole = isinstance(fine_tune.get("defaults"), dict)
+                merged = {name: _merged(fine_tune["defaults"], own) for name, own in strategies.items() if is_whole}
+                for name, strategy in merged.items():
+                    if isinstance(strategy, dict) and (given := strategy.get("augmentation")) is not None:
+                        named = _merged(base, presets.get(given, given) if isinstance(given, str) else given)
+                        merged[name] = strategy | {"augmentation": named}
+                fine_tune = fine_tune | {"strategies": merged}
+            return document | {"fine_tune": fine_tune}
     return document
+
+
+def _merged(base: Any, own: Any) -> Any:  # noqa: ANN401
+    return base | own if isinstance(base, dict) and isinstance(own, dict) else own
 
 
 EXPECTED = {  # replaces those of pydantic's messages that speak of Python, by type of mistake
@@ -432,7 +482,22 @@ EXPECTED = {  # replaces those of pydantic's messages that speak of Python, by t
     "tuple_type": "expected a list, e.g. [0, 1]",
     "model_type": "expected a section with keys",
     "dict_type": "expected a section with keys",
+    "augmentation": "expected the name of an entry of fine_tune.augmentations, or keys of the section augmentation",
 }
+
+
+def _origin(where: list, document: dict) -> list:
+    """Where a key of an augmentation of fine-tuning was given: there, in `augmentations`, or in `augmentation`."""
+    for name, length in (("augmentation", 1), ("augmentations", 2)):
+        if where[:1] == ["fine_tune"] and name in where[1:-length]:
+            end = where.index(name) + length
+            given: Any = document
+            for key in where[:end]:
+                given = given[key]
+            if isinstance(given, str):
+                return _origin(["fine_tune", "augmentations", given, *where[end:]], document)
+            return where if where[end] in given else ["augmentation", *where[end:]]
+    return where
 
 
 def _describe(mistake: dict, document: dict) -> str:
@@ -442,6 +507,7 @@ def _describe(mistake: dict, document: dict) -> str:
         case ["fine_tune", "strategies", name, key, *_] if key != "[key]":
             if key not in document["fine_tune"]["strategies"][name]:
                 where[1:3] = ["defaults"]
+    where = _origin(where, document)
     key = f"{'.'.join(map(str, where))}: " if where else ""
     if mistake["type"] == "missing":
         return f"{key}is missing"
@@ -450,6 +516,8 @@ def _describe(mistake: dict, document: dict) -> str:
         known = {field for record in records for field in record.model_fields}
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         return f"{key}unknown key; expected {near[0] if near else 'only keys of the params.yaml in git'}"
+    if (where[-1:], mistake["type"]) == (["augmentation"], "model_type"):
+        mistake["type"] = "augmentation"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
     message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")
     return f"{key}{found}{EXPECTED.get(mistake['type'], message)}"

@@ -159,6 +159,10 @@ def strategy(**changes: Any) -> Strategy:
         "boundary_cache": "on",
         "batchnorm": "frozen",
         "views": 1,
+        "augmentation": FLIPS,
+        "mixup": 0.0,
+        "dropout": 0.0,
+        "drop_path": None,
         "epochs": 2,
         "patience": 2,
         "batch_size": 8,
@@ -166,8 +170,14 @@ def strategy(**changes: Any) -> Strategy:
         "momentum": 0.9,
         "learning_rate_base": 1e-3,
         "learning_rate_head": 1e-3,
+        "learning_rates": (),
+        "halving_keeps": 3,
+        "halving_epochs": 2,
+        "halving_share": 0.2,
         "warmup_epochs": 0,
         "weight_decay": 0.0,
+        "gradient_clipping": None,
+        "ema": 0.0,
         "label_smoothing": 0.0,
         "class_weights": "none",
         "precision": "fp32",
@@ -326,7 +336,13 @@ def candidates(val: Predictions, label: np.ndarray) -> Candidates:
 def run(strategy: str, seed: int, val: Predictions, test: Predictions, label: np.ndarray, **changes: Any) -> Run:
     """A run with these predictions, chosen from one candidate; that of the head by default. label is of all images."""
     network = {"params": 1000, "boundary": "all", "largest_rounding": 0.0}
-    plain: dict[str, Any] = {"cost": cost(), "chosen": {"strength": 0.1}, "network": network, "curve": []}
+    plain: dict[str, Any] = {
+        "cost": cost(),
+        "chosen": {"strength": 0.1},
+        "network": network,
+        "curve": [],
+        "other_curves": {},
+    }
     plain["candidates"] = candidates(val, label)
     return Run(strategy=strategy, seed=seed, val=val, test=test, **plain | changes)
 

@@ -14,17 +14,20 @@ Rows = list[dict[str, Any]]
 def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
     """Learning curves, a row per epoch; a strategy without epochs is a horizontal line at its validation loss.
 
-    `is_selected` marks the epoch that validation selected. DVC draws rows only if all have the same fields.
+    `is_selected` marks the epoch that validation selected. `not_chosen` names learning rates that it did not choose,
+    and is empty otherwise. DVC draws rows only if all have the same fields.
     """
     last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
     rows: Rows = []
     for name, these in runs.items():
         for run, result in zip(these, strategies[name]["runs"], strict=True):
             found = {"val_loss": result["val"]["nll"], "val_accuracy": result["val"]["accuracy"]}
-            for line in run.curve or [{"epoch": epoch, **found} for epoch in (0, last)]:
-                is_selected = bool(run.curve) and line["epoch"] == run.chosen.get("epoch")
-                figures = {key: line.get(key) for key in CURVE}
-                rows.append({"strategy": name, "seed": run.seed, **figures, "is_selected": is_selected})
+            curve = run.curve or [{"epoch": epoch, **found} for epoch in (0, last)]
+            for rates, lines in {"": curve, **run.other_curves}.items():
+                for line in lines:
+                    is_selected = bool(run.curve) and not rates and line["epoch"] == run.chosen.get("epoch")
+                    figures = {key: line.get(key) for key in CURVE} | {"is_selected": is_selected}
+                    rows.append({"strategy": name, "seed": run.seed, "not_chosen": rates, **figures})
     return rows
 
 

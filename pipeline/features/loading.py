@@ -79,7 +79,7 @@ class Decoder(Dataset):
         if request.is_piped:
             return np.stack(views), fresh
         try:
-            return default_collate([torch.from_numpy(np.ascontiguousarray(view)) for view in views]), fresh
+            return default_collate([torch.from_numpy(np.require(view, None, ["C", "W"])) for view in views]), fresh
         except RuntimeError as error:
             if explain(error) is None:
                 raise

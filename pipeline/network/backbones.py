@@ -45,14 +45,22 @@ class Backbone:
         return replace(self, preprocessing=self.preprocessing.model_copy(update=changes))
 
 
-def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
-    """Build the network and load its weights; ValueError in one line if name, weights or size do not fit."""
+def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None = None) -> Backbone:
+    """Build the network and load its weights; ValueError in one line if name, weights or size do not fit.
+
+    `drop_path`: the rate of stochastic depth in the last block, of training (Huang et al. 2016, "Deep networks with
+    stochastic depth"); None: as the library builds the network.
+    """
     library, _, name = choice.name.partition("/")
-    build = _build_torchvision if library == "torchvision" else _build_timm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(choice.seed)
-        built = build(name, choice.weights, image_size)
+        if library == "torchvision":
+            built = _build_torchvision(name, choice.weights, image_size)
+        else:
+            built = _build_timm(name, choice.weights, image_size, drop_path)
     network, geometry = built.network, built.preprocessing
+    if library == "torchvision" and drop_path is not None:
+        _set_drop_path(choice.name, network, drop_path)
     if choice.weights == "bundled":
         network.load_state_dict(bundled_state(choice.name, network.state_dict()))
     _remove(network, built.dropped)
@@ -69,10 +77,10 @@ def load(choice: BackboneChoice, image_size: int | None) -> Backbone:
     return Backbone(choice.name, network, geometry, state_sha256(network), width, licence)
 
 
-def load_planned(plan: BackbonePlan, source: str) -> Backbone:
+def load_planned(plan: BackbonePlan, source: str, drop_path: float | None = None) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
     given = plan.preprocessing
-    backbone = load(plan.choice, plan.image_size).with_inputs(given.geometry, given.jpeg_decoding)
+    backbone = load(plan.choice, plan.image_size, drop_path).with_inputs(given.geometry, given.jpeg_decoding)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
             f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "
@@ -84,6 +92,12 @@ def load_planned(plan: BackbonePlan, source: str) -> Backbone:
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, trainable or not; buffers are not counted."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def has_drop_path(network: nn.Module) -> bool:
+    """Whether a layer of the network drops residual branches in training."""
+    rates = {"DropPath": "drop_prob", "StochasticDepth": "p"}  # of timm and torchvision
+    return any(getattr(module, rates.get(type(module).__name__, ""), None) for module in network.modules())
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -164,7 +178,7 @@ def _build_torchvision(name: str, weights: str, size: int | None) -> Built:
     return Built(network, geometry, dropped, published.meta.get("license"), convert)
 
 
-def _build_timm(name: str, weights: str, size: int | None) -> Built:
+def _build_timm(name: str, weights: str, size: int | None, drop_path: float | None) -> Built:
     import timm
     from timm.data.config import resolve_data_config
     from timm.models import _builder
@@ -176,6 +190,8 @@ def _build_timm(name: str, weights: str, size: int | None) -> Built:
     except RuntimeError:  # timm has the network, but not these weights
         raise _unknown("timm", name, timm.list_pretrained()) from None
     options: dict[str, Any] = {"img_size": size} if size and published and published.fixed_input_size else {}
+    if drop_path:  # without a rate, a network has no layers for it, and many take no such argument
+        options["drop_path_rate"] = drop_path
     # timm hands a network's conversion of checkpoints to the function that loads published weights, and to no other
     replaced = patch.object(_builder, "load_pretrained") if _is_file(weights) else nullcontext()
     try:
@@ -184,6 +200,8 @@ def _build_timm(name: str, weights: str, size: int | None) -> Built:
     # The hub's client raises errors of several libraries (httpx, huggingface_hub, OSError)
     except Exception as error:
         raise_if_of_machine(error)
+        if "drop_path_rate" in str(error):
+            raise ValueError(f"timm/{name} has no stochastic depth") from None
         if weights != "default" or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise _unreachable(f"timm/{name}", error) from None
@@ -241,6 +259,16 @@ def _remove(network: nn.Module, paths: list[str]) -> None:
         setattr(network.get_submodule(parent), child, None if path in AUXILIARY else nn.Identity())
     if hasattr(network, "aux_logits"):
         network.aux_logits = False  # pyright: ignore[reportArgumentType]
+
+
+def _set_drop_path(name: str, network: nn.Module, rate: float) -> None:
+    """Scale the rates that torchvision gives its layers, so that the last block has `rate`."""
+    layers = [module for module in network.modules() if type(module).__name__ == "StochasticDepth"]
+    largest = max((float(layer.p) for layer in layers), default=0.0)  # pyright: ignore[reportArgumentType]
+    if not largest and rate:
+        raise ValueError(f"{name} has no stochastic depth")
+    for layer in layers:
+        layer.p *= rate / largest  # pyright: ignore[reportOperatorIssue]
 
 
 def _measure_width(name: str, network: nn.Module, size: int) -> int:

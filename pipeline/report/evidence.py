@@ -32,6 +32,8 @@ COSTS = {
     "cached_bytes": "cached",
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+AT_REST = (0, "none", False, [1.0, 1.0])  # of an augmentation
+OPTIONAL = ("mixup", "dropout", "drop_path", "ema", "gradient_clipping", "label_smoothing", "patience")  # of a recipe
 MAX_CLASSES = 20  # with a bar each
 MAX_MATRIX = 40  # classes of a confusion matrix
 
@@ -145,13 +147,57 @@ def against_cost(rows: Rows, names: Sequence[str]) -> Figure:
 def learning(rows: Rows, names: Sequence[str]) -> Figure:
     """Loss by epoch of every run, from reports/curves.json; the head, which has no epochs, is a horizontal line."""
     runs = {(row["strategy"], row["seed"]) for row in rows if row["train_loss"] is not None}
+    others = " Faint: learning rates that it did not select." if any(row["not_chosen"] for row in rows) else ""
     if not runs:
         return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
     caption = (
         f"{_n(len(runs), 'run')}. Solid: validation, cross-fitted where there are no epochs. Dotted: training. Dot: "
-        "the epoch that validation selected."
+        f"the epoch that validation selected.{others}"
     )
     return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
+
+
+def recipes(strategies: Json) -> dict[str, str]:
+    """How each fine-tuned strategy was trained, in one line."""
+    runs = {name: strategy["runs"] for name, strategy in strategies.items()}
+    return {
+        name: recipe(these[0]["network"], [run["chosen"].get("learning_rates") for run in these])
+        for name, these in runs.items()
+        if "recipe" in these[0]["network"]
+    }
+
+
+def recipe(network: Json, chosen: Sequence[list[float] | None]) -> str:
+    """What is not at rest of a recipe: from where, until where, which images, which optimizer, at which rates."""
+    given = network["recipe"]
+    augmentation, epochs = given["augmentation"], _n(given["epochs"], "epoch")
+    amounts = [name for name, value in augmentation.items() if name != "seed" and value not in AT_REST]
+    rates = [given["learning_rate_base"], given["learning_rate_head"]]
+    tried = [" and ".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in given["learning_rates"] or [rates]]
+    used = [" and ".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in chosen if pair]
+    views = {0: "view 0 only", "every_epoch": "a new view in every epoch"}
+    shown = views.get(given["views"], _n(given["views"], "view") if given["views"] != "every_epoch" else "")
+    if given["views"] and amounts:
+        shown += f" ({', '.join(f'{name} {_plain(augmentation[name])}' for name in amounts)})"
+    words = [
+        "from the cached head" if given["init"] == "cached_head" else "from random weights",
+        "nothing frozen" if network["boundary"] == "none" else f"frozen until {network['boundary']}",
+        f"{epochs}, {given['warmup_epochs']} of warm-up, then a cosine",
+        f"{given['optimizer']} in batches of {given['batch_size']}",
+        f"learning rate {', '.join(tried)}" + (f" (chosen: {', '.join(used)})" if len(tried) > 1 else ""),
+        f"weight decay {given['weight_decay']:g}",
+        f"BatchNorm {'frozen' if given['batchnorm'] == 'frozen' else 'trained'}",
+        shown,
+        *(f"{name.replace('_', ' ')} {given[name]:g}" for name in OPTIONAL if given[name]),
+        *([f"{given['class_weights']} class weights"] if given["class_weights"] != "none" else []),
+        *([given["precision"]] if given["precision"] != "fp32" else []),
+    ]
+    return "; ".join(words) + "."
+
+
+def _plain(value: object) -> str:
+    ends = value if isinstance(value, list) else [value]
+    return " to ".join(f"{end:g}" if isinstance(end, float) else str(end) for end in ends)
 
 
 def penalty(strategies: Json) -> Figure:

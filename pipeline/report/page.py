@@ -82,6 +82,7 @@ def assemble() -> Json:
         "per_seed": tables.per_seed(details),
         "unit_name": tables.unit_name(details),
         "further": tables.further(details),
+        "recipes": evidence.recipes(strategies),
         "timings": timings,
         "minutes": evidence.minutes(timings, strategies),
         "figures": [

@@ -10,6 +10,7 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +19,18 @@ from torch import nn
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images
+from pipeline.dataset.units import unit_of
 from pipeline.features import engine, extraction, store
-from pipeline.features.extraction import Share
+from pipeline.features.extraction import Computation, Share
 from pipeline.features.loading import Loader, open_loader
 from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
-from pipeline.network.cuts import Prefix
 from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
-from pipeline.training import checkpoints, fit, heads
+from pipeline.training import checkpoints, choice, fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
@@ -50,16 +51,20 @@ def main() -> None:
     card, backbone, head = start(base, recipe, seed, labels.class_names)
     pool = cuts.Pool(base.pool, base.prefix_tokens)
     prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, pool)
-    train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
+    aside = choice.set_aside(recipe, train, labels.label, unit_of(labels), seed)
+    train_views = training_views(recipe.augmentation, recipe.n_views + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
     paths, codes = extraction.locate(images, params.dataset.path), [*cached_views, *eval_views]
-    with closing(open_loader(paths, base.preprocessing, params.augmentation, codes, params.runtime, device)) as loader:
+    with closing(open_loader(paths, base.preprocessing, recipe.augmentation, codes, params.runtime, device)) as loader:
         if plan.is_cached:
             pairs = [(int(row), view) for row in train for view in cached_views]
-            pairs += [(int(row), view) for row in (*val, *test) for view in eval_views]
-            load, largest_rounding = load_activations(prefix, images, pairs, loader, params, device)
+            pairs += [(int(row), view) for row in (*aside, *val, *test) for view in eval_views]
+            computation = extraction.prepare(prefix, recipe.augmentation, params.features, device)
+            load, largest_rounding = load_activations(computation, images, pairs, loader, params.runtime.store_max_gb)
         else:
             pairs, load, largest_rounding = [], load_images(images, loader), 0.0
+        if recipe.dropout:
+            suffix.append(nn.Dropout(recipe.dropout))
         network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
         batch_size = params.features.batch_size.on(device.type)
         example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
@@ -68,30 +73,35 @@ def main() -> None:
         engine_and_batch = evaluation_engine, batch_size
         task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, *engine_and_batch)
         machine = engine.machine(evaluation_engine, device)
-        inputs = describe(task, images, params, base, plan, seed) | {"machine": machine}
-        checkpoint = checkpoints.locate(network, inputs)
-        best_epoch, curve, candidates = fit.train(network, task, recipe, seed, f"{name}-{seed}", checkpoint)
+
+        def locate(one: Strategy, part: Task) -> Path:
+            inputs = describe(part, images, params, base, plan.model_copy(update={"recipe": one}), seed)
+            return checkpoints.locate(network, inputs | {"machine": machine})
+
+        trained = choice.train(network, task, recipe, seed, f"{name}-{seed}", aside, locate)
         val_predictions, test_predictions = (
             Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
         )
 
     network.cpu()
-    n_epochs = len(curve) - 1
-    passes = len(train) * (len(cached_views) if plan.is_cached else n_epochs)
-    cost = measure_cost(base, plan, head, passes, n_epochs * len(train), len(pairs))
+    passes = len(train) * len(cached_views) if plan.is_cached else trained.n_steps
+    cost = measure_cost(base, plan, head, passes, trained.n_steps, len(pairs))
     if recipe.init == "cached_head":
         cost = cost.after(card.cost)
     whole_base, _ = cuts.split(backbone, base.cut)  # as load_network cuts it, around the same tensors
-    changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost}
+    changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost, "augmentation": recipe.augmentation}
     save_model(card.model_copy(update=changed), head, whole_base)
     described = {
         "params": base.parameters + count_parameters(head),
         "boundary": plan.boundary,
         "largest_rounding": largest_rounding,
+        "recipe": recipe.model_dump(mode="json"),
     }
-    chosen = {"epoch": best_epoch}
-    save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
-    checkpoints.remove(checkpoint)
+    predictions = val_predictions, test_predictions
+    chosen, curve, others = trained.chosen, trained.curve, trained.others
+    save_run(Run(name, seed, cost, chosen, described, curve, others, *predictions, trained.candidates))
+    for checkpoint in trained.checkpoints:
+        checkpoints.remove(checkpoint)
 
 
 def describe(
@@ -100,7 +110,7 @@ def describe(
     """Everything that can change the run but the network and the code, as JSON: a checkpoint is found by it."""
     rows = {part: [images.sha256[row] for row in getattr(task, part)] for part in ("train", "val")}
     plain = {"seed": seed, "threads": params.threads, "versions": extraction.versions(), **rows}
-    options = (base, plan, params.augmentation, params.evaluation, params.features)
+    options = (base, plan, params.evaluation, params.features)
     return {
         **plain,
         "options": [record.model_dump(mode="json") for record in options],
@@ -118,27 +128,28 @@ def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str
     if card.backbone != base:
         raise ValueError(f"{path}: fitted on features of another backbone; run: dvc repro train_head")
     if recipe.init == "cached_head":
-        backbone = backbones.load_planned(base, str(plans.BACKBONE))
+        backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
         _, dense = cuts.split(backbone, base.cut)
         return card, backbone, load_head(path, card, dense)
     random = base.choice.model_copy(update={"weights": "random", "seed": seed})
     given = base.preprocessing
-    backbone = backbones.load(random, base.image_size).with_inputs(given.geometry, given.jpeg_decoding)
+    backbone = backbones.load(random, base.image_size, recipe.drop_path).with_inputs(
+        given.geometry, given.jpeg_decoding
+    )
     _, dense = cuts.split(backbone, base.cut)
     torch.manual_seed(seed)
     return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)
 
 
 def load_activations(
-    prefix: Prefix, images: Images, pairs: Batch, loader: Loader, params: Params, device: torch.device
+    computation: Computation, images: Images, pairs: Batch, loader: Loader, max_gb: float
 ) -> tuple[Load, float]:
     """Batches of activations at the freeze boundary, float32, from the store; what it lacks of `pairs` is computed.
 
     Also the largest relative error of storing them.
     """
-    computation = extraction.prepare(prefix, params.augmentation, params.features, device)
     rows = [(images.sha256[row], view) for row, view in pairs]
-    filled = extraction.fill(computation, loader, rows, params.runtime.store_max_gb, Share(0, 1))
+    filled = extraction.fill(computation, loader, rows, max_gb, Share(0, 1))
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         for batch in batches:

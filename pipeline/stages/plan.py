@@ -34,7 +34,7 @@ def main() -> None:
     for name in params.fine_tune.run:
         recipe, key = params.fine_tune.strategies[name], f"fine_tune.strategies.{name}"
         engine.check_precision(f"{key}.precision", recipe.precision, device)
-        strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
+        strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, key)
     plans.write(base, "backbone")
     logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
     remark(base)
@@ -72,8 +72,23 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
 
 
 def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, value_bytes: int, key: str) -> StrategyPlan:
-    """Resolve the freeze boundary and measure prefix and suffix; ValueError, naming `key`, if it is behind the base."""
-    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, cuts.Pool(base.pool, base.prefix_tokens), key)
+    """Resolve the freeze boundary and measure prefix and suffix.
+
+    Raises ValueError, naming the parameter below `key`, if the boundary is behind the base, or if the suffix has no
+    stochastic depth where the recipe sets it.
+    """
+    if recipe.drop_path is not None:
+        try:
+            backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
+        except ValueError as error:
+            raise ValueError(f"params.yaml: {key}.drop_path: {error}; expected null") from None
+    pool = cuts.Pool(base.pool, base.prefix_tokens)
+    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, pool, f"{key}.freeze_until")
+    if recipe.drop_path and not backbones.has_drop_path(suffix):
+        behind = f"behind the freeze boundary {prefix.boundary}"
+        raise ValueError(
+            f"params.yaml: {key}.drop_path: {backbone.name} has no stochastic depth {behind}; expected null"
+        )
     pixels = _black_image(backbone)
     with torch.no_grad():
         activation = prefix.module(pixels)

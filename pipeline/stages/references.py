@@ -142,7 +142,7 @@ def save(name: str, split: Split, labels: Labels, found: LogProbability, cost: C
     nll = candidates.nll(labels.weight[rows["val"]])
     best = candidates.names[int(np.argmin(nll))]
     val, test = (Predictions(rows[part], found[best][part]) for part in EVALUATED)
-    save_run(Run(name, split.seed, cost, {"candidate": best}, {}, [], val, test, candidates))
+    save_run(Run(name, split.seed, cost, {"candidate": best}, {}, [], {}, val, test, candidates))
     logs.log.info("%s %d: %s, val loss %.4f", name, split.seed, best, min(nll))
 
 

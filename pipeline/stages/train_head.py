@@ -86,7 +86,9 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
     path = fitted.path
     chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
-    run = Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates)
+    run = Run(
+        HEAD_ONLY, split.seed, cost, chosen, network, [], {}, val_predictions, test_predictions, fitted.candidates
+    )
     save_run(run)
     logs.log.info("head %d: strength %g, val loss %.4f", split.seed, path.strength, min(path.val_nll.values()))
     return path

@@ -37,13 +37,15 @@ log = logging.getLogger("pipeline")
 class Training:
     """Everything that changes while a network is trained; `curve` and `candidates` have an entry per finished epoch.
 
-    `best` is the network's state after `best_epoch`.
+    `average`, if there is one, follows the suffix and the head. `best` is the state after `best_epoch` of the network
+    that is validated: of the average, where there is one.
     """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     order: np.random.Generator
+    average: nn.Module | None
     best_epoch: int
     best: dict[str, torch.Tensor]
     curve: list[dict[str, Any]]
@@ -61,7 +63,9 @@ def write(path: Path, training: Training) -> int:
     optimizer, candidates = training.optimizer.state_dict(), join_candidates(training.candidates)
     device = next(training.network.parameters()).device
     tensors = {f"network.{name}": value for name, value in training.network.state_dict().items()}
-    if training.best_epoch < len(training.curve) - 1:
+    if training.average is not None:
+        tensors |= {f"average.{name}": value for name, value in training.average.state_dict().items()}
+    if training.average is not None or training.best_epoch < len(training.curve) - 1:
         tensors |= {f"best.{name}": value for name, value in training.best.items()}
     for number, state in optimizer["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
@@ -108,6 +112,8 @@ def restore(path: Path, training: Training) -> bool:
         return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
     network.load_state_dict(part("network"))
+    if training.average is not None:
+        training.average.load_state_dict(part("average"))
     parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in part("optimizer").items():

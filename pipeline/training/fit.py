@@ -1,7 +1,9 @@
 """The one training loop for networks, on batches of images or of cached activations.
 
 A network is Sequential(prefix, suffix, head). The frozen prefix maps what is loaded (uint8 images, or cached
-activations, for which it is the identity) to the input of the suffix, the trained part of the backbone.
+activations, for which it is the identity) to the input of the suffix, the trained part of the backbone. What the prefix
+gives is where mixup mixes images (Zhang et al. 2018, "mixup: beyond empirical risk minimization"; Verma et al. 2019,
+"Manifold mixup", at a later boundary).
 """
 
 import copy
@@ -12,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -30,6 +32,10 @@ from pipeline.training.heads import loss_weight, mean_log_probability
 from pipeline.training.resident import Batch, Load, Resident
 from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
+if TYPE_CHECKING:
+    from timm.utils.model_ema import ModelEmaV3
+
+EMA_WARM_UP = 0.75  # the decay after t steps is at most 1 - t ** -this, timm's advice for few steps: 0.97 after 100
 CHECKED = 100  # steps after which a GPU's loss is looked at, besides the end of an epoch
 log = logging.getLogger("pipeline")
 
@@ -59,9 +65,10 @@ def train(
     """Train in place, on the device of `network`, and restore the epoch of the lowest validation NLL.
 
     Returns that epoch, the learning curve, and the candidates, which are the epochs; epoch 0 is the network before
-    training. With one number of threads the result has the same bytes on one kind of device, also if it goes on from
-    `checkpoint`, which is written after every epoch. Raises ValueError, naming the run `name`, when a loss is not
-    finite, and before training if BatchNorm cannot be trained on a batch.
+    training. With a moving average of the weights (`ema`), the average is what is validated and restored. With one
+    number of threads the result has the same bytes on one kind of device, also if it goes on from `checkpoint`, which
+    is written after every epoch. Raises NotFiniteError, naming the run `name`, when a loss is not finite, and
+    ValueError before training if BatchNorm cannot be trained on a batch.
     """
     torch.manual_seed(seed)
     order = np.random.default_rng(seed)
@@ -78,7 +85,10 @@ def train(
     targets = _targets(task, strategy, device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / n_steps, strategy))
 
-    state = Training(network, optimizer, schedule, order, best_epoch=0, best={}, curve=[], candidates=[])
+    trained = network[1:]
+    average = _average(trained, strategy)
+    judged = network if average is None else nn.Sequential(network[0], *average.module)
+    state = Training(network, optimizer, schedule, order, average, best_epoch=0, best={}, curve=[], candidates=[])
     if checkpoint is not None and checkpoints.restore(checkpoint, state):
         log.info("%s goes on after epoch %d, from %s", name, len(state.curve) - 1, checkpoint)
     start, n_bytes, writing_seconds = time.perf_counter(), 0, 0.0
@@ -95,8 +105,10 @@ def train(
             total, begin = torch.zeros(2, dtype=torch.float64, device=device), time.perf_counter()
             inputs = progress(task.load(batches), n_steps, "batches", f"{name} {epoch}/{strategy.epochs}")
             for step, (target, loaded) in enumerate(zip(shuffled, inputs, strict=True)):
-                total += _step(network, loaded, target, strategy, optimizer)
+                total += _step(network, loaded, _mix(target, strategy, order), strategy, optimizer)
                 schedule.step()
+                if average is not None:
+                    average.update(trained, step=schedule.last_epoch)
                 if resident is not None:
                     resident.open()
                 if device.type == "cpu" or step % CHECKED == 0:  # to look at a GPU's numbers is to wait for it
@@ -106,7 +118,7 @@ def train(
             rate = f", {len(rows) / (time.perf_counter() - begin):.0f} images/s"
             n_all = task.weight[task.train].sum()
             train_loss, train_accuracy = float(loss / n_all), float(n_right / n_all)
-        log_probability = predict(network, task, task.val, strategy.precision)
+        log_probability = predict(judged, task, task.val, strategy.precision)
         candidate = make_candidates({f"epoch {epoch}": log_probability}, task.label[task.val])
         line = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
         line |= _validate(candidate, task)
@@ -114,7 +126,7 @@ def train(
         values = ", ".join(f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float))
         log.info("%s epoch %d: %s%s", name, epoch, values, rate)
         if epoch == 0 or line["val_loss"] < state.curve[state.best_epoch]["val_loss"]:
-            state.best_epoch, state.best = epoch, copy.deepcopy(network.state_dict())
+            state.best_epoch, state.best = epoch, copy.deepcopy(judged.state_dict())
         state.curve.append(line)
         state.candidates.append(candidate)
         if checkpoint is not None:
@@ -218,6 +230,15 @@ def _optimizer(network: nn.Sequential, strategy: Strategy) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, fused=fused)
 
 
+def _average(trained: nn.Sequential, strategy: Strategy) -> "ModelEmaV3 | None":
+    """The moving average of suffix and head, whose decay grows to that of the strategy; None if it has none."""
+    if not strategy.ema:
+        return None
+    from timm.utils.model_ema import ModelEmaV3
+
+    return ModelEmaV3(trained, strategy.ema, use_warmup=True, warmup_power=EMA_WARM_UP)
+
+
 def _rate(epoch: float, strategy: Strategy) -> float:
     """Factor of the learning rates after `epoch` epochs: linear warm-up, then half a cosine to zero."""
     if epoch < strategy.warmup_epochs:
@@ -255,31 +276,73 @@ def _targets(task: Task, strategy: Strategy, device: torch.device) -> _Targets:
     return _Targets(label, weight, in_loss, mean_weight)
 
 
+@dataclass(frozen=True)
+class _Mixed:
+    """A batch that is mixed with itself: images `order` (n,) take the share 1 - `share` beside `target`."""
+
+    target: _Targets
+    share: float
+    order: torch.Tensor | None
+
+    @property
+    def parts(self) -> list[tuple[_Targets, float]]:
+        """The targets, and the share that each has in the loss."""
+        alone = [(self.target, self.share)]
+        return alone if self.order is None else [*alone, (self.target.take(self.order), 1 - self.share)]
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs (n, …), mixed."""
+        return x if self.order is None else self.share * x + (1 - self.share) * x[self.order]
+
+
+def _mix(target: _Targets, strategy: Strategy, random: np.random.Generator) -> _Mixed:
+    """How to mix a batch; nothing is drawn without mixup."""
+    if not strategy.mixup:
+        return _Mixed(target, 1.0, None)
+    order = torch.from_numpy(random.permutation(len(target.label)))
+    return _Mixed(target, float(random.beta(strategy.mixup, strategy.mixup)), upload(order, target.label.device))
+
+
 def _step(
-    network: nn.Module, inputs: torch.Tensor, target: _Targets, strategy: Strategy, optimizer: torch.optim.Optimizer
+    network: nn.Sequential, inputs: torch.Tensor, mixed: _Mixed, strategy: Strategy, optimizer: torch.optim.Optimizer
 ) -> torch.Tensor:
     """One step. Returns the sums of the losses, weighted in the loss, and of the hits, weighted by image.
 
     They are float64 (2,) on the device: to fetch them in every step would be to wait for it. The loss of the batch is
     divided by the mean weight of all training images, not of the batch, so that the weight of an image does not depend
-    on the batch it is in.
+    on the batch it is in. Of mixed images, losses and hits are those of both labels, by their shares.
     """
-    device = target.label.device
+    device = mixed.target.label.device
     with arithmetic(strategy.precision, device):
         with autocast(strategy.precision, device):
-            logits = network(upload(inputs, device)).float()
-        smoothing = strategy.label_smoothing
-        losses = target.in_loss * F.cross_entropy(logits, target.label, reduction="none", label_smoothing=smoothing)
+            prefix, suffix, head = network
+            logits = head(suffix(mixed.mix(prefix(upload(inputs, device))))).float()
+        smoothing, parts = strategy.label_smoothing, mixed.parts
+        each = [F.cross_entropy(logits, one.label, reduction="none", label_smoothing=smoothing) for one, _ in parts]
+        losses = torch.stack([share * (one.in_loss * loss) for (one, share), loss in zip(parts, each, strict=True)])
+        losses = losses.sum(0)
         optimizer.zero_grad()
-        (losses.mean() / target.mean_weight).backward()
+        (losses.mean() / mixed.target.mean_weight).backward()
+    if strategy.gradient_clipping is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), strategy.gradient_clipping)
     optimizer.step()
-    n_right = (target.weight * (logits.argmax(1) == target.label)).sum()
+    predicted = logits.argmax(1)
+    n_right = torch.stack([share * (one.weight * (predicted == one.label)).sum() for one, share in parts]).sum()
     return torch.stack([losses.detach().sum(), n_right]).double()
+
+
+class NotFiniteError(ValueError):
+    """A loss is not finite in an epoch: the learning rate is too high."""
+
+    def __init__(self, epoch: int, message: str) -> None:
+        super().__init__(message)
+        self.epoch = epoch
 
 
 def _check_finite(name: str, epoch: int, split: str, loss: float) -> None:
     if not math.isfinite(loss):
-        raise ValueError(
+        raise NotFiniteError(
+            epoch,
             f"{name}: the {split} loss is {loss} in epoch {epoch}; lower learning_rate_base and learning_rate_head, or "
-            "raise warmup_epochs"
+            "raise warmup_epochs",
         )

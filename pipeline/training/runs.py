@@ -92,8 +92,9 @@ def join_candidates(parts: Sequence[Candidates]) -> Candidates:
 class Run:
     """One strategy with one seed.
 
-    `chosen`: what validation selected. `network`: its number of parameters, the freeze boundary, and the largest error
-    of storing features, relative to the largest value of an image. `curve`: one entry per epoch.
+    `chosen`: what validation selected. `network`: its number of parameters, the freeze boundary, the largest error of
+    storing features, relative to the largest value of an image, and the recipe of a fine-tuned strategy. `curve`: one
+    entry per epoch; `other_curves`: those of the learning rates that validation did not choose, by name.
     """
 
     strategy: str
@@ -102,6 +103,7 @@ class Run:
     chosen: dict[str, Any]
     network: dict[str, Any]
     curve: list[dict[str, Any]]
+    other_curves: dict[str, list[dict[str, Any]]]
     val: Predictions
     test: Predictions
     candidates: Candidates

@@ -60,7 +60,7 @@ def test_set_replaces_one_parameter(tmp_path: Path):
     changes = "fine_tune.strategies.partial_freeze.views=0", "head.regularization_strengths=[1.0]"
     params = prepared(tmp_path, *changes)
     assert params.fine_tune.strategies["partial_freeze"].views == 0
-    assert params.fine_tune.strategies["full_retrain"].views > 0
+    assert params.fine_tune.strategies["full_retrain"].views != 0
     assert params.head.regularization_strengths == (1.0,)
 
 

@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline import params as module
+from pipeline.features.views import training_views
 from pipeline.params import PARAMS, Params, count_cores, load_params
 
 REPOSITORY = Path(__file__).parents[2]
@@ -203,7 +204,11 @@ def test_a_strategy_has_the_defaults_that_it_does_not_override(tmp_path: Path):
         ({"momentum": 1.5}, "fine_tune.defaults.momentum: found 1.5; expected it to be less than 1"),
         ({"momentun": 0.5}, "fine_tune.defaults.momentun: unknown key; expected momentum"),
         ({"momentum": "DELETE"}, "fine_tune.defaults.momentum: is missing"),
-        ({"views": -1}, "fine_tune.defaults.views: found -1; expected it to be greater than or equal to 0"),
+        (
+            {"learning_rates": [0.1, 0.1]},
+            "fine_tune.defaults.learning_rates: found [0.1, 0.1]; expected each entry once",
+        ),
+        ({"views": -1}, "fine_tune.defaults.views: found -1; expected a whole number, 0 or more, or every_epoch"),
     ],
 )
 def test_a_mistake_in_the_defaults_is_reported_once_and_not_for_every_strategy(
@@ -243,6 +248,56 @@ def test_a_section_of_fine_tune_that_is_none_is_one_line(key: str, value: Any, e
     with pytest.raises(ValueError, match="params") as error:
         load(document_with({f"fine_tune.{key}": value}), tmp_path)
     assert str(error.value) == f"{tmp_path / 'params.yaml'}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"fine_tune.defaults.augmentation": "lihgt"},
+            'fine_tune.defaults.augmentation: found "lihgt"; expected the name of an entry of fine_tune.augmentations, '
+            "or keys of the section augmentation",
+        ),
+        ({"fine_tune.defaults.augmentation": {"hue": 2.0}}, "fine_tune.defaults.augmentation.hue: found 2.0; expected"),
+        ({"fine_tune.augmentations.light": {"hue": 2.0}}, "fine_tune.augmentations.light.hue: found 2.0; expected"),
+        (
+            {"fine_tune.defaults.augmentation": "light", "fine_tune.augmentations.light": {"huh": 0.1}},
+            "fine_tune.augmentations.light.huh: unknown key; expected hue",
+        ),
+        ({"augmentation.hue": 2.0}, "augmentation.hue: found 2.0; expected"),
+        ({"augmentation.scale": [1.0, "x"]}, 'augmentation.scale.1: found "x"; expected'),
+    ],
+)
+def test_a_mistake_in_an_augmentation_is_one_line_where_it_was_made(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match="params") as error:
+        load(document_with(changes), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: {expected}")
+    assert "\n" not in str(error.value)
+
+
+def test_an_augmentation_of_fine_tuning_is_the_section_with_its_own_keys(tmp_path: Path):
+    base = {"augmentation.flips": "vertical", "augmentation.hue": 0.1, "augmentation.rotation_degrees": 20.0}
+    given = {"light": "light", "none": "none", "own": {"noise_std": 2.0}, "default": None}
+    strategies = {name: {} if value is None else {"augmentation": value} for name, value in given.items()}
+    changes = {**base, "fine_tune.strategies": strategies, "fine_tune.run": [*given], "compare.guard": {}}
+    params = load(document_with(changes), tmp_path)
+    found = {name: strategy.augmentation for name, strategy in params.fine_tune.strategies.items()}
+    assert found["default"] == params.augmentation
+    assert found["own"] == params.augmentation.model_copy(update={"noise_std": 2.0})
+    light = {key: getattr(found["light"], key) for key in ("flips", "hue", "rotation_degrees", "scale")}
+    assert light == {"flips": "vertical", "hue": 0.0, "rotation_degrees": 5.0, "scale": (0.92, 1.08)}
+    assert found["none"].flips == "none"
+    assert training_views(found["none"], 4) == [0] * 4, "every view is view 0"
+
+
+def test_learning_rates_are_pairs_of_base_and_head(tmp_path: Path):
+    changes = {"fine_tune.defaults.learning_rates": [1, [1e-5, 1e-3]]}
+    strategy = load(document_with(changes), tmp_path).fine_tune.strategies["full_retrain"]
+    assert strategy.learning_rates == ((1.0, 1.0), (1e-5, 1e-3))
+    one = strategy.with_rates(*strategy.learning_rates[1])
+    assert (one.learning_rate_base, one.learning_rate_head, one.learning_rates) == (1e-5, 1e-3, ())
 
 
 def test_absent_defaults_are_one_line(tmp_path: Path):

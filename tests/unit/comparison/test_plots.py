@@ -89,7 +89,9 @@ def test_curves_are_those_of_every_strategy_and_a_line_where_there_are_no_epochs
         ("full", 0, 0, 0.5),
         ("full", 0, 3, 0.4),
     ]
-    assert {tuple(row) for row in rows} == {("strategy", "seed", *plots.CURVE, "is_selected")}, "DVC would draw nothing"
+    assert {tuple(row) for row in rows} == {("strategy", "seed", "not_chosen", *plots.CURVE, "is_selected")}, (
+        "DVC would draw nothing"
+    )
 
 
 def test_plots_hold_counts_and_bins_rather_than_images():

@@ -144,3 +144,34 @@ def test_tracing_without_memory_is_not_called_untraceable(monkeypatch: pytest.Mo
     monkeypatch.setattr(tracing, "Meter", no_memory)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         tracing.find(backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm/tf_efficientnet_lite0", SIZE),
+        ("timm/test_resnet", SIZE),
+        ("timm/test_vit", 96),
+        ("timm/convnext_atto", SIZE),
+        ("torchvision/efficientnet_b0", SIZE),
+        ("torchvision/convnext_tiny", SIZE),
+        ("torchvision/swin_t", SIZE),
+    ],
+)
+def test_stochastic_depth_changes_neither_weights_nor_cut_points_nor_what_is_predicted(name: str, size: int) -> None:
+    choice, x = BackboneChoice.of(name, "random", 0), torch.randn(2, 3, size, size)
+    plain, dropping = backbones.load(choice, size), backbones.load(choice, size, 0.9)
+    assert dropping.weights_sha256 == plain.weights_sha256
+    assert [*tracing.find(dropping)] == [*tracing.find(plain)]
+    assert torch.equal(dropping.module(x), plain.module(x))
+    assert backbones.has_drop_path(dropping.module)
+    assert not backbones.has_drop_path(backbones.load(choice, size, 0.0).module)
+    layers = [
+        module for module in dropping.module.modules() if type(module).__name__ in ("DropPath", "StochasticDepth")
+    ]
+    rates = [float(getattr(layer, "drop_prob", None) or getattr(layer, "p", None) or 0) for layer in layers]
+    assert rates == sorted(rates), "deeper blocks are dropped more often"
+    assert 0.8 < rates[-1] <= 0.9001
+    dropping.module.train()
+    torch.manual_seed(0)
+    assert not torch.equal(dropping.module(x), plain.module(x))

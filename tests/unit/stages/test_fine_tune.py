@@ -25,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.dataset import manifest
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
-from pipeline.network import backbones, cuts
+from pipeline.features.loading import Loader
+from pipeline.features.views import AUGMENTED
+from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from pipeline.tools import predict
@@ -82,6 +84,7 @@ def make_images(directory: Path) -> None:
         Image.fromarray(pixels).save(directory / name / f"{number:02}.png")
 
 
+EXPERT = {"mixup": 0.2, "ema": 0.9, "gradient_clipping": 0.5, "dropout": 0.1}
 STRATEGY = {
     "init": "cached_head",
     "freeze_until": "none",
@@ -192,6 +195,146 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     head_bytes = N_IMAGES * 2 * hdf5.read_features().values[0, 0].nbytes
     read_bytes = (cached.cost.cached_bytes, whole.cost.cached_bytes)
     assert read_bytes == (head_bytes + N_IMAGES * 2 * row_bytes, head_bytes)
+
+
+def is_same_run(one: Run, other: Run) -> bool:
+    curves = [[(line["epoch"], line["val_loss"]) for line in run.curve] for run in (one, other)]
+    same = [
+        np.array_equal(getattr(one, part).log_probability, getattr(other, part).log_probability)
+        for part in ("val", "test")
+    ]
+    return curves[0] == curves[1] and all(same)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"mixup": 0.4},
+        {"ema": 0.5},
+        {"gradient_clipping": 0.1},
+        {"views": "every_epoch", "augmentation": "medium"},
+        {"learning_rates": [1e-3, [3e-4, 1e-2]]},
+    ],
+    ids=lambda recipe: next(iter(recipe)),
+)
+def test_parts_of_a_recipe_train_from_the_cache_as_through_the_whole_network(
+    recipe: dict[str, Any], tune: Tune, steps: list[float]
+) -> None:
+    strategy = {"freeze_until": "layer2", "learning_rate_base": 3e-3, "learning_rate_head": 3e-3, "epochs": 2}
+    plain = tune(TINY, strategy)
+    steps.clear()
+    whole = tune(TINY, strategy | recipe | {"boundary_cache": "off"})
+    expected = steps.copy()
+    steps.clear()
+    cached = tune(TINY, strategy | recipe)
+    np.testing.assert_allclose(steps, expected, rtol=1e-3, atol=1e-4)
+    assert cached.chosen == whole.chosen
+    np.testing.assert_allclose(cached.test.log_probability, whole.test.log_probability, atol=2e-3)
+    assert is_same_run(cached, tune(TINY, strategy | recipe)), "the same bytes"
+    assert not is_same_run(cached, plain), "it does nothing"
+    # Before the first step the network is the cached head
+    assert cached.curve[0]["val_loss"] == plain.curve[0]["val_loss"]
+
+
+@pytest.mark.parametrize(("name", "recipe"), [(TINY, {"dropout": 0.5}), (VIT, {"drop_path": 0.5}), (TINY, EXPERT)])
+def test_what_is_dropped_in_training_leaves_the_network_before_it_alone(
+    name: str, recipe: dict[str, Any], tune: Tune
+) -> None:
+    strategy = {"freeze_until": "none", "learning_rate_base": 3e-3, "learning_rate_head": 3e-3, "epochs": 2}
+    plain, dropping = tune(name, strategy), tune(name, strategy | recipe)
+    assert dropping.curve[0] == plain.curve[0]
+    assert not is_same_run(dropping, plain)
+    assert is_same_run(dropping, tune(name, strategy | recipe))
+    network, card = models.load_network(Path("models/tuned/seed_0.json"))
+    assert not backbones.has_drop_path(network), "a saved network drops nothing"
+    assert card.augmentation.flips == "both"
+
+
+def test_every_epoch_has_a_view_of_its_own_at_boundary_zero_and_nothing_but_pixels_is_stored(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(TINY, {"epochs": 1})
+    shutil.rmtree("data/.feature_store")
+    seen: list[set[int]] = []
+    load = Loader.load
+
+    def recorded(self: Loader, batches: Sequence[Sequence[Row]], **options: Any) -> Any:
+        seen.append({view for batch in batches for _, view in batch})
+        return load(self, batches, **options)
+
+    monkeypatch.setattr(Loader, "load", recorded)
+    tune(TINY, {"freeze_until": "none", "views": "every_epoch", "augmentation": "light", "epochs": 4})
+    training = [views for views in seen if min(views) >= AUGMENTED]
+    assert training == [{AUGMENTED + epoch} for epoch in range(1, 5)]
+    (stored,) = Path("data/.feature_store").iterdir()
+    assert {row for path in stored.glob("*.h5") for row in hdf5.read_shard(path).rows} == {
+        (name, 0) for name in manifest.read_images().sha256
+    }
+    assert plans.read_strategy("tuned").recipe.augmentation.rotation_degrees == 5.0
+    assert hdf5.read_features().provenance.augmentation.rotation_degrees == 0.0
+
+
+def test_learning_rates_are_chosen_on_validation_and_each_that_is_left_is_a_candidate(tune: Tune) -> None:
+    rates = [1e-5, [1e-3, 1e-2], 1e-3]
+    alone = [
+        tune(TINY, {"learning_rate_base": base, "learning_rate_head": head, "epochs": 2})
+        for base, head in ((1e-5, 1e-5), (1e-3, 1e-2), (1e-3, 1e-3))
+    ]
+    best = min(alone, key=lambda run: min(line["val_loss"] for line in run.curve))
+    found = tune(TINY, {"learning_rates": rates, "epochs": 2})
+    assert is_same_run(found, best)
+    chosen = ([1e-5, 1e-5], [1e-3, 1e-2], [1e-3, 1e-3])[alone.index(best)]
+    assert found.chosen == best.chosen | {"learning_rates": chosen}
+    assert found.candidates.names[0] == "learning rate 1e-05, epoch 0"
+    assert len(found.candidates.names) == 1 + 3 * 2  # the start once
+    assert len(found.other_curves) == 2
+    nll = found.candidates.nll(manifest.read_labels().weight[found.val.rows])
+    assert np.argmin(nll) == found.candidates.names.index(_candidate(found))
+    head = read_run("feature_extraction", 0).cost
+    assert found.cost.train_flops - head.train_flops > 2.5 * (best.cost.train_flops - head.train_flops)
+    assert not [*Path("data/.checkpoints").iterdir()], "checkpoints of all are removed"
+
+
+def _candidate(run: Run) -> str:
+    base, head = run.chosen["learning_rates"]
+    rates = f"learning rate {base:g}" if base == head else f"learning rates {base:g} and {head:g}"
+    epoch = run.chosen["epoch"]
+    return f"{rates}, epoch {epoch}" if epoch else run.candidates.names[0]
+
+
+def test_halving_leaves_validation_untouched(tune: Tune, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the validation labels are, the same learning rates are left."""
+    rates = [3e-6, 1e-4, 1e-3, 1e-2]
+    strategy = {"freeze_until": "layer2", "learning_rates": rates, "epochs": 2, "halving_keeps": 2}
+
+    def left() -> tuple[set[str], Run]:
+        run = tune(TINY, strategy, runtime={"pixel_cache": "off"})
+        return {name.partition(",")[0] for name in run.candidates.names}, run
+
+    expected, first = left()
+    assert len(expected) == 2
+    labels, rows = Path("data/labels.csv"), first.val.rows
+    lines = labels.read_text().splitlines()
+    column = lines[0].split(",").index("label")
+    changed = [line.split(",") for line in lines]
+    values = [changed[row + 1][column] for row in rows]
+    for row, value in zip(rows, values[1:] + values[:1], strict=True):
+        changed[row + 1][column] = value
+    labels.write_text("\n".join(map(",".join, changed)) + "\n")
+    found, second = left()
+    assert found == expected
+    assert second.curve[0]["val_loss"] != first.curve[0]["val_loss"]
+
+
+def test_a_learning_rate_that_explodes_is_left_out_with_a_warning_unless_it_is_the_only_one(
+    tune: Tune, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = tune(TINY, {"learning_rates": [1e30, 1e-3], "epochs": 1})
+    assert found.chosen["learning_rates"] == [1e-3, 1e-3]
+    assert "tuned-0 at learning rate 1e+30: the training loss is" in caplog.text
+    assert found.candidates.names == ["epoch 0", "epoch 1"]
+    with pytest.raises(ValueError, match=r"tuned-0 at learning rate 1e\+30: the training loss is"):
+        tune(TINY, {"learning_rates": [1e30, 1e35], "epochs": 1})
 
 
 def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:

@@ -194,6 +194,21 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
             {"features": {"cut": "layer2", "pool": "avg"}},
             "fine_tune.strategies.tuned.freeze_until: layer3",
         ),
+        (
+            {"drop_path": 0.1},
+            {"backbone": {"name": "timm/vgg11"}},
+            "fine_tune.strategies.tuned.drop_path: timm/vgg11 has no stochastic depth; expected null",
+        ),
+        (
+            {"drop_path": 0.1},
+            {"backbone": {"name": "torchvision/squeezenet1_1"}},
+            "fine_tune.strategies.tuned.drop_path: torchvision/squeezenet1_1 has no stochastic depth; expected null",
+        ),
+        (
+            {"drop_path": 0.1, "freeze_until": "all"},
+            {},
+            "fine_tune.strategies.tuned.drop_path: timm/test_resnet has no stochastic depth behind the freeze boundary",
+        ),
         ({}, {"features": {"cut": "layer9"}}, "features.cut: 'layer9' holds no cut point"),
         ({}, {"features": {"cut": "layer3"}}, "features.pool: the features at features.cut have the shape"),
         (

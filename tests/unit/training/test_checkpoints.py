@@ -29,6 +29,8 @@ RECIPES = {
     "sgd": {"optimizer": "sgd", "batchnorm": "frozen", "momentum": 0.9},
     "sgd without momentum": {"optimizer": "sgd", "momentum": 0.0},
     "the first epoch is the best": {"optimizer": "sgd", "learning_rate_base": 0.5, "learning_rate_head": 0.5},
+    "mixup and a moving average": {"mixup": 0.4, "ema": 0.9, "batchnorm": "train"},
+    "the first epoch is the best, on average": {"ema": 0.5, "optimizer": "sgd", "learning_rate_base": 0.5},
     "patience": {"optimizer": "sgd", "learning_rate_base": 0.5, "learning_rate_head": 0.5, "patience": 2},
 }
 

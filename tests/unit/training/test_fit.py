@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from pipeline.params import BackboneChoice, HeadOptions, Strategy
 from pipeline.training import fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.heads import Examples
+from tests import factories
 from tests.factories import LINEAR, PREPROCESSING
 
 CPU = torch.device("cpu")
@@ -38,25 +40,7 @@ ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchv
 HEAD = LINEAR.model_copy(update={"regularization_strengths": (0.1, 0.01), "max_iterations": 200})
 MLP = HEAD.model_copy(update={"kind": "mlp", "hidden": (8,), "dropout": 0.5})
 PRETRAINED = HEAD.model_copy(update={"kind": "pretrained", "dropout": 0.5, "standardize": False})
-STRATEGY = Strategy(
-    init="cached_head",
-    freeze_until="none",
-    boundary_cache="off",
-    batchnorm="frozen",
-    views=0,
-    epochs=2,
-    patience=None,
-    batch_size=8,
-    optimizer="adamw",
-    momentum=0.9,
-    learning_rate_base=1e-3,
-    learning_rate_head=1e-3,
-    warmup_epochs=0,
-    weight_decay=0.01,
-    label_smoothing=0.0,
-    class_weights="none",
-    precision="fp32",
-)
+STRATEGY = factories.strategy(boundary_cache="off", views=0, patience=None, weight_decay=0.01)
 
 
 def strategy(**changes: Any) -> Strategy:
@@ -490,3 +474,82 @@ def test_batches_that_batchnorm_can_be_trained_on_are_not_refused(size: int, cha
     inputs = make_images(size)
     _, curve, _ = fit.train(build(prepare(RESNET), "layer2"), task(inputs), strategy(epochs=1, **changes), 0, "run")
     assert len(curve) == 2
+
+
+def test_mixed_images_have_the_loss_of_both_labels_and_the_inputs_of_both_at_the_boundary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = build(prepare(RESNET), "layer2")
+    before, losses = copy.deepcopy(network).eval(), []
+    step = fit._step
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        losses.append((arguments[1], arguments[2], step(*arguments)))
+        return losses[-1][-1]
+
+    monkeypatch.setattr(fit, "_step", recorded)
+    fit.train(network, task(), strategy(mixup=0.3, epochs=1, label_smoothing=0.1), 0, "run")
+    inputs, mixed, sums = losses[0]
+    assert mixed.order is not None
+    assert 0 < mixed.share < 1
+    with torch.no_grad():
+        x = before[0](inputs)
+        logits = before[2](before[1](mixed.share * x + (1 - mixed.share) * x[mixed.order]))
+    one_hot = nn.functional.one_hot(mixed.target.label, N_CLASSES).float()
+    weighted = mixed.target.in_loss[:, None] * (0.9 * one_hot + 0.1 / N_CLASSES)
+    wanted = mixed.share * weighted + (1 - mixed.share) * weighted[mixed.order]
+    assert sums[0].item() == pytest.approx(-(wanted * logits.log_softmax(1)).sum().item(), rel=1e-5)
+    shares = [mixed.share for _, mixed, _ in losses]
+    assert len({*shares}) == len(shares), "each batch has its own"
+
+
+def test_shares_of_mixup_are_from_its_beta_distribution() -> None:
+    target, random = cast(Any, SimpleNamespace(label=torch.zeros(4))), np.random.default_rng(0)
+    shares = [fit._mix(target, strategy(mixup=0.2), random).share for _ in range(4000)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
+    assert np.var(shares) == pytest.approx(0.25 / 1.4, abs=0.01)  # of Beta(a, a): 1 / (4 (2a + 1))
+
+
+def test_the_moving_average_is_validated_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(prepare(RESNET), "layer2")
+    with torch.no_grad():
+        cast(nn.Linear, cast(nn.Sequential, network[2])[-1]).weight.zero_()  # so that there is something to learn
+    steps, step = [], fit._step
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        sums = step(*arguments)
+        steps.append(state(network[1:]))
+        return sums
+
+    monkeypatch.setattr(fit, "_step", recorded)
+    average = state(network[1:])
+    best, curve, _ = fit.train(network, task(), strategy(ema=0.6, epochs=4), 0, "run")
+    assert best > 0
+    for number, values in enumerate(steps[: best * 3]):  # batches of 8 of 24 images
+        decay = min(0.6, 1 - (1 + number) ** -0.75)
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in values.items()}
+    for name, value in state(network[1:]).items():
+        torch.testing.assert_close(value, average[name].to(value.dtype), rtol=1e-4, atol=1e-6)
+    log_probability = fit.predict(network, task(), VAL, "fp32")
+    nll = -log_probability[np.arange(len(VAL)), LABEL[VAL]]
+    assert curve[best]["val_loss"] == pytest.approx(np.average(nll, weights=WEIGHT[VAL]), abs=1e-5)
+
+
+@pytest.mark.parametrize("largest", [0.05, 1e6])
+def test_the_norm_of_the_gradient_is_limited(largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, moved = build(prepare(RESNET), "layer2"), []
+    step = fit._step
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        before = state(network)
+        sums = step(*arguments)
+        changes = [(value - before[name]).square().sum() for name, value in network.named_parameters()]
+        moved.append(torch.stack(changes).sum().sqrt().item())
+        return sums
+
+    monkeypatch.setattr(fit, "_step", recorded)
+    rates = {"learning_rate_base": 0.1, "learning_rate_head": 0.1, "weight_decay": 0.0}
+    options = strategy(optimizer="sgd", momentum=0.0, gradient_clipping=largest, epochs=1, batch_size=24, **rates)
+    fit.train(network, task(), options, 0, "run")
+    assert len(moved) == 1
+    assert (moved[0] == pytest.approx(0.1 * largest, rel=1e-3)) == (largest < 1)
