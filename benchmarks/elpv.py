@@ -1,26 +1,29 @@
 """The published ELPV protocol on seeded splits: `python -m benchmarks.elpv [--validation] [--set KEY=VALUE …]`.
 
 Reads   params.yaml, changed by benchmarks/elpv.yaml and `--set`
-Writes  reports/elpv.json; data/.elpv/, a DVC repository of the study, so that the next call continues it
+Writes  reports/elpv.json; data/.elpv/<key>/, where the stages run, so that the next call goes on where this one ended
 
 75 % of the images train and validate, 25 % test, stratified by defect probability and type of module; an image counts
 by its defect probability, a functional one by 1 (Deitsch et al. 2019, "Automatic classification of defective
-photovoltaic module cells in electroluminescence images"). `dvc repro` runs the stages. Parameters are chosen with
-`--validation`, which takes seeds from 100 up and reads validation images only.
+photovoltaic module cells in electroluminescence images"). All stages run in this process, without DVC. Parameters are
+chosen with `--validation`, which takes seeds from 100 up and reads validation images only.
 """
 
 import contextlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import numpy as np
+import torch
 from ruamel.yaml import YAML
+from scipy import stats
 from sklearn.metrics import f1_score
 
 from benchmarks.common import REPOSITORY
@@ -31,8 +34,12 @@ from pipeline.comparison.outcomes import Outcomes, of_predictions
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import unit_of
-from pipeline.files import write_json, write_text
+from pipeline.features import extraction
+from pipeline.features.code import digest_of_code
+from pipeline.files import digest, write_json, write_text
+from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
+from pipeline.stages import extract, fetch, fine_tune, index, plan, split, train_head
 from pipeline.training.runs import Run, read_run
 
 OVERRIDES = REPOSITORY / "benchmarks" / "elpv.yaml"
@@ -40,8 +47,9 @@ RESULTS = REPOSITORY / "reports" / "elpv.json"
 STUDIES = REPOSITORY / "data" / ".elpv"
 FIRST_VALIDATION_SEED = 100
 PUBLISHED = {"SVM, published": 0.8244, "VGG19 fine-tuned, published": 0.8842}  # weighted accuracy
-LINKED = (".dvcignore", "data/weights", "dvc.yaml", "pipeline", "requirements.lock", "requirements-compare.lock")
 SUBSETS = {"mono": "monocrystalline", "poly": "polycrystalline"}
+FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on
+Step = Callable[[], None]
 
 yaml = YAML(typ="safe", pure=True)
 
@@ -51,18 +59,73 @@ yaml = YAML(typ="safe", pure=True)
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A parameter, as section.key=value.")
 def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
     """Run what is missing of the study, then score it."""
-    work, split = STUDIES / ("validation" if is_validation else "test"), "val" if is_validation else "test"
-    params = prepare(work, document(changes, is_validation=is_validation))
-    for targets in steps(params):
-        reproduce(targets, work)
-    seeds = {HEAD_ONLY: params.split.seeds, **dict.fromkeys(params.fine_tune.run, params.fine_tune.seeds)}
+    found, scored = document(changes, is_validation=is_validation), "val" if is_validation else "test"
+    work = locate(found)
+    params = prepare(work, found)
+    os.environ.setdefault("DVC_ROOT", str(REPOSITORY))  # of the feature store, which all studies share
     with contextlib.chdir(work):
+        for name, step in steps(params):
+            do_once(name, step)
         labels = manifest.read_labels()
+        seeds = {HEAD_ONLY: params.split.seeds, **dict.fromkeys(params.fine_tune.run, params.fine_tune.seeds)}
         runs = {name: [read_run(name, seed) for seed in chosen] for name, chosen in seeds.items()}
-    results = {name: score(found, labels, split) for name, found in runs.items()}
+    device = choose_device(params.runtime.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    results = {name: score(found, labels, scored) | {"device": where} for name, found in runs.items()}
     if not is_validation:
         write_json(RESULTS, results)
-    print(as_markdown(results, {} if is_validation else PUBLISHED))
+    options = params.split
+    share = options.val_fraction if is_validation else options.test_fraction
+    rest = 1 - options.test_fraction - (options.val_fraction if is_validation else 0)
+    print(as_markdown(results, {} if is_validation else PUBLISHED, share / rest))
+
+
+def locate(found: dict[str, Any]) -> Path:
+    """The directory of the study: one for all that can change a run, but for how many there are."""
+    fixed = {
+        name: {key: value for key, value in section.items() if key not in FREE.get(name, ())}
+        if isinstance(section, dict)
+        else section
+        for name, section in found.items()
+        if name != "runtime"
+    }
+    device = choose_device(found["runtime"]["device"]).type
+    code = digest_of_code(modules=("**/*.py",))
+    return STUDIES / digest({"params": fixed, "device": device, "code": code, "versions": extraction.versions()})[:16]
+
+
+def steps(params: Params) -> Iterator[tuple[str, Step]]:
+    """What is done, in order: fine-tuning seed by seed, so that an early stop leaves whole seeds."""
+    for name in params.dataset.fetch:
+        yield f"fetch {name}", partial(call, fetch.main, name)
+    yield "index", partial(call, index.main)
+    seeds, run = digest(params.split.seeds)[:16], digest(params.fine_tune.run)[:16]
+    yield f"split {seeds}", partial(call, split.main)
+    yield f"plan {run}", partial(call, plan.main)
+    yield "extract", partial(call, extract.main)
+    yield f"train_head {seeds}", partial(call, train_head.main)
+    for seed in params.fine_tune.seeds:
+        for name in params.fine_tune.run:
+            yield f"fine_tune {name} {seed}", partial(call, fine_tune.main, name, str(seed))
+
+
+def do_once(name: str, step: Step) -> None:
+    """Do a step of the study in the working directory, unless an earlier call has done it, and print its time."""
+    mark = Path("done", name)
+    if not mark.exists():
+        start = time.perf_counter()
+        step()
+        write_text(mark, "")
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def call(main: Step, *arguments: str) -> None:
+    """Run a stage as its command line would."""
+    before, sys.argv = sys.argv, ["", *arguments]
+    try:
+        main()
+    finally:
+        sys.argv = before
 
 
 def document(changes: Sequence[str], *, is_validation: bool) -> dict[str, Any]:
@@ -90,32 +153,15 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(work: Path, found: dict[str, Any]) -> Params:
-    """Make `work` a DVC repository of this code with these parameters; ValueError where they make no sense."""
-    for name in LINKED:
+    """Make `work` a directory in which stages run with these parameters; ValueError where they make no sense."""
+    for name in ("data/weights", "data/raw"):
         link = work / name
-        link.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (link.parent, REPOSITORY / name):
+            directory.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(REPOSITORY / name)
-    write_text(work / ".dvc" / "config", f"[core]\n    no_scm = true\n[cache]\n    dir = {REPOSITORY}/.dvc/cache\n")
     write_text(work / "params.yaml", json.dumps(found, indent=2) + "\n")
     return load_params(work / "params.yaml")
-
-
-def steps(params: Params) -> Iterator[list[str]]:
-    """Targets of `dvc repro` in order: fine-tuning seed by seed, so that an early stop leaves whole seeds."""
-    yield from (["plan"], ["train_head"])
-    for seed in params.fine_tune.seeds:
-        yield [f"fine_tune@{name}-{seed}" for name in params.fine_tune.run]
-
-
-def reproduce(targets: Sequence[str], work: Path) -> None:
-    """Run what is not up to date of `targets`; exit with DVC's status if that fails."""
-    root = os.environ.get("DVC_ROOT", str(REPOSITORY))  # of the feature store, which is shared
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "DVC_ROOT": root, "PATH": path, "PYTHONPATH": str(work)}
-    command = [sys.executable, "-m", "dvc", "repro", *targets]
-    if status := subprocess.run(command, cwd=work, env=environment, check=False).returncode:
-        sys.exit(status)
 
 
 def score(runs: Sequence[Run], labels: Labels, split: str) -> dict[str, Any]:
@@ -149,11 +195,25 @@ def measure(outcomes: Sequence[Outcomes], labels: Labels) -> dict[str, Any]:
     return {name: round(value, 6) for name, value in values.items()} | {"n": len(outcomes)}
 
 
-def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float]) -> str:
-    """The table; below it, published weighted accuracies."""
+def over_splits(one: dict[str, Any], ratio: float) -> str:
+    """The 95 % interval of the weighted accuracy over other splits, in percent.
+
+    Nadeau & Bengio 2003, "Inference for the generalization error", section 5: splits overlap; `ratio` is the number of
+    images that a run is judged on by that of those it has seen.
+    """
+    if "sd" not in one:
+        return ""
+    wide = one["sd"] * np.sqrt(1 / one["n"] + ratio) * stats.t.ppf(0.975, one["n"] - 1)
+    low, high = (100 * (one["weighted_accuracy"] + sign * wide) for sign in (-1, 1))
+    return f"{low:.1f} to {high:.1f}"
+
+
+def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float], ratio: float) -> str:
+    """The table; below it, published weighted accuracies. `ratio` as in `over_splits`."""
     lines = [
-        "| what | cells | n | weighted accuracy | 95 % interval | accuracy | weighted F1 | AUROC | NLL (nats) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| what | cells | n | weighted accuracy | 95 %: images | 95 %: splits | accuracy | weighted F1 | AUROC "
+        "| NLL (nats) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         for cells, one in {"all": result, **result["subsets"]}.items():
@@ -162,11 +222,12 @@ def as_markdown(results: dict[str, dict[str, Any]], published: dict[str, float])
             lines.append(
                 f"| {name if cells == 'all' else ''} | {cells} | {one['n']} "
                 f"| {percent['weighted_accuracy']:.2f}{spread} | {percent['low']:.1f} to {percent['high']:.1f} "
-                f"| {percent['unweighted_accuracy']:.1f} | {percent['weighted_f1']:.1f} | {percent['auroc']:.1f} "
-                f"| {one['nll']:.3f} |"
+                f"| {over_splits(one, ratio)} | {percent['unweighted_accuracy']:.1f} | {percent['weighted_f1']:.1f} "
+                f"| {percent['auroc']:.1f} | {one['nll']:.3f} |"
             )
-    lines += [f"| {name} | all | | {100 * value:.2f} | | | | | |" for name, value in published.items()]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {name} | all | | {100 * value:.2f} | | | | | | |" for name, value in published.items()]
+    devices = sorted({result["device"] for result in results.values() if "device" in result})
+    return "\n".join(lines) + "\n" + "".join(f"\nTrained on: {device}\n" for device in devices)
 
 
 def main() -> None:

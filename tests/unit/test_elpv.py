@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -69,22 +68,55 @@ def test_an_unknown_parameter_is_named(tmp_path: Path):
         prepared(tmp_path, "features.size=3")
 
 
-def test_a_study_is_a_repository_that_asks_dvc_for_whole_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    asked = []
+STAGES = ("fetch", "index", "split", "plan", "extract", "train_head", "fine_tune")
 
-    def call(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        asked.append(command[4:])
-        return subprocess.CompletedProcess(command, int(len(asked) == 4))
 
+def test_a_study_goes_on_where_it_was_stopped_with_whole_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    ran: list[list[str]] = []
+    is_stopped = True
+
+    def run(stage: str) -> None:
+        if is_stopped and [*sys.argv[1:]] == ["full_retrain", "0"]:
+            raise KeyboardInterrupt
+        ran.append([stage, *sys.argv[1:]])
+
+    for stage in STAGES:
+        monkeypatch.setattr(getattr(elpv, stage), "main", partial(run, stage))
+    before = [*sys.argv]
+    monkeypatch.chdir(tmp_path)
     params = prepared(tmp_path, "fine_tune.seeds=[0,1]", "fine_tune.run=[partial_freeze,full_retrain]")
-    listed = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
-    stages = set(subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split())
-    monkeypatch.setattr(elpv.subprocess, "run", call)
-    with pytest.raises(SystemExit, match="1"):
-        [elpv.reproduce(targets, tmp_path) for targets in elpv.steps(params)]
-    tuned = [[f"fine_tune@{name}-{seed}" for name in ("partial_freeze", "full_retrain")] for seed in (0, 1)]
-    assert asked == [["plan"], ["train_head"], *tuned]
-    assert {"fetch@elpv"}.union(*asked) <= stages
+    with pytest.raises(KeyboardInterrupt):
+        [elpv.do_once(*step) for step in elpv.steps(params)]
+    first = [["fetch", "elpv"], ["index"], ["split"], ["plan"], ["extract"], ["train_head"]]
+    assert ran == [*first, ["fine_tune", "partial_freeze", "0"]]
+    ran.clear()
+    is_stopped = False
+    [elpv.do_once(*step) for step in elpv.steps(params)]
+    runs = [("full_retrain", "0"), ("partial_freeze", "1"), ("full_retrain", "1")]
+    assert ran == [["fine_tune", *run] for run in runs]
+    assert sys.argv == before
+    ran.clear()
+    params = prepared(tmp_path, "fine_tune.seeds=[0,1,2]", "fine_tune.run=[partial_freeze]")
+    [elpv.do_once(*step) for step in elpv.steps(params)]
+    assert ran == [["plan"], ["fine_tune", "partial_freeze", "2"]]
+
+
+def test_more_seeds_go_on_in_the_same_study_and_other_parameters_do_not():
+    def where(*changes: str, is_validation: bool = False) -> Path:
+        return elpv.locate(elpv.document(changes, is_validation=is_validation))
+
+    assert where("fine_tune.seeds=[0]") == where("fine_tune.seeds=[0,1]", "fine_tune.run=[]", "split.seeds=[3]")
+    assert where("runtime.workers=0") == where()
+    assert where(is_validation=True) == where()
+    assert where("fine_tune.strategies.full_retrain.epochs=9") != where()
+    assert where("threads=2") != where("threads=1")
+
+
+def test_the_interval_over_splits_is_that_of_nadeau_and_bengio():
+    one = {"weighted_accuracy": 0.9, "sd": 0.02, "n": 5}
+    wide = 2.7764451 * 0.02 * (1 / 5 + 1 / 3) ** 0.5  # Student's t with 4 degrees of freedom
+    assert elpv.over_splits(one, 1 / 3) == f"{100 * (0.9 - wide):.1f} to {100 * (0.9 + wide):.1f}"
+    assert elpv.over_splits({"weighted_accuracy": 0.9, "n": 1}, 1 / 3) == ""
 
 
 def test_a_study_may_be_prepared_again_with_other_parameters(tmp_path: Path):
@@ -139,7 +171,7 @@ def test_validation_reads_nothing_of_the_test_images(labels: Labels):
 
 def test_the_table_stands_beside_the_published_figures(labels: Labels):
     results = {"full_retrain": elpv.score([trained(seed, labels) for seed in (3, 4)], labels, "test")}
-    lines = elpv.as_markdown(results, elpv.PUBLISHED).splitlines()
+    lines = elpv.as_markdown(results, elpv.PUBLISHED, 1 / 3).splitlines()
     assert [line.split("|")[1:3] for line in lines[2:]] == [
         [" full_retrain ", " all "],
         ["  ", " monocrystalline "],
@@ -156,4 +188,4 @@ def test_the_table_in_the_docs_is_that_of_the_committed_run():
     page = (elpv.REPOSITORY / "docs" / "benchmark.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"<!-- elpv -->\n(.*?)<!-- /elpv -->", page, re.DOTALL)
     results = json.loads(elpv.RESULTS.read_text(encoding="utf-8"))
-    assert shown.strip() == elpv.as_markdown(results, elpv.PUBLISHED).strip()
+    assert shown.strip() == elpv.as_markdown(results, elpv.PUBLISHED, 1 / 3).strip()
