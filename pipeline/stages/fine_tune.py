@@ -48,8 +48,7 @@ def main() -> None:
     split = manifest.read_split(seed, labels.image_id)
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(base, recipe, seed, labels.class_names)
-    pool = cuts.Pool(base.pool, base.prefix_tokens)
-    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, pool)
+    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, cuts.pools(base))
     train_views = training_views(params.augmentation, min(recipe.views, recipe.epochs) + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
     paths, codes = extraction.locate(images, params.dataset.path), [*cached_views, *eval_views]
@@ -89,6 +88,8 @@ def main() -> None:
         "boundary": plan.boundary,
         "largest_rounding": largest_rounding,
     }
+    if base.taps and recipe.init == "cached_head":  # a new head is not standardised, so its weights do not compare
+        described["weight_shares"] = heads.weight_shares(head, base.widths)
     chosen = {"epoch": best_epoch}
     save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
     checkpoints.remove(checkpoint)

@@ -36,7 +36,8 @@ def main() -> None:
         engine.check_precision(f"{key}.precision", recipe.precision, device)
         strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
     plans.write(base, "backbone")
-    logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
+    where, shape = ", ".join(base.widths) or base.cut, "x".join(map(str, base.feature_shape))
+    logs.log.info("%s, cut at %s: features of %s", backbone.name, where, shape)
     remark(base)
     for name, plan in strategies.items():
         plans.write(plan, name)
@@ -46,14 +47,21 @@ def main() -> None:
 
 def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
     """Resolve `features.cut`, measure the base, and check that the head fits it; ValueError if not."""
-    features = params.features
-    base, _ = _divide(backbone, features.cut, None, cuts.Pool(cuts.NONE, 0), "features.cut")
-    pixels = _black_image(backbone)
-    with torch.no_grad():
-        values = base.module(pixels)
-    prefix_tokens = cuts.count_prefix_tokens(backbone, base.boundary, tuple(values.shape[1:]), features.pool)
-    shape = tuple(cuts.Pool(features.pool, prefix_tokens)(values).shape[1:])
-    _, dense = cuts.split(backbone, base.boundary)
+    features, pixels = params.features, _black_image(backbone)
+    try:
+        names = cuts.resolve_cuts(backbone, features.cut, features.pool)
+    except ValueError as error:
+        raise ValueError(f"params.yaml: features.cut: {error}") from None
+    taps, cut = cuts.lay_out(backbone, names, features.pool) if len(names) > 1 else (), names[-1]
+    if taps:
+        pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in taps}
+    else:
+        whole, _ = cuts.prefix_and_suffix(backbone, cut, {cut: cuts.Pool(cuts.NONE, 0)})
+        n = cuts.count_prefix_tokens(backbone, cut, _shape(whole.module, pixels), features.pool)
+        pools = {cut: cuts.Pool(features.pool, n)}
+    base, _ = cuts.prefix_and_suffix(backbone, cut, pools)
+    shape = _shape(base.module, pixels)
+    _, dense = cuts.split(backbone, cut)
     heads.build(shape, 2, params.head, dense)
     return BackbonePlan(
         choice=params.backbone,
@@ -62,18 +70,24 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
         weights_sha256=backbone.weights_sha256,
         preprocessing=backbone.preprocessing,
         feature_dim=backbone.feature_dim,
-        cut=base.boundary,
-        pool=features.pool,
-        prefix_tokens=prefix_tokens,
+        cut=cut,
+        pool=pools[cut].kind,
+        prefix_tokens=pools[cut].prefix_tokens,
         feature_shape=shape,
         parameters=count_parameters(base.module),
         flops_per_image=flops_per_image(base.module, pixels),
+        taps=taps,
     )
 
 
 def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, value_bytes: int, key: str) -> StrategyPlan:
     """Resolve the freeze boundary and measure prefix and suffix; ValueError, naming `key`, if it is behind the base."""
-    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, cuts.Pool(base.pool, base.prefix_tokens), key)
+    try:
+        boundary = cuts.resolve(backbone, recipe.freeze_until)
+        boundary = base.cut if boundary == cuts.ALL else boundary
+        prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, cuts.pools(base))
+    except ValueError as error:
+        raise ValueError(f"params.yaml: {key}: {error}") from None
     pixels = _black_image(backbone)
     with torch.no_grad():
         activation = prefix.module(pixels)
@@ -105,17 +119,10 @@ def remark(base: BackbonePlan) -> None:
         )
 
 
-def _divide(
-    backbone: Backbone, where: str | int, end: str | None, pool: cuts.Pool, key: str
-) -> tuple[cuts.Prefix, nn.Sequential]:
-    """Prefix and suffix of the base, which ends at the cut point `end`, or at `where` itself if that is None."""
-    try:
-        boundary = cuts.resolve(backbone, where)
-        if end is not None and boundary == cuts.ALL:
-            boundary = end
-        return cuts.prefix_and_suffix(backbone, boundary, end or boundary, pool)
-    except ValueError as error:
-        raise ValueError(f"params.yaml: {key}: {error}") from None
+def _shape(module: nn.Module, pixels: torch.Tensor) -> tuple[int, ...]:
+    """The shape of what comes out for one image."""
+    with torch.no_grad():
+        return tuple(module(pixels).shape[1:])
 
 
 def _black_image(backbone: Backbone) -> torch.Tensor:

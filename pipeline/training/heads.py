@@ -17,7 +17,7 @@ Features for which there is no room on the device are read again in each pass; t
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -208,6 +208,18 @@ def warn(paths: Sequence[RegularizationPath], section: str) -> None:
         strengths = ", ".join(f"{strength:g}" for strength in sorted(set().union(*stopped), reverse=True))
         found = f"did not converge in {len(stopped)} of {len(paths)} fits (strengths: {strengths})"
         log.warning("%s: the solver %s; raise %s.max_iterations", section, found, section)
+
+
+def weight_shares(head: nn.Module, widths: Mapping[str, int]) -> dict[str, float]:
+    """The share of the squared weights of the head's first linear layer that acts on the features of each cut.
+
+    `widths`: how many features are of each cut, in order. The shares sum to 1, or are 0 if all weights are. They
+    compare features of one scale, as standardisation makes them.
+    """
+    first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
+    squares = first.weight.detach().double().square().sum(0).cpu().split([*widths.values()])
+    total = sum(part.sum().item() for part in squares) or 1.0
+    return {cut: part.sum().item() / total for cut, part in zip(widths, squares, strict=True)}
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:

@@ -62,7 +62,7 @@ def make_computation(
         torch.manual_seed(seed)
         layers = module or nn.Sequential(nn.Flatten(), nn.Linear(3 * preprocessing.crop**2, 5))
     backbone = Backbone(name, layers, preprocessing, state_sha256(layers), 5, None)
-    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool)
+    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool, {})
     return extraction.prepare(prefix, augmentation, feature_options(store_dtype=store_dtype, engine=engine), CPU)
 
 
@@ -117,7 +117,7 @@ def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) ->
 
 def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
     backbone = backbones.load(BackboneChoice.of("torchvision/squeezenet1_1", "random", 0), 64)
-    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", cuts.Pool("none", 0))
+    prefix, _ = cuts.prefix_and_suffix(backbone, "all", {"all": cuts.Pool("none", 0)})
     pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = []
     for threads in (1, 2):

@@ -278,9 +278,8 @@ def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
     backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, features["cut"])
     boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
-    prefix, suffix = cuts.prefix_and_suffix(
-        backbone, end if boundary == "all" else boundary, end, cuts.Pool(features.get("pool", "none"), 0)
-    )
+    boundary, pools = end if boundary == "all" else boundary, {end: cuts.Pool(features.get("pool", "none"), 0)}
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, pools)
     trained = nn.Sequential(suffix, head_of_run()).eval().requires_grad_(True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         activation = prefix.module(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))

@@ -152,7 +152,7 @@ def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
     backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
     boundary = cuts.resolve(backbone, freeze_until)
     boundary = prepared.cut if boundary == cuts.ALL else boundary
-    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, cuts.Pool(prepared.pool, 0))
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, {prepared.cut: cuts.Pool(prepared.pool, 0)})
     network = nn.Sequential(prefix.module, suffix, copy.deepcopy(prepared.fitted.head))
     place(network, CPU)
     return network
