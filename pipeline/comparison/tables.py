@@ -54,7 +54,7 @@ def as_markdown(details: Json) -> str:
 
 
 def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """Tables without twins, per unit and of operating points, where they exist: a title, and the cells by strategy."""
+    """Tables without twins, per unit, of operating points and of cuts, where they exist: a title, cells by strategy."""
     compared = {name: one["test"] for name, one in details["strategies"].items() if name != HEAD_ALL_SEEDS}
     voted = {name: test["per_unit"] for name, test in compared.items() if test.get("per_unit")}
     clean = {name: test["without_twins"] for name, test in compared.items() if test.get("without_twins")}
@@ -93,7 +93,30 @@ def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]
             )
             rows = {name: _operating_cells(one) for name, one in points.items()}
             tables.append((title, [*rows.items()]))
+    if shares := weight_shares(details["strategies"]):
+        title = (
+            "Which cuts carry the weight: of the squared weights of the head's first linear layer, the share in % that "
+            "acts on the features of each cut, mean over the seeds (of features of one scale, as `head.standardize` "
+            "makes them)"
+        )
+        widths = details["strategies"][next(iter(shares))]["runs"][0]["network"]["widths"]
+        rows = {name: {cut: f"{100 * share:.1f}" for cut, share in by_cut.items()} for name, by_cut in shares.items()}
+        counts = {cut: f"{width:,}" for cut, width in widths.items()}
+        tables.append((title, [("number of features", counts), *rows.items()]))
     return tables
+
+
+def weight_shares(strategies: Json) -> dict[str, dict[str, float]]:
+    """By strategy and cut, the share of the head's squared weights, mean over the seeds; none with one cut.
+
+    The head is there once, with all its seeds.
+    """
+    found = {}
+    for name, strategy in strategies.items():
+        by_seed = [run["network"].get("weight_shares", {}) for run in strategy["runs"]]
+        if by_seed[0] and not (name == HEAD_ONLY and HEAD_ALL_SEEDS in strategies):
+            found[name] = {cut: sum(shares[cut] for shares in by_seed) / len(by_seed) for cut in by_seed[0]}
+    return found
 
 
 def sampled(strategies: Json, split: str) -> str:

@@ -172,19 +172,20 @@ def _every_block(backbone: Backbone, pool: str) -> list[str]:
     """The ends of the blocks that `pool` can make vectors of, and all.
 
     Where no convolution or linear layer lies between the ends of two blocks (conv1, bn1, relu), the last stands for
-    both, but maps come before what the network makes of them by flattening. The ends behind which the network only
-    normalises and pools are left out: `all` is what comes of them. A block of several layers before a normalisation is
-    kept, because a transformer may go on with one token only.
+    both; before the first layer is none. Left out is where the network flattens maps, and the ends behind which it only
+    normalises and pools: `all` is what comes of them. A block of several layers before a normalisation is kept, because
+    a transformer may go on with one token only.
     """
     network, before, points = backbone.module, _tensors_before(backbone), describe(backbone, 1)
     modules, kept = dict(network.named_modules()), {}
+    of_maps = {0, *(point.weight_layers_before for point in points if len(point.shape) > 1)}
     for name, point in {block(network, point.name): point for point in points}.items():
         depth, is_layer = point.weight_layers_before, name not in modules or not any(modules[name].children())
         is_end = point.params_before == points[-1].params_before
         is_end |= is_layer and depth == points[-1].weight_layers_before
-        is_flattened = depth in kept and len(kept[depth].shape) > len(point.shape) == 1
         poolings, _ = _poolings(network, before[point.name], point.shape)
-        if not is_end and not is_flattened and (pool in poolings or len(point.shape) == 1):
+        is_taken = depth > 0 and pool in poolings if len(point.shape) > 1 else depth not in of_maps
+        if is_taken and not is_end:
             kept[depth] = point
     if not kept:
         raise ValueError(

@@ -89,7 +89,7 @@ def main() -> None:
         "largest_rounding": largest_rounding,
     }
     if base.taps and recipe.init == "cached_head":  # a new head is not standardised, so its weights do not compare
-        described["weight_shares"] = heads.weight_shares(head, base.widths)
+        described |= {"widths": base.widths, "weight_shares": heads.weight_shares(head, base.widths)}
     chosen = {"epoch": best_epoch}
     save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
     checkpoints.remove(checkpoint)

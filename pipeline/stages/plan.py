@@ -36,7 +36,8 @@ def main() -> None:
         engine.check_precision(f"{key}.precision", recipe.precision, device)
         strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, f"{key}.freeze_until")
     plans.write(base, "backbone")
-    where, shape = ", ".join(base.widths) or base.cut, "x".join(map(str, base.feature_shape))
+    n, shape = len(base.taps), "x".join(map(str, base.feature_shape))
+    where = f"{n} points from {base.taps[0].cut} to {base.cut}" if n else base.cut
     logs.log.info("%s, cut at %s: features of %s", backbone.name, where, shape)
     remark(base)
     for name, plan in strategies.items():
