@@ -93,30 +93,19 @@ def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]
             )
             rows = {name: _operating_cells(one) for name, one in points.items()}
             tables.append((title, [*rows.items()]))
-    if shares := weight_shares(details["strategies"]):
+    networks = [run["network"] for run in details["strategies"][HEAD_ALL_SEEDS]["runs"]]
+    if "weight_shares" in networks[0]:
         title = (
-            "Which cuts carry the weight: of the squared weights of the head's first linear layer, the share in % that "
-            "acts on the features of each cut, mean over the seeds (of features of one scale, as `head.standardize` "
-            "makes them)"
+            "Which cuts carry the weight of the head: their shares, in %, in the squared weights of its first layer, "
+            "each multiplied by the variance of its feature on the training images; means over the seeds"
         )
-        widths = details["strategies"][next(iter(shares))]["runs"][0]["network"]["widths"]
-        rows = {name: {cut: f"{100 * share:.1f}" for cut, share in by_cut.items()} for name, by_cut in shares.items()}
-        counts = {cut: f"{width:,}" for cut, width in widths.items()}
-        tables.append((title, [("number of features", counts), *rows.items()]))
+        shares = {
+            cut: f"{100 * sum(network['weight_shares'][cut] for network in networks) / len(networks):.1f}"
+            for cut in networks[0]["weight_shares"]
+        }
+        counts = {cut: f"{width:,}" for cut, width in networks[0]["widths"].items()}
+        tables.append((title, [("number of features", counts), (HEAD_ALL_SEEDS, shares)]))
     return tables
-
-
-def weight_shares(strategies: Json) -> dict[str, dict[str, float]]:
-    """By strategy and cut, the share of the head's squared weights, mean over the seeds; none with one cut.
-
-    The head is there once, with all its seeds.
-    """
-    found = {}
-    for name, strategy in strategies.items():
-        by_seed = [run["network"].get("weight_shares", {}) for run in strategy["runs"]]
-        if by_seed[0] and not (name == HEAD_ONLY and HEAD_ALL_SEEDS in strategies):
-            found[name] = {cut: sum(shares[cut] for shares in by_seed) / len(by_seed) for cut in by_seed[0]}
-    return found
 
 
 def sampled(strategies: Json, split: str) -> str:

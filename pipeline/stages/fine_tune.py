@@ -88,8 +88,6 @@ def main() -> None:
         "boundary": plan.boundary,
         "largest_rounding": largest_rounding,
     }
-    if base.taps and recipe.init == "cached_head":  # a new head is not standardised, so its weights do not compare
-        described |= {"widths": base.widths, "weight_shares": heads.weight_shares(head, base.widths)}
     chosen = {"epoch": best_epoch}
     save_run(Run(name, seed, cost, chosen, described, curve, val_predictions, test_predictions, candidates))
     checkpoints.remove(checkpoint)

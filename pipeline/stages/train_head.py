@@ -85,7 +85,8 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     )
     network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
     if base.taps:
-        network |= {"widths": base.widths, "weight_shares": heads.weight_shares(fitted.head, base.widths)}
+        shares = heads.weight_shares(fitted.head, selected["train"], base.widths)
+        network |= {"widths": base.widths, "weight_shares": shares}
     path = fitted.path
     chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
     run = Run(HEAD_ONLY, split.seed, cost, chosen, network, [], val_predictions, test_predictions, fitted.candidates)

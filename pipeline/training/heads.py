@@ -210,16 +210,25 @@ def warn(paths: Sequence[RegularizationPath], section: str) -> None:
         log.warning("%s: the solver %s; raise %s.max_iterations", section, found, section)
 
 
-def weight_shares(head: nn.Module, widths: Mapping[str, int]) -> dict[str, float]:
-    """The share of the squared weights of the head's first linear layer that acts on the features of each cut.
+def weight_shares(head: nn.Sequential, train: Selection, widths: Mapping[str, int]) -> dict[str, float]:
+    """Which cuts carry the weight of a linear head, or of the first layer of an MLP, on features of several.
 
-    `widths`: how many features are of each cut, in order. The shares sum to 1, or are 0 if all weights are. They
-    compare features of one scale, as standardisation makes them.
+    The share of each cut in the squared weights, each multiplied by the variance of its feature over all views of
+    `train`: what the cut would add to the variance of the layer's outputs if features were uncorrelated. It does not
+    depend on the scale of the features. `widths`: how many of them are of each cut, in order. The shares sum to 1, or
+    are 0 if all weights are.
     """
-    first = next(layer for layer in head.modules() if isinstance(layer, nn.Linear))
-    squares = first.weight.detach().double().square().sum(0).cpu().split([*widths.values()])
-    total = sum(part.sum().item() for part in squares) or 1.0
-    return {cut: part.sum().item() / total for cut, part in zip(widths, squares, strict=True)}
+    standardize, first = head[0], next(layer for layer in head if isinstance(layer, nn.Linear))
+    sums, squares = torch.zeros(2, first.in_features, dtype=torch.float64, device=first.weight.device)
+    with torch.inference_mode():
+        for start in range(0, train.shape[0], 256):
+            rows = torch.from_numpy(train[start : start + 256]).float().flatten(0, 1).to(first.weight.device)
+            x = standardize(rows).double()
+            sums, squares = sums + x.sum(0), squares + x.square().sum(0)
+        n = train.shape[0] * train.shape[1]
+        carried = first.weight.double().square().sum(0) * (squares / n - (sums / n).square())
+        parts = [part.sum().item() for part in carried.split([*widths.values()])]
+    return {cut: part / (sum(parts) or 1.0) for cut, part in zip(widths, parts, strict=True)}
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:

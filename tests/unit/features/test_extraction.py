@@ -127,6 +127,28 @@ def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
     assert np.array_equal(*found)
 
 
+def test_key_of_one_cut_says_nothing_of_several_and_that_of_several_names_all_of_them() -> None:
+    backbone = backbones.load(BackboneChoice.of("timm/test_resnet", "random", 0), 32)
+    pools = {cuts.resolve(backbone, cut): cuts.Pool("avg", 0) for cut in ("layer1", "layer2", "layer3")}
+    first, second, end = pools
+
+    def described(boundary: str, *taps: str) -> dict[str, Any]:
+        prefix, _ = cuts.prefix_and_suffix(backbone, boundary, {cut: pools[cut] for cut in taps})
+        key = extraction.prepare(prefix, FLIPS, feature_options(), CPU).key
+        return {name: key.description.get(name) for name in ("cut", "pool", "taps")}
+
+    assert described(end, end) == {"cut": end, "pool": "avg", "taps": None}
+    assert described(first, end) == {"cut": first, "pool": "none", "taps": None}
+    assert described(first, second, end) == {"cut": first, "pool": "none", "taps": None}  # the same rows as with one
+    assert described(second, first, end) == {"cut": second, "pool": "flatten", "taps": {first: "avg"}}
+    assert described(second, first, second, end) == {
+        "cut": second,
+        "pool": "flatten",
+        "taps": {first: "avg", second: "avg"},
+    }
+    assert described(end, first, end) == {"cut": end, "pool": "avg", "taps": {first: "avg"}}
+
+
 def test_threads_are_in_the_key_where_they_change_the_rows() -> None:
     names = {}
     for threads in (1, 2):

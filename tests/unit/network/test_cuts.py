@@ -346,6 +346,15 @@ def test_transformer_has_a_cut_behind_every_block_and_its_pieces_take_any_number
                 assert len(pieces[0](x)) == n
 
 
+def test_encoder_with_nearly_all_layers_is_no_block_but_holds_some() -> None:
+    whole = torchvision_vit()
+    found = [cuts.block(whole.module, name) for name in tracing.find(whole)]
+    assert [name for name in dict.fromkeys(found) if "layers" in name] == [
+        f"encoder.layers.encoder_layer_{i}" for i in range(3)
+    ]
+    assert cuts.block(backbone(RESNET).module, "layer3.0.add") == "layer3.0"
+
+
 # modes
 
 
