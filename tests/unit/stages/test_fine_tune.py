@@ -220,7 +220,8 @@ def test_cache_of_several_cuts_gives_the_losses_of_the_whole_network_at_every_st
     computed.clear()
     cached = tune(name, strategy, features=features)
     assert len(steps) == len(expected) == 3 * 3
-    assert abs(whole.curve[3]["val_loss"] - whole.curve[0]["val_loss"]) > 0.01, "nothing is learnt"
+    losses = [line["val_loss"] for line in whole.curve]
+    assert np.ptp(losses) > 0.05 * losses[0], "nothing is learnt"
     np.testing.assert_allclose(steps, expected, rtol=2e-3)
     for of_cached, of_whole in ((cached.val, whole.val), (cached.test, whole.test)):
         np.testing.assert_allclose(of_cached.log_probability, of_whole.log_probability, atol=2e-3)
