@@ -314,14 +314,16 @@ def test_number_of_images_is_a_value_that_stays_alive() -> None:
     assert list(tracing.find(wrap(Remembers(axis=0)))) == ["reshape"]
 
 
-def torchvision_vit() -> Backbone:
+def torchvision_vit(n_layers: int = 3, *, has_head: bool = True) -> Backbone:
     """torchvision's ViT in small."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = torchvision.models.VisionTransformer(
-            image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=5
+            image_size=16, patch_size=8, num_layers=n_layers, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=5
         )
         nn.init.normal_(network.heads.get_submodule("head").weight)  # pyright: ignore[reportArgumentType]
+    if not has_head:
+        network.heads = nn.Sequential()
     return wrap(network, size=16)
 
 
@@ -347,11 +349,10 @@ def test_transformer_has_a_cut_behind_every_block_and_its_pieces_take_any_number
 
 
 def test_encoder_with_nearly_all_layers_is_no_block_but_holds_some() -> None:
-    whole = torchvision_vit()
+    whole = torchvision_vit(8)
     found = [cuts.block(whole.module, name) for name in tracing.find(whole)]
-    assert [name for name in dict.fromkeys(found) if "layers" in name] == [
-        f"encoder.layers.encoder_layer_{i}" for i in range(3)
-    ]
+    layers = [f"encoder.layers.encoder_layer_{i}" for i in range(8)]
+    assert [name for name in dict.fromkeys(found) if "layers" in name] == layers
     assert cuts.block(backbone(RESNET).module, "layer3.0.add") == "layer3.0"
 
 
@@ -484,37 +485,38 @@ def test_class_token_and_registers_are_not_averaged() -> None:
 # several cuts
 
 
-DENSENET, VGG11 = "torchvision/densenet121", "torchvision/vgg11"
-EVERY_BLOCK = {  # by network: size, pooling, and the blocks as far as their names tell
+DENSENET, SWIN = "torchvision/densenet121", "timm/swin_tiny_patch4_window7_224"
+EVERY_BLOCK: dict[str, tuple[Callable[[], Backbone], str, list[str]]] = {  # how to pool, and the blocks
     RESNET: (
-        64,
-        "avg",
+        *(lambda: backbone(RESNET), "avg"),
         ["maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0"],
     ),
-    "timm/tf_efficientnet_lite0": (
-        *(64, "avg"),
+    "efficientnet": (
+        *(lambda: backbone("timm/tf_efficientnet_lite0"), "avg"),
         ["bn1", *(f"blocks.{stage}.{i}" for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(n))],
     ),
-    VIT: (64, "cls+avg", ["norm_pre", *(f"blocks.{i}" for i in range(12))]),
-    "torchvision/vit_b_16": (
-        *(32, "avg"),
-        ["encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(12))],
-    ),
     DENSENET: (
-        *(64, "avg"),
-        ["features.pool0"]
-        + [f"features.{kind}{i}" for i in (1, 2, 3) for kind in ("denseblock", "transition")]
-        + ["features.denseblock4"],
+        *(lambda: backbone(DENSENET), "avg"),
+        [f"features.{name}" for name in ("pool0", "denseblock1", "transition1", "denseblock2", "transition2")]
+        + [f"features.{name}" for name in ("denseblock3", "transition3", "denseblock4")],
     ),
-    VGG11: (*(64, "avg"), [*(f"features.{i}" for i in (2, 5, 7, 10, 12, 15, 17)), "avgpool", "classifier.2"]),
-    "timm/swin_tiny_patch4_window7_224": (64, "avg", ["patch_embed", *(f"layers.{i}" for i in range(4))]),
+    "vgg": (
+        *(lambda: wrap(VGG([4, "M", 6, 6, "M"], 6 * 2 * 2)), "avg"),
+        ["features.2", "features.4", "features.7", "classifier.2"],
+    ),
+    VIT: (lambda: backbone(VIT), "cls+avg", ["norm_pre", *(f"blocks.{i}" for i in range(12))]),
+    "vit of torchvision": (
+        *(lambda: torchvision_vit(8, has_head=False), "avg"),
+        ["encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(8))],
+    ),
+    SWIN: (lambda: load(SWIN, 64), "avg", ["patch_embed", *(f"layers.{i}" for i in range(4))]),
 }
 
 
 @pytest.mark.parametrize("name", EVERY_BLOCK)
 def test_every_block_is_the_end_of_each_block_without_those_that_all_repeats(name: str) -> None:
-    size, pool, blocks = EVERY_BLOCK[name]
-    whole = load(name, size)
+    make, pool, blocks = EVERY_BLOCK[name]
+    whole = make()
     found = cuts.resolve_cuts(whole, "every_block", pool)
     assert [*found] == [*(cuts.resolve(whole, block) for block in blocks), "all"]
     layout = cuts.lay_out(whole, found, pool)

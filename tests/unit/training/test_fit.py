@@ -240,20 +240,26 @@ SEVERAL = {  # by network: cuts, pooling, and boundaries before, at, between and
 }
 
 
-@pytest.mark.parametrize("is_cached", [False, True], ids=["whole", "cached"])
-@pytest.mark.parametrize("engine_name", ["torch", "openvino"])
 @pytest.mark.parametrize(
-    ("name", "freeze_until"),
-    [(name, boundary) for name, (*_, boundaries) in SEVERAL.items() for boundary in boundaries],
+    ("name", "freeze_until", "engine_name", "kind"),
+    [
+        *(
+            (name, at, "torch", kind)
+            for name, (*_, all_) in SEVERAL.items()
+            for at in all_
+            for kind in ("whole", "cached")
+        ),
+        *((name, all_[i], "openvino", "cached") for name, (*_, all_) in SEVERAL.items() for i in (1, 3, -1)),
+    ],
 )
 def test_network_on_several_cuts_predicts_what_the_cached_head_predicts_before_the_first_step(
-    name: str, freeze_until: str, engine_name: str, *, is_cached: bool
+    name: str, freeze_until: str, engine_name: str, kind: str
 ) -> None:
     cut, pool, _ = SEVERAL[name]
     prepared = prepare(name, cut, pool)
     network, images = build(prepared, freeze_until), prepared.images
     expected = heads.predict(prepared.fitted.head, prepared.features)
-    if is_cached:
+    if kind == "cached":
         images = torch.from_numpy(
             np.concatenate([*engine.run(network[0], images.split(8), engine_name, "fp32", CPU, 8)])
         )
