@@ -83,7 +83,7 @@ class Taps(nn.Module):
         found = []
         for piece, pool in zip(self.pieces, self.pools, strict=True):
             x = piece(x)
-            found.append(pool(x))
+            found.append(pool(x).clone())  # the next piece may change x in place
         return torch.cat(found, 1)
 
 
@@ -274,16 +274,13 @@ def _prefix_and_suffix_of_several(
         prefix = Prefix(nn.Sequential(normalize, pieces[0], Pool(NONE, 0)), backbone, boundary, NONE, {})
         return prefix, nn.Sequential(Taps(behind, kinds))
     if n == len(names):
-        module, end = Taps(before, kinds), kinds[-1]
-        taps = {name: pool.kind for name, pool in zip(names[:-1], kinds, strict=False)}
-        return Prefix(nn.Sequential(normalize, module), backbone, boundary, end.kind, taps), nn.Sequential(
-            nn.Identity()
-        )
+        module, taps = nn.Sequential(normalize, Taps(before, kinds)), {name: pools[name].kind for name in names[:-1]}
+        return Prefix(module, backbone, boundary, kinds[-1].kind, taps), nn.Sequential(nn.Identity())
     with torch.no_grad():
         x = _black_image(backbone)
         width = Taps(before, kinds[:n])(x).shape[1]
         shape = tuple(nn.Sequential(*pieces[: n + 1])(x).shape[1:])
-    end, taps = Pool("flatten", 0), {name: pool.kind for name, pool in zip(names, kinds[:n], strict=False)}
+    end, taps = Pool("flatten", 0), {name: pools[name].kind for name in names[:n]}
     module = nn.Sequential(normalize, Taps([*before, pieces[n]], [*kinds[:n], end]))
     suffix = nn.Sequential(Resume(Taps(behind, kinds[n:]), width, shape))
     return Prefix(module, backbone, boundary, end.kind, taps), suffix

@@ -650,6 +650,22 @@ def test_suffix_of_prefix_gives_the_features_of_every_cut_at_any_boundary(
             )
 
 
+@pytest.mark.parametrize("boundary", ["none", "features.0", "features.2", "classifier.0", "all"])
+def test_layers_that_work_in_place_leave_the_features_before_them_alone(boundary: str) -> None:
+    network = VGG([4, "M", 6, 6, "M"], 6 * 2 * 2)
+    network.classifier[1] = nn.ReLU(inplace=True)  # as in torchvision; those of `features` are
+    whole = wrap(network)
+    layout = cuts.lay_out(whole, ["features.0", "features.3", "classifier.0", "all"], "flatten")
+    pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in layout}
+    pixels = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        x = Normalize(whole.preprocessing)(pixels)
+        expected = torch.cat([pools[cut](cuts.split(whole, cut)[0](x.clone())) for cut in pools], 1)
+        prefix, suffix = cuts.prefix_and_suffix(whole, boundary, pools)
+        torch.testing.assert_close(suffix(prefix.module(pixels)), expected)
+    assert (expected[:, : layout[0].width] < 0).any()
+
+
 def test_nothing_can_be_frozen_behind_the_last_of_several_cuts() -> None:
     pools = {"maxpool": cuts.Pool("avg", 0), "layer2.1.relu_1": cuts.Pool("avg", 0)}
     with pytest.raises(ValueError, match=r"^layer3\.0\.add lies behind layer2\.1\.relu_1, where the backbone ends$"):
