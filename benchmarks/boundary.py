@@ -54,7 +54,8 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     split = manifest.read_split(0, labels.image_id)
     train, val = split.rows("train")[:n_images], split.rows("val")[:8]
     backbone = backbones.load(choose(name), None)
-    prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), cuts.ALL, cuts.Pool("none", 0))
+    pools = {cuts.ALL: cuts.Pool("none", 0)}
+    prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), pools)
     device, paths = torch.device("cpu"), extraction.locate(files, params.dataset.path)
     loader = open_loader(paths, backbone.preprocessing, params.augmentation, [0, *VIEWS], params.runtime, device)
     if is_cached:

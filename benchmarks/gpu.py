@@ -277,7 +277,7 @@ def base(boundary: str) -> tuple[Prefix, nn.Sequential]:
     """The planned network, new, before and behind a boundary."""
     found = plans.read_backbone()
     backbone = backbones.load_planned(found, str(plans.BACKBONE))
-    return cuts.prefix_and_suffix(backbone, boundary, found.cut, cuts.Pool(found.pool, found.prefix_tokens))
+    return cuts.prefix_and_suffix(backbone, boundary, cuts.pools(found))
 
 
 def wait(device: torch.device) -> None:

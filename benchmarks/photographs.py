@@ -124,7 +124,7 @@ def decode_one(preprocessing: Preprocessing, path: Path) -> tuple[str, int]:
 def forward_seconds() -> float:
     """Seconds per image of the network alone."""
     backbone = load(None, "fast")
-    module = cuts.prefix_and_suffix(backbone, cuts.ALL, cuts.ALL, cuts.Pool("none", 0))[0].module
+    module = cuts.prefix_and_suffix(backbone, cuts.ALL, {cuts.ALL: cuts.Pool("none", 0)})[0].module
     batch = torch.randint(256, (8, *[backbone.preprocessing.crop] * 2, 3), dtype=torch.uint8)
     runner = engine.prepare("auto", module, batch, "fp32", CPU)
     list(runner.run([batch] * 4))
@@ -148,7 +148,7 @@ def differences() -> tuple[float, float, dict[str, float]]:
         backbone = load(SMALL, jpeg_decoding)
         given = backbone.preprocessing, PARAMS.augmentation
         batch = torch.from_numpy(np.concatenate([make_views(each, sha256(each), [0], *given) for each in contents]))
-        module = cuts.prefix_and_suffix(backbone, cuts.ALL, cuts.ALL, cuts.Pool("none", 0))[0].module
+        module = cuts.prefix_and_suffix(backbone, cuts.ALL, {cuts.ALL: cuts.Pool("none", 0)})[0].module
         with torch.inference_mode():
             features[jpeg_decoding] = module(batch).numpy()
     change = np.sqrt(np.square(features["fast"] - features["exact"]).mean() / np.square(features["exact"]).mean())

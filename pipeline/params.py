@@ -16,6 +16,7 @@ PARAMS = Path("params.yaml")
 CGROUP = Path("/sys/fs/cgroup")  # what a container may use, on Linux
 HEAD_ONLY = "feature_extraction"  # the strategy that train_head fits; the others are fine-tuned
 HEAD_ALL_SEEDS = f"{HEAD_ONLY}_all_seeds"  # the same over all its seeds, in reports
+EVERY_BLOCK = "every_block"  # of features.cut: the end of each block, and of the base
 REFERENCES = ("majority_class", "nearest_class_mean", "k_nearest_neighbours")  # classifiers that are no strategies
 
 
@@ -72,6 +73,16 @@ def _pair(rate: object) -> object:
     return tuple(rate) if isinstance(rate, list | tuple) else (rate, rate)
 
 
+def _cut(where: object) -> object:
+    """A boundary, or a tuple of several."""
+    if not isinstance(where, list | tuple):
+        return _boundary(where)
+    where = tuple(map(_boundary, where))
+    if len({*where}) < max(len(where), 2) or {"none", EVERY_BLOCK} & {*where}:
+        raise ValueError(f"expected two or more different cuts, none of them none or {EVERY_BLOCK}")
+    return where
+
+
 def count_cores() -> int:
     """How many CPU cores this process may use: those that it may run on, fewer where its container has less time."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -114,6 +125,7 @@ Pooling = Literal["none", "avg", "flatten", "cls", "cls+avg"]
 Geometry = Literal["crop", "squash", "pad"]
 JpegDecoding = Literal["fast", "exact"]
 Boundary = Annotated[str | int, BeforeValidator(_boundary)]
+Cut = Annotated[str | int | tuple[str | int, ...], BeforeValidator(_cut)]
 STORE_DTYPES = {"fp32": "float32", "fp16": "float16"}  # the names that numpy uses
 
 
@@ -193,17 +205,23 @@ class FeatureOptions(Record):
     views: Count
     image_size: Annotated[int, Field(ge=8, le=4096)] | None
     resize: Geometry
-    cut: Boundary
+    cut: Cut
     pool: Pooling
     engine: Literal["auto", "openvino", "torch"]
     precision: Precision
     batch_size: BatchSize
     store_dtype: Literal["fp32", "fp16"]
 
+    @property
+    def has_several_cuts(self) -> bool:
+        """Whether features of several cut points are concatenated."""
+        return isinstance(self.cut, tuple) or self.cut == EVERY_BLOCK
+
     @model_validator(mode="after")
     def _base_is_not_empty(self) -> Self:
         if self.cut == "none":
-            raise ValueError("cut: found none, expected all, a cut point, a module path, or a number of layers")
+            expected = f"all, a cut point, a module path, a number of layers, a list of these, or {EVERY_BLOCK}"
+            raise ValueError(f"cut: found none, expected {expected}")
         return self
 
 
@@ -401,9 +419,11 @@ class Params(Record):
         share = test_fraction + self.split.val_fraction
         unnumbered = is_folds and (len(seeds) < 2 or sorted(seeds) != [*range(len(seeds))])
         left_out = is_folds and run and set(self.fine_tune.seeds) != set(seeds)
-        ends_late = self.head.kind == "pretrained" and (self.features.cut == "all" or self.features.pool != "none")
-        base = f"found `cut: {self.features.cut}` and `pool: {self.features.pool}`"
-        needs = "a cut before the network's own dense layers (python -m pipeline cuts NAME) and `pool: none`"
+        cut, pool = self.features.cut, self.features.pool
+        is_late = self.features.has_several_cuts or cut == "all" or pool != "none"
+        ends_late = self.head.kind == "pretrained" and is_late
+        base = f"found `cut: {[*cut] if isinstance(cut, tuple) else cut}` and `pool: {pool}`"
+        needs = "a cut before the network's own dense layers (python -m pipeline cuts NAME), no list, and `pool: none`"
         reserved = (HEAD_ONLY, HEAD_ALL_SEEDS, *REFERENCES)
         baselines = f"{HEAD_ONLY} or an entry of fine_tune.run"
         for is_wrong, problem in (

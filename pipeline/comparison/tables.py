@@ -54,7 +54,7 @@ def as_markdown(details: Json) -> str:
 
 
 def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """Tables without twins, per unit and of operating points, where they exist: a title, and the cells by strategy."""
+    """Tables without twins, per unit, of operating points and of cuts, where they exist: a title, cells by strategy."""
     compared = {name: one["test"] for name, one in details["strategies"].items() if name != HEAD_ALL_SEEDS}
     voted = {name: test["per_unit"] for name, test in compared.items() if test.get("per_unit")}
     clean = {name: test["without_twins"] for name, test in compared.items() if test.get("without_twins")}
@@ -93,6 +93,18 @@ def further(details: Json) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]
             )
             rows = {name: _operating_cells(one) for name, one in points.items()}
             tables.append((title, [*rows.items()]))
+    networks = [run["network"] for run in details["strategies"][HEAD_ALL_SEEDS]["runs"]]
+    if "weight_shares" in networks[0]:
+        title = (
+            "Which cuts carry the weight of the head: their shares, in %, in the squared weights of its first layer, "
+            "each multiplied by the variance of its feature on the training images; means over the seeds"
+        )
+        shares = {
+            cut: f"{100 * sum(network['weight_shares'][cut] for network in networks) / len(networks):.1f}"
+            for cut in networks[0]["weight_shares"]
+        }
+        counts = {cut: f"{width:,}" for cut, width in networks[0]["widths"].items()}
+        tables.append((title, [("number of features", counts), (HEAD_ALL_SEEDS, shares)]))
     return tables
 
 

@@ -71,6 +71,8 @@ def prepare(prefix: Prefix, augmentation: Augmentation, options: FeatureOptions,
         "threads": torch.get_num_threads() if (runner.engine, device.type) == ("torch", "cpu") else None,
         "versions": versions(),
     }
+    if prefix.taps:  # not in the key of rows of one cut, so that it stays as it was
+        description["taps"] = dict(prefix.taps)
     return Computation(Key(description, augmentation, expected.shape[1:]), runner)
 
 

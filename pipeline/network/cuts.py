@@ -1,7 +1,12 @@
-"""Cut points, at which a network can be frozen: name them, describe them, and split a network at them."""
+"""Cut points, at which a network can be frozen: name them, describe them, and split a network at them.
+
+Features can be taken at several of them in one pass, pooled and concatenated (Evci et al. 2022, "Head2Toe: utilizing
+intermediate representations for better transfer learning", arXiv 2201.03529).
+"""
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
@@ -12,9 +17,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from pipeline.network.backbones import Backbone
+from pipeline.network.plans import BackbonePlan, Tap
 from pipeline.network.preprocessing import Normalize
 from pipeline.network.tracing import Meter, divide, find, tensors_read
-from pipeline.params import Pooling
+from pipeline.params import EVERY_BLOCK, Pooling
 
 NONE, ALL = "none", "all"  # the boundaries before the first layer and behind the last, for which nothing is traced
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -65,17 +71,48 @@ class Pool(nn.Module):
         return x.flatten(1, -2).mean(1) if is_channels_last else x.flatten(2).mean(2)
 
 
+class Taps(nn.Module):
+    """Successive pieces of a network; what comes out of each is pooled to vectors, which are concatenated."""
+
+    def __init__(self, pieces: Sequence[nn.Module], pools: Sequence[Pool]) -> None:
+        super().__init__()
+        self.pieces, self.pools = nn.ModuleList(pieces), nn.ModuleList(pools)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, *shape) -> (n, d); d is the sum of the widths."""
+        found = []
+        for piece, pool in zip(self.pieces, self.pools, strict=True):
+            x = piece(x)
+            found.append(pool(x).clone())  # the next piece may change x in place
+        return torch.cat(found, 1)
+
+
+class Resume(nn.Module):
+    """`taps` behind a boundary, from one row: the pooled features before it, then the activation of `shape` there."""
+
+    def __init__(self, taps: Taps, width: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.taps, self.width, self.shape = taps, width, shape
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        """(n, width + prod(shape)) -> (n, width + d); the first `width` features stay as they are."""
+        activation = row[:, self.width :].unflatten(1, self.shape)
+        return torch.cat((row[:, : self.width], self.taps(activation)), 1)
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The frozen part of `backbone`: `module` maps uint8 images (n, crop, crop, 3) to the activations at `boundary`.
 
-    `pool` is the kind of pooling at its end.
+    `pool` is the kind of pooling at its end. `taps`: cut points before it, and kinds of pooling, whose features stand
+    before those of the end in one row.
     """
 
     module: nn.Sequential
     backbone: Backbone
     boundary: str
     pool: str
+    taps: Mapping[str, str]
 
 
 def resolve(backbone: Backbone, where: str | int) -> str:
@@ -114,33 +151,144 @@ def resolve(backbone: Backbone, where: str | int) -> str:
     return inside[-1]
 
 
+def resolve_cuts(backbone: Backbone, where: str | int | tuple[str | int, ...], pool: str) -> list[str]:
+    """The names that `features.cut` stands for, in order of depth; ValueError if two of them are the same.
+
+    every_block stands for the blocks that `pool` can make vectors of, and all.
+    """
+    if where == EVERY_BLOCK:
+        return _every_block(backbone, pool)
+    if not isinstance(where, tuple):
+        return [resolve(backbone, where)]
+    entries: dict[str, str | int] = {}
+    for entry in where:
+        if (name := resolve(backbone, entry)) in entries:
+            raise ValueError(f"{entries[name]} and {entry} are the same cut point of {backbone.name}, {name}")
+        entries[name] = entry
+    return sorted(entries, key=_depths(backbone).__getitem__)
+
+
+def _every_block(backbone: Backbone, pool: str) -> list[str]:
+    """The ends of the blocks that `pool` can make vectors of, and all.
+
+    Where no convolution or linear layer lies between the ends of two blocks (conv1, bn1, relu), the last stands for
+    both; before the first layer is none. Left out is where the network flattens maps, and the ends behind which it only
+    normalises and pools: `all` is what comes of them. A block of several layers before a normalisation is kept, because
+    a transformer may go on with one token only.
+    """
+    network, before, points = backbone.module, _tensors_before(backbone), describe(backbone, 1)
+    modules, kept = dict(network.named_modules()), {}
+    of_maps = {0, *(point.weight_layers_before for point in points if len(point.shape) > 1)}
+    for name, point in {block(network, point.name): point for point in points}.items():
+        depth, is_layer = point.weight_layers_before, name not in modules or not any(modules[name].children())
+        is_end = point.params_before == points[-1].params_before
+        is_end |= is_layer and depth == points[-1].weight_layers_before
+        poolings, _ = _poolings(network, before[point.name], point.shape)
+        is_taken = depth > 0 and pool in poolings if len(point.shape) > 1 else depth not in of_maps
+        if is_taken and not is_end:
+            kept[depth] = point
+    if not kept:
+        raise ValueError(
+            f"{EVERY_BLOCK}: `pool: {pool}` makes vectors of no block of {backbone.name}; expected another, "
+            "such as avg, or a list of cuts"
+        )
+    return [*(point.name for point in kept.values()), ALL]
+
+
+def lay_out(backbone: Backbone, names: Sequence[str], pool: str) -> tuple[Tap, ...]:
+    """The layout of features of the cut points `names`, in order of depth; ValueError if `pool` gives no vector there.
+
+    Vectors stay as they are, whatever `pool` is.
+    """
+    taps, x, before = [], _black_image(backbone), _tensors_before(backbone)
+    for name, piece in zip(names, split(backbone, *names), strict=False):
+        with torch.no_grad():
+            x = piece(x)
+        shape = tuple(x.shape[1:])
+        poolings, prefix_tokens = _poolings(backbone.module, before.get(name, set()), shape)
+        if len(shape) > 1 and (pool == NONE or pool not in poolings):
+            raise ValueError(
+                f"params.yaml: features.pool: {pool}, but features.cut has several cuts, and {name} gives features of "
+                + "x".join(map(str, shape))
+                + (" without a class token" if pool.startswith("cls") else "")
+                + f", not a vector; expected {', '.join(poolings[1:])}, or a list without it"
+            )
+        at = Pool(pool, prefix_tokens) if len(shape) > 1 else Pool(NONE, 0)
+        taps.append(Tap(cut=name, pool=at.kind, prefix_tokens=at.prefix_tokens, width=at(x).shape[1]))
+    return tuple(taps)
+
+
+def pools(plan: BackbonePlan) -> dict[str, Pool]:
+    """The pooling at each cut point where `plan` takes features, in order of depth; the last one ends the base."""
+    if not plan.taps:
+        return {plan.cut: Pool(plan.pool, plan.prefix_tokens)}
+    return {tap.cut: Pool(tap.pool, tap.prefix_tokens) for tap in plan.taps}
+
+
 def split(backbone: Backbone, *boundaries: str) -> list[nn.Module]:
     """The network in pieces, one more than boundaries, which are names as `resolve` gives them, in order of depth.
 
     The pieces share the network's modules, whose names they keep; a piece between equal boundaries is the identity.
     Raises ValueError if the order is wrong.
     """
-    cuts = [name for name in boundaries if name not in (NONE, ALL)]
-    found = list(find(backbone)) if cuts else []
-    depth = {NONE: -1, **{name: i for i, name in enumerate(found)}, ALL: len(found)}
+    depth = _depths(backbone) if {*boundaries} - {NONE, ALL} else {NONE: 0, ALL: 1}
     for first, second in pairwise(boundaries):
         if depth[first] > depth[second]:
             raise ValueError(f"{first} lies behind {second}, where the backbone ends")
+    cuts = [name for name in boundaries if name not in (NONE, ALL)]
     pieces = divide(backbone.module, [find(backbone)[name] for name in cuts]) if cuts else [backbone.module]
     n_none, n_all = boundaries.count(NONE), boundaries.count(ALL)
     return [*(nn.Identity() for _ in range(n_none)), *pieces, *(nn.Identity() for _ in range(n_all))]
 
 
-def prefix_and_suffix(backbone: Backbone, boundary: str, cut: str, pool: Pool) -> tuple[Prefix, nn.Sequential]:
+def _depths(backbone: Backbone) -> dict[str, int]:
+    """Numbers that grow from boundary to boundary."""
+    return {name: i for i, name in enumerate((NONE, *find(backbone), ALL))}
+
+
+def prefix_and_suffix(backbone: Backbone, boundary: str, pools: Mapping[str, Pool]) -> tuple[Prefix, nn.Sequential]:
     """The prefix before the freeze boundary, and the suffix between it and the end of the base.
 
-    The base ends at `cut` with the pooling `pool`, which is part of the prefix if the boundary is there too, else of
-    the suffix. Raises ValueError if the boundary lies behind the cut.
+    `pools`: the poolings at the cut points where features are taken, in order of depth. The last one ends the base;
+    its pooling is part of the prefix if the boundary is there too, else of the suffix. Of several, those up to the
+    boundary are part of the prefix, which gives one row: their features, then the activation at the boundary, which
+    the suffix takes apart. Raises ValueError if the boundary lies behind the end.
     """
+    if len(pools) > 1:
+        return _prefix_and_suffix_of_several(backbone, boundary, pools)
+    ((cut, pool),) = pools.items()
     before, between, _ = split(backbone, boundary, cut)
-    pools = (pool, Pool(NONE, 0)) if boundary == cut else (Pool(NONE, 0), pool)
-    module = nn.Sequential(Normalize(backbone.preprocessing), before, pools[0])
-    return Prefix(module, backbone, boundary, pools[0].kind), nn.Sequential(between, pools[1])
+    ends = (pool, Pool(NONE, 0)) if boundary == cut else (Pool(NONE, 0), pool)
+    module = nn.Sequential(Normalize(backbone.preprocessing), before, ends[0])
+    return Prefix(module, backbone, boundary, ends[0].kind, {}), nn.Sequential(between, ends[1])
+
+
+def _prefix_and_suffix_of_several(
+    backbone: Backbone, boundary: str, pools: Mapping[str, Pool]
+) -> tuple[Prefix, nn.Sequential]:
+    names, kinds, depth = [*pools], [*pools.values()], _depths(backbone)
+    n = sum(depth[name] <= depth[boundary] for name in names)
+    pieces = split(backbone, *names[:n], boundary, *names[n:], names[-1])
+    normalize, before, behind = Normalize(backbone.preprocessing), pieces[:n], pieces[n + 1 : len(names) + 1]
+    if n == 0:
+        prefix = Prefix(nn.Sequential(normalize, pieces[0], Pool(NONE, 0)), backbone, boundary, NONE, {})
+        return prefix, nn.Sequential(Taps(behind, kinds))
+    if n == len(names):
+        module, taps = nn.Sequential(normalize, Taps(before, kinds)), {name: pools[name].kind for name in names[:-1]}
+        return Prefix(module, backbone, boundary, kinds[-1].kind, taps), nn.Sequential(nn.Identity())
+    with torch.no_grad():
+        x = _black_image(backbone)
+        width = Taps(before, kinds[:n])(x).shape[1]
+        shape = tuple(nn.Sequential(*pieces[: n + 1])(x).shape[1:])
+    end, taps = Pool("flatten", 0), {name: pools[name].kind for name in names[:n]}
+    module = nn.Sequential(normalize, Taps([*before, pieces[n]], [*kinds[:n], end]))
+    suffix = nn.Sequential(Resume(Taps(behind, kinds[n:]), width, shape))
+    return Prefix(module, backbone, boundary, end.kind, taps), suffix
+
+
+def _black_image(backbone: Backbone) -> torch.Tensor:
+    """One image as the network takes it: float32 (1, 3, crop, crop)."""
+    return torch.zeros(1, 3, *[backbone.preprocessing.crop] * 2)
 
 
 def count_prefix_tokens(backbone: Backbone, cut: str, shape: tuple[int, ...], pool: str) -> int:
@@ -216,11 +364,17 @@ def describe(backbone: Backbone, value_bytes: int) -> list[CutPoint]:
 
 
 def block(network: nn.Module, cut: str) -> str:
-    """The block that a cut point lies in: the outermost module on its path that is not just a container."""
-    path, module = [], network
+    """The block that a cut point lies in: the outermost module on its path that is not just a container.
+
+    A module with more than nine tenths of all convolution and linear layers, such as an encoder, is a container, too.
+    """
+    path, module, everything = [], network, {*map(id, network.parameters())}
     for part in cut.split("."):
         children = dict(module.named_children())
-        if part not in children or (path and type(module) not in CONTAINERS):
+        is_container = type(module) in CONTAINERS or (
+            _count_layers(module, everything) > 0.9 * _count_layers(network, everything)
+        )
+        if part not in children or (path and not is_container):
             break
         path.append(part)
         module = children[part]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.files import write_json
 from pipeline.logs import one_line
@@ -18,6 +18,15 @@ NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|apple-amlr|seer-license|/SW
 P = TypeVar("P", "BackbonePlan", "StrategyPlan")
 
 
+class Tap(Record):
+    """One of several cut points whose features are pooled and concatenated; `width` of them are its own."""
+
+    cut: str
+    pool: str
+    prefix_tokens: int
+    width: int
+
+
 class BackbonePlan(Record):
     """The frozen base: which network it is, which weights it has, and where it ends.
 
@@ -26,6 +35,9 @@ class BackbonePlan(Record):
     width of its last features. The base ends at the cut point `cut` with the pooling `pool`; of tokens there, the first
     `prefix_tokens` are a class token and registers, the others stand for patches of the image. `feature_shape` is what
     comes out for one image, `parameters` and `flops_per_image` (forward pass) are those of the base.
+
+    `taps` is the layout of features of several cuts, in order of depth; the last one ends the base. It is empty with
+    one cut, and then left out of the file, which has the bytes that it had before there were several.
     """
 
     choice: BackboneChoice
@@ -40,6 +52,12 @@ class BackbonePlan(Record):
     feature_shape: tuple[int, ...]
     parameters: int
     flops_per_image: int
+    taps: tuple[Tap, ...] = Field(default=(), exclude_if=lambda taps: not taps)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many features are of each of several cuts, in order; empty with one cut."""
+        return {tap.cut: tap.width for tap in self.taps}
 
     @property
     def is_non_commercial(self) -> bool:

@@ -41,7 +41,7 @@ def main() -> None:
     with closing(opened) as loader:
         with loader.decoding_ahead([name for name in images.sha256 if share.holds((name, 0))]):
             backbone = backbones.load_planned(plan, str(plans.BACKBONE))
-            base, _ = cuts.prefix_and_suffix(backbone, plan.cut, plan.cut, cuts.Pool(plan.pool, plan.prefix_tokens))
+            base, _ = cuts.prefix_and_suffix(backbone, plan.cut, cuts.pools(plan))
             computation = extraction.prepare(base, params.augmentation, features, device)
         rows = [(name, code) for name in images.sha256 for code in codes]
         filled = extraction.fill(computation, loader, rows, runtime.store_max_gb, share)

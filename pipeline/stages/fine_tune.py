@@ -49,8 +49,7 @@ def main() -> None:
     split = manifest.read_split(seed, labels.image_id)
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(base, recipe, seed, labels.class_names)
-    pool = cuts.Pool(base.pool, base.prefix_tokens)
-    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, base.cut, pool)
+    prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, cuts.pools(base))
     aside = choice.set_aside(recipe, train, labels.label, unit_of(labels), seed)
     train_views = training_views(recipe.augmentation, recipe.n_views + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))

@@ -36,7 +36,9 @@ def main() -> None:
         engine.check_precision(f"{key}.precision", recipe.precision, device)
         strategies[name] = plan_strategy(backbone, base, recipe, value_bytes, key)
     plans.write(base, "backbone")
-    logs.log.info("%s, cut at %s: features of %s", backbone.name, base.cut, "x".join(map(str, base.feature_shape)))
+    n, shape = len(base.taps), "x".join(map(str, base.feature_shape))
+    where = f"{n} points from {base.taps[0].cut} to {base.cut}" if n else base.cut
+    logs.log.info("%s, cut at %s: features of %s", backbone.name, where, shape)
     remark(base)
     for name, plan in strategies.items():
         plans.write(plan, name)
@@ -46,14 +48,21 @@ def main() -> None:
 
 def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
     """Resolve `features.cut`, measure the base, and check that the head fits it; ValueError if not."""
-    features = params.features
-    base, _ = _divide(backbone, features.cut, None, cuts.Pool(cuts.NONE, 0), "features.cut")
-    pixels = _black_image(backbone)
-    with torch.no_grad():
-        values = base.module(pixels)
-    prefix_tokens = cuts.count_prefix_tokens(backbone, base.boundary, tuple(values.shape[1:]), features.pool)
-    shape = tuple(cuts.Pool(features.pool, prefix_tokens)(values).shape[1:])
-    _, dense = cuts.split(backbone, base.boundary)
+    features, pixels = params.features, _black_image(backbone)
+    try:
+        names = cuts.resolve_cuts(backbone, features.cut, features.pool)
+    except ValueError as error:
+        raise ValueError(f"params.yaml: features.cut: {error}") from None
+    taps, cut = cuts.lay_out(backbone, names, features.pool) if len(names) > 1 else (), names[-1]
+    if taps:
+        pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in taps}
+    else:
+        whole, _ = cuts.prefix_and_suffix(backbone, cut, {cut: cuts.Pool(cuts.NONE, 0)})
+        n = cuts.count_prefix_tokens(backbone, cut, _shape(whole.module, pixels), features.pool)
+        pools = {cut: cuts.Pool(features.pool, n)}
+    base, _ = cuts.prefix_and_suffix(backbone, cut, pools)
+    shape = _shape(base.module, pixels)
+    _, dense = cuts.split(backbone, cut)
     heads.build(shape, 2, params.head, dense)
     return BackbonePlan(
         choice=params.backbone,
@@ -62,12 +71,13 @@ def plan_backbone(backbone: Backbone, params: Params) -> BackbonePlan:
         weights_sha256=backbone.weights_sha256,
         preprocessing=backbone.preprocessing,
         feature_dim=backbone.feature_dim,
-        cut=base.boundary,
-        pool=features.pool,
-        prefix_tokens=prefix_tokens,
+        cut=cut,
+        pool=pools[cut].kind,
+        prefix_tokens=pools[cut].prefix_tokens,
         feature_shape=shape,
         parameters=count_parameters(base.module),
         flops_per_image=flops_per_image(base.module, pixels),
+        taps=taps,
     )
 
 
@@ -82,12 +92,16 @@ def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, valu
             backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
         except ValueError as error:
             raise ValueError(f"params.yaml: {key}.drop_path: {error}; expected null") from None
-    pool = cuts.Pool(base.pool, base.prefix_tokens)
-    prefix, suffix = _divide(backbone, recipe.freeze_until, base.cut, pool, f"{key}.freeze_until")
+    try:
+        boundary = cuts.resolve(backbone, recipe.freeze_until)
+        boundary = base.cut if boundary == cuts.ALL else boundary
+        prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, cuts.pools(base))
+    except ValueError as error:
+        raise ValueError(f"params.yaml: {key}.freeze_until: {error}") from None
     if recipe.drop_path and not backbones.has_drop_path(suffix):
-        behind = f"behind the freeze boundary {prefix.boundary}"
         raise ValueError(
-            f"params.yaml: {key}.drop_path: {backbone.name} has no stochastic depth {behind}; expected null"
+            f"params.yaml: {key}.drop_path: {backbone.name} has no stochastic depth behind the freeze boundary "
+            f"{prefix.boundary}; expected null"
         )
     pixels = _black_image(backbone)
     with torch.no_grad():
@@ -120,17 +134,10 @@ def remark(base: BackbonePlan) -> None:
         )
 
 
-def _divide(
-    backbone: Backbone, where: str | int, end: str | None, pool: cuts.Pool, key: str
-) -> tuple[cuts.Prefix, nn.Sequential]:
-    """Prefix and suffix of the base, which ends at the cut point `end`, or at `where` itself if that is None."""
-    try:
-        boundary = cuts.resolve(backbone, where)
-        if end is not None and boundary == cuts.ALL:
-            boundary = end
-        return cuts.prefix_and_suffix(backbone, boundary, end or boundary, pool)
-    except ValueError as error:
-        raise ValueError(f"params.yaml: {key}: {error}") from None
+def _shape(module: nn.Module, pixels: torch.Tensor) -> tuple[int, ...]:
+    """The shape of what comes out for one image."""
+    with torch.no_grad():
+        return tuple(module(pixels).shape[1:])
 
 
 def _black_image(backbone: Backbone) -> torch.Tensor:

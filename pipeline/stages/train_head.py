@@ -84,6 +84,9 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         Predictions(rows[name], heads.predict(fitted.head, selected[name])) for name in ("val", "test")
     )
     network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
+    if base.taps:
+        shares = heads.weight_shares(fitted.head, selected["train"], base.widths)
+        network |= {"widths": base.widths, "weight_shares": shares}
     path = fitted.path
     chosen = vars(path) | {"val_nll": {f"{strength}": nll for strength, nll in path.val_nll.items()}}
     run = Run(

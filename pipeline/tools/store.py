@@ -106,6 +106,8 @@ def _describe(key: dict[str, Any]) -> str:
     engine = f"{key['engine']} {key['precision']} on {key['device']}, stored as {key['store_dtype']}"
     geometry = "" if (kind := key["preprocessing"].get("geometry", "crop")) == "crop" else f" ({kind})"
     network = f"{key['backbone']} (weights {key['weights_sha256'][:8]}) at {key['cut']}, pool {key['pool']}"
+    if taps := key.get("taps"):
+        network += f", and before it {', '.join(f'{cut} ({pool})' for cut, pool in taps.items())}"
     return f"{network}, {key['preprocessing']['crop']} px{geometry}, {views}, {engine}"
 
 

@@ -17,7 +17,7 @@ Features for which there is no room on the device are read again in each pass; t
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -208,6 +208,27 @@ def warn(paths: Sequence[RegularizationPath], section: str) -> None:
         strengths = ", ".join(f"{strength:g}" for strength in sorted(set().union(*stopped), reverse=True))
         found = f"did not converge in {len(stopped)} of {len(paths)} fits (strengths: {strengths})"
         log.warning("%s: the solver %s; raise %s.max_iterations", section, found, section)
+
+
+def weight_shares(head: nn.Sequential, train: Selection, widths: Mapping[str, int]) -> dict[str, float]:
+    """Which cuts carry the weight of a linear head, or of the first layer of an MLP, on features of several.
+
+    The share of each cut in the squared weights, each multiplied by the variance of its feature over all views of
+    `train`: what the cut would add to the variance of the layer's outputs if features were uncorrelated. It does not
+    depend on the scale of the features. `widths`: how many of them are of each cut, in order. The shares sum to 1, or
+    are 0 if all weights are.
+    """
+    standardize, first = head[0], next(layer for layer in head if isinstance(layer, nn.Linear))
+    sums, squares = torch.zeros(2, first.in_features, dtype=torch.float64, device=first.weight.device)
+    with torch.inference_mode():
+        for start in range(0, train.shape[0], 256):
+            rows = torch.from_numpy(train[start : start + 256]).float().flatten(0, 1).to(first.weight.device)
+            x = standardize(rows).double()
+            sums, squares = sums + x.sum(0), squares + x.square().sum(0)
+        n = train.shape[0] * train.shape[1]
+        carried = first.weight.double().square().sum(0) * (squares / n - (sums / n).square())
+        parts = [part.sum().item() for part in carried.split([*widths.values()])]
+    return {cut: part / (sum(parts) or 1.0) for cut, part in zip(widths, parts, strict=True)}
 
 
 def loss_weight(label: np.ndarray, weight: np.ndarray, class_weights: str) -> np.ndarray:

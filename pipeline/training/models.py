@@ -5,6 +5,7 @@ models/<strategy>/seed_<s>.json            the card: what else is needed to buil
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from pipeline.files import replacing, write_json
 from pipeline.logs import one_line
 from pipeline.network import backbones, cuts
 from pipeline.network.plans import BackbonePlan
-from pipeline.network.preprocessing import Normalize
 from pipeline.params import Augmentation, HeadOptions, Record
 from pipeline.training import heads
 from pipeline.training.runs import MODELS, Cost
@@ -82,11 +82,12 @@ def load_network(path: Path) -> tuple[nn.Sequential, Card]:
         backbone = backbones.load(plan.choice.model_copy(update={"weights": "random"}), plan.image_size)
     else:
         backbone = backbones.load_planned(plan, str(path))
+    backbone = replace(backbone, preprocessing=plan.preprocessing)
     base, dense = cuts.split(backbone, plan.cut)
     if state:
         base.load_state_dict(state)
-    pixels_to_features = nn.Sequential(Normalize(plan.preprocessing), base, cuts.Pool(plan.pool, plan.prefix_tokens))
-    return nn.Sequential(pixels_to_features, load_head(path, card, dense)).eval(), card
+    prefix, _ = cuts.prefix_and_suffix(backbone, plan.cut, cuts.pools(plan))  # around the same tensors
+    return nn.Sequential(prefix.module, load_head(path, card, dense)).eval(), card
 
 
 def _part(path: Path, part: str) -> dict[str, torch.Tensor]:

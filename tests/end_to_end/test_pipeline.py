@@ -459,6 +459,30 @@ def extracted(repository: Repository, call: Call, caplog: pytest.LogCaptureFixtu
     return run
 
 
+def test_features_of_several_cuts_go_through_every_stage_report_and_prediction(repository: Repository) -> None:
+    with repository.params() as params:
+        params["features"].update({"cut": ["layer3", "layer1", "all"], "pool": "avg"})
+        params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = "layer2"
+    assert repository.repro() == EVERY_STAGE - {"index", "split"}
+    layout = repository.read_json("data/plan/backbone.json")["taps"]
+    assert [tap["cut"] for tap in layout] == ["layer1.0.act2", "layer3.0.act3", "all"]
+    details = repository.read_json("reports/details.json")["strategies"]
+    for run in details["feature_extraction_all_seeds"]["runs"]:
+        assert run["network"]["widths"] == {tap["cut"]: tap["width"] for tap in layout}
+        assert sum(run["network"]["weight_shares"].values()) == pytest.approx(1, abs=1e-5)
+    repository.run("python", "-m", "pipeline", "report")
+    for report in ("comparison.md", "report.html"):
+        assert "Which cuts carry the weight of the head" in (repository.root / "reports" / report).read_text()
+    assert "layer1.0.act2" in repository.run("python", "-m", "pipeline", "store", "status")
+    image = next((repository.root / MINE / "images").iterdir())
+    for name in ("feature_extraction", *TUNED):
+        found = json.loads(
+            repository.run("python", "-m", "pipeline", "predict", f"models/{name}/seed_0", str(image), "--json")
+        )
+        assert found[0]["class"] in COLOURS
+    assert repository.repro() == set()
+
+
 def test_images_that_come_cost_their_own_rows_and_those_that_go_or_move_cost_nothing(
     repository: Repository, extracted: Extracted
 ) -> None:

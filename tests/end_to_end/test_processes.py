@@ -73,7 +73,7 @@ def main():
     augmentation = factories.FLIPS.model_copy(update={"noise_std": 3.0})
     network, geometry = Slow(), factories.PREPROCESSING
     backbone = Backbone("timm/slow", network, geometry, "0" * 64, 50, None)
-    prefix = Prefix(nn.Sequential(Normalize(geometry), network), backbone, "all", "none")
+    prefix = Prefix(nn.Sequential(Normalize(geometry), network), backbone, "all", "none", {})
     computation = extraction.prepare(prefix, augmentation, factories.feature_options(), torch.device("cpu"))
     share = extraction.share_of_environment()
     views = [0, AUGMENTED + 1]

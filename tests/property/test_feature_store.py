@@ -78,7 +78,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def prepared() -> tuple[Network, Computation]:
     network = Network()
     backbone = Backbone("torchvision/tiny", network, PREPROCESSING, state_sha256(network), 5, None)
-    prefix = Prefix(nn.Sequential(Normalize(PREPROCESSING), network), backbone, "all", "none")
+    prefix = Prefix(nn.Sequential(Normalize(PREPROCESSING), network), backbone, "all", "none", {})
     return network, extraction.prepare(prefix, AUGMENTATION, feature_options(store_dtype="fp16"), CPU)
 
 
@@ -188,7 +188,7 @@ def computation_of(state: tuple[tuple[str, int], ...]) -> Computation:
     layers = network_of(int(v["seed"]), crop)
     backbone = Backbone(str(v["network"]), layers, geometry, state_sha256(layers), 5, None)
     options = feature_options(**{name: v[name] for name in ("engine", "precision", "store_dtype")})
-    prefix = Prefix(nn.Sequential(Normalize(geometry), layers), backbone, str(v["cut"]), str(v["pool"]))
+    prefix = Prefix(nn.Sequential(Normalize(geometry), layers), backbone, str(v["cut"]), str(v["pool"]), {})
     torch.set_num_threads(int(v["threads"]))
     return extraction.prepare(prefix, augmentation, options, CPU)
 

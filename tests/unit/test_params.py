@@ -16,7 +16,9 @@ REPOSITORY = Path(__file__).parents[2]
 SCRATCH = "fine_tune.strategies.from_scratch"
 BOUNDARY = "expected none, all, a cut point, a module path, or a number (1 or more) of layers"
 BOUNDARIES = ("features.cut", "fine_tune.strategies.partial_freeze.freeze_until")
-NO_BOUNDARIES = [(value, json.dumps(value)) for value in (0, -3, True, 1.5, "", None, ["layer3"])]
+NO_BOUNDARIES = [(value, json.dumps(value)) for value in (0, -3, True, 1.5, "", None)]
+SEVERAL = "expected two or more different cuts, none of them none or every_block"
+NOT_SEVERAL: list[list[Any]] = [[], ["layer3"], ["all", "all"], ["none", "all"], ["layer3", "every_block"]]
 
 
 PRETRAINED = {"head.kind": "pretrained", "head.standardize": False, "features.cut": "features"}
@@ -126,6 +128,9 @@ def test_params_are_frozen(tmp_path: Path):
         ),
         ({"features.store_dtype": "bf16"}, "features.store_dtype: found \"bf16\"; expected it to be 'fp32' or 'fp16'"),
         *(({key: value}, f"{key}: found {found}; {BOUNDARY}") for key in BOUNDARIES for value, found in NO_BOUNDARIES),
+        *(({"features.cut": cut}, f"features.cut: found {json.dumps(cut)}; {SEVERAL}") for cut in NOT_SEVERAL),
+        ({"features.cut": ["layer3", 0]}, f'features.cut: found ["layer3", 0]; {BOUNDARY}'),
+        ({BOUNDARIES[1]: ["layer2", "layer3"]}, f'{BOUNDARIES[1]}: found ["layer2", "layer3"]; {BOUNDARY}'),
     ],
 )
 def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
@@ -147,6 +152,11 @@ def test_a_value_that_no_key_allows_is_one_error_with_key_finding_and_range(
         (PRETRAINED | {"head.hidden": [8]}, ["head: ", "pretrained", "`hidden: []`"]),
         (PRETRAINED | {"head.standardize": True}, ["head: ", "standardize: found true", "expected false"]),
         (PRETRAINED | {"features.cut": "all"}, ["features: ", "`cut: all`", "a cut before", "pipeline cuts NAME"]),
+        (
+            PRETRAINED | {"features.cut": ["features", "all"]},
+            ["features: ", "`cut: ['features', 'all']`", "a cut before", "no list"],
+        ),
+        (PRETRAINED | {"features.cut": "every_block"}, ["features: ", "`cut: every_block`", "a cut before", "no list"]),
         (PRETRAINED | {"features.pool": "avg"}, ["features: ", "`pool: avg`", "needs a cut", "`pool: none`"]),
         (
             {f"{SCRATCH}.init": "random", f"{SCRATCH}.freeze_until": "all"},
@@ -313,6 +323,14 @@ def test_a_boundary_is_a_name_or_a_number_of_layers(where: str | int, tmp_path: 
     assert params.fine_tune.strategies["partial_freeze"].freeze_until == where
     if where != "none":
         assert load(document_with({"features.cut": where}), tmp_path).features.cut == where
+
+
+@pytest.mark.parametrize("where", ["every_block", ["layer3", "all"], ["layer3.0.add", 8, "all"]])
+def test_features_may_come_from_several_cuts(where: str | list[str | int], tmp_path: Path):
+    features = load(document_with({"features.cut": where}), tmp_path).features
+    assert features.has_several_cuts
+    assert features.cut == (where if isinstance(where, str) else tuple(where))
+    assert not load(document_with({}), tmp_path).features.has_several_cuts
 
 
 def test_a_number_of_layers_in_quotes_is_a_name(tmp_path: Path):

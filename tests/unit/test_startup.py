@@ -13,7 +13,8 @@ from pipeline.network import backbones, cuts
 from pipeline.params import BackboneChoice
 from tests.factories import FLIPS, feature_options
 backbone = backbones.load(BackboneChoice.of({name!r}, "random", 0), 64)
-prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, {boundary!r}), "all", cuts.Pool("none", 0))
+pools = {{"all": cuts.Pool("none", 0)}}
+prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, {boundary!r}), pools)
 extraction.prepare(prefix, FLIPS, feature_options(engine={engine!r}), torch.device("cpu"))
 """
 

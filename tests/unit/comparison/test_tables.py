@@ -101,6 +101,20 @@ def test_units_and_operating_points_have_tables_of_their_own():
     assert "One vote" not in tables.as_markdown(forty_details())
 
 
+def test_cuts_that_carry_the_weight_of_the_head_have_a_table_where_there_are_several():
+    heads = [
+        replace(run, network=run.network | {"widths": {"early": 32, "all": 1280}, "weight_shares": shares})
+        for run, shares in zip(HEAD_RUNS, ({"early": 0.25, "all": 0.75}, {"early": 0.35, "all": 0.65}), strict=True)
+    ]
+    table = tables.as_markdown(forty_details(head=heads)).split("Which cuts carry the weight of the head")[1]
+    assert "means over the seeds" in table
+    assert table.endswith(
+        "| strategy | early | all |\n|---|---|---|\n| number of features | 32 | 1,280 |\n"
+        "| feature_extraction_all_seeds | 30.0 | 70.0 |\n"
+    )
+    assert "Which cuts" not in tables.as_markdown(forty_details())
+
+
 def test_numbers_are_written_with_the_digits_that_are_needed():
     assert [tables.p_value(value) for value in (0.04, 0.002, 0.0004, 1.0)] == ["0.040", "0.002", "< 0.001", "1.000"]
     assert [tables.teraflops(flops) for flops in (435_806_787_365_040, 9_540_000_000_000, 15_000_000)] == [

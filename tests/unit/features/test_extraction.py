@@ -62,7 +62,7 @@ def make_computation(
         torch.manual_seed(seed)
         layers = module or nn.Sequential(nn.Flatten(), nn.Linear(3 * preprocessing.crop**2, 5))
     backbone = Backbone(name, layers, preprocessing, state_sha256(layers), 5, None)
-    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool)
+    prefix = Prefix(nn.Sequential(Normalize(preprocessing), layers), backbone, cut, pool, {})
     return extraction.prepare(prefix, augmentation, feature_options(store_dtype=store_dtype, engine=engine), CPU)
 
 
@@ -117,7 +117,7 @@ def test_rows_are_what_the_network_gives_for_the_view(paths: dict[str, Path]) ->
 
 def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
     backbone = backbones.load(BackboneChoice.of("torchvision/squeezenet1_1", "random", 0), 64)
-    prefix, _ = cuts.prefix_and_suffix(backbone, "all", "all", cuts.Pool("none", 0))
+    prefix, _ = cuts.prefix_and_suffix(backbone, "all", {"all": cuts.Pool("none", 0)})
     pixels = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = []
     for threads in (1, 2):
@@ -125,6 +125,28 @@ def test_rows_of_openvino_do_not_depend_on_the_threads_of_torch() -> None:
         made = extraction.prepare(prefix, FLIPS, feature_options(engine="openvino"), CPU)
         found.append(next(made.runner.run([pixels])))
     assert np.array_equal(*found)
+
+
+def test_key_of_one_cut_says_nothing_of_several_and_that_of_several_names_all_of_them() -> None:
+    backbone = backbones.load(BackboneChoice.of("timm/test_resnet", "random", 0), 32)
+    pools = {cuts.resolve(backbone, cut): cuts.Pool("avg", 0) for cut in ("layer1", "layer2", "layer3")}
+    first, second, end = pools
+
+    def described(boundary: str, *taps: str) -> dict[str, Any]:
+        prefix, _ = cuts.prefix_and_suffix(backbone, boundary, {cut: pools[cut] for cut in taps})
+        key = extraction.prepare(prefix, FLIPS, feature_options(), CPU).key
+        return {name: key.description.get(name) for name in ("cut", "pool", "taps")}
+
+    assert described(end, end) == {"cut": end, "pool": "avg", "taps": None}
+    assert described(first, end) == {"cut": first, "pool": "none", "taps": None}
+    assert described(first, second, end) == {"cut": first, "pool": "none", "taps": None}  # the same rows as with one
+    assert described(second, first, end) == {"cut": second, "pool": "flatten", "taps": {first: "avg"}}
+    assert described(second, first, second, end) == {
+        "cut": second,
+        "pool": "flatten",
+        "taps": {first: "avg", second: "avg"},
+    }
+    assert described(end, first, end) == {"cut": end, "pool": "avg", "taps": {first: "avg"}}
 
 
 def test_threads_are_in_the_key_where_they_change_the_rows() -> None:

@@ -14,9 +14,10 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from pipeline.network import backbones, cuts, tracing
-from pipeline.network.backbones import Backbone
+from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.cuts import CutPoint
 from pipeline.network.flops import flops_per_image
+from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 from tests.factories import PREPROCESSING
 
@@ -313,14 +314,16 @@ def test_number_of_images_is_a_value_that_stays_alive() -> None:
     assert list(tracing.find(wrap(Remembers(axis=0)))) == ["reshape"]
 
 
-def torchvision_vit() -> Backbone:
+def torchvision_vit(n_layers: int = 3, *, has_head: bool = True) -> Backbone:
     """torchvision's ViT in small."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = torchvision.models.VisionTransformer(
-            image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=5
+            image_size=16, patch_size=8, num_layers=n_layers, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=5
         )
         nn.init.normal_(network.heads.get_submodule("head").weight)  # pyright: ignore[reportArgumentType]
+    if not has_head:
+        network.heads = nn.Sequential()
     return wrap(network, size=16)
 
 
@@ -343,6 +346,14 @@ def test_transformer_has_a_cut_behind_every_block_and_its_pieces_take_any_number
                 x = images(whole, n)
                 assert torch.equal(pieces(x), whole.module(x)), (cut, n)
                 assert len(pieces[0](x)) == n
+
+
+def test_encoder_with_nearly_all_layers_is_no_block_but_holds_some() -> None:
+    whole = torchvision_vit(8)
+    found = [cuts.block(whole.module, name) for name in tracing.find(whole)]
+    layers = [f"encoder.layers.encoder_layer_{i}" for i in range(8)]
+    assert [name for name in dict.fromkeys(found) if "layers" in name] == layers
+    assert cuts.block(backbone(RESNET).module, "layer3.0.add") == "layer3.0"
 
 
 # modes
@@ -469,6 +480,196 @@ def test_class_token_and_registers_are_not_averaged() -> None:
     torch.testing.assert_close(avg, x[:, 3:].mean(1))
     assert torch.equal(cls, x[:, 0])
     assert torch.equal(both, torch.cat([cls, avg], 1))
+
+
+# several cuts
+
+
+DENSENET, SWIN = "torchvision/densenet121", "timm/swin_tiny_patch4_window7_224"
+EVERY_BLOCK: dict[str, tuple[Callable[[], Backbone], str, list[str]]] = {  # how to pool, and the blocks
+    RESNET: (
+        *(lambda: backbone(RESNET), "avg"),
+        ["maxpool", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0"],
+    ),
+    "efficientnet": (
+        *(lambda: backbone("timm/tf_efficientnet_lite0"), "avg"),
+        ["bn1", *(f"blocks.{stage}.{i}" for stage, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(n))],
+    ),
+    DENSENET: (
+        *(lambda: backbone(DENSENET), "avg"),
+        [f"features.{name}" for name in ("pool0", "denseblock1", "transition1", "denseblock2", "transition2")]
+        + [f"features.{name}" for name in ("denseblock3", "transition3", "denseblock4")],
+    ),
+    "vgg": (
+        *(lambda: wrap(VGG([4, "M", 6, 6, "M"], 6 * 2 * 2)), "avg"),
+        ["features.2", "features.4", "features.7", "classifier.2"],
+    ),
+    VIT: (lambda: backbone(VIT), "cls+avg", ["norm_pre", *(f"blocks.{i}" for i in range(12))]),
+    "vit of torchvision": (
+        *(lambda: torchvision_vit(8, has_head=False), "avg"),
+        ["encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(8))],
+    ),
+    SWIN: (lambda: load(SWIN, 64), "avg", ["patch_embed", *(f"layers.{i}" for i in range(4))]),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_BLOCK)
+def test_every_block_is_the_end_of_each_block_without_those_that_all_repeats(name: str) -> None:
+    make, pool, blocks = EVERY_BLOCK[name]
+    whole = make()
+    found = cuts.resolve_cuts(whole, "every_block", pool)
+    assert [*found] == [*(cuts.resolve(whole, block) for block in blocks), "all"]
+    layout = cuts.lay_out(whole, found, pool)
+    assert [tap.cut for tap in layout] == found
+    x, features = images(whole), []
+    for tap in layout:
+        value = cuts.split(whole, tap.cut)[0](x)
+        features.append(cuts.Pool(tap.pool, tap.prefix_tokens)(value))
+        assert features[-1].shape == (2, tap.width)
+    # Pooled, no two are the same, and no vector is one that the network itself has flattened
+    assert not any(a.shape == b.shape and torch.allclose(a, b) for i, a in enumerate(features) for b in features[:i])
+    assert max(tap.width for tap in layout) < 5000
+
+
+def test_several_cuts_are_taken_in_the_order_of_depth_however_they_are_named() -> None:
+    whole = backbone(RESNET)
+    for given in (("all", "layer2", 1), (1, "all", "layer2.1.relu_1"), ("layer2", 1, "all")):
+        assert cuts.resolve_cuts(whole, given, "avg") == ["maxpool", "layer2.1.relu_1", "all"]
+    assert cuts.resolve_cuts(whole, "layer2", "none") == ["layer2.1.relu_1"]
+
+
+@pytest.mark.parametrize(
+    ("where", "pool", "expected"),
+    [
+        (("layer2", "layer2.1"), "avg", rf"layer2 and layer2\.1 are the same cut point of {RESNET}, layer2\.1\.relu_1"),
+        (("layer2", "layer9"), "avg", "'layer9' holds no cut point"),
+        ("every_block", "cls", r"every_block: `pool: cls` makes vectors of no block .* expected another, such as avg"),
+    ],
+)
+def test_cuts_that_are_not_several_are_one_line(where: tuple[str, ...], pool: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{expected}") as caught:
+        cuts.resolve_cuts(backbone(RESNET), where, pool)
+    assert is_one_line(caught)
+
+
+@pytest.mark.parametrize("where", [("first", "all"), "every_block"])
+def test_several_cuts_of_a_network_that_cannot_be_traced_are_one_line(where: tuple[str, ...] | str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^timm/untraceable cannot be traced, so it can be frozen only whole"
+    ) as caught:
+        cuts.resolve_cuts(wrap(Untraceable(), name="timm/untraceable"), where, "avg")
+    assert is_one_line(caught)
+
+
+def test_layout_pools_maps_and_tokens_and_leaves_vectors_as_they_are() -> None:
+    resnet, vit = backbone(RESNET), backbone(VIT)
+    of_maps = cuts.lay_out(resnet, ["maxpool", "layer4.1.relu_1", "flatten", "all"], "avg")
+    assert [(tap.pool, tap.width) for tap in of_maps] == [("avg", 64), ("avg", 512), ("none", 512), ("none", 512)]
+    of_values = cuts.lay_out(resnet, ["layer4.1.relu_1", "all"], "flatten")
+    assert [(tap.pool, tap.width) for tap in of_values] == [("flatten", 512 * 2 * 2), ("none", 512)]
+    names = ["patch_embed.norm", "blocks.3.add_1", "norm.layer_norm", "all"]
+    of_tokens = cuts.lay_out(vit, names, "avg")
+    assert [(tap.prefix_tokens, tap.width) for tap in of_tokens] == [(0, 192), (1, 192), (1, 192), (0, 192)]
+    of_both = cuts.lay_out(vit, names[1:], "cls+avg")
+    assert [(tap.pool, tap.width) for tap in of_both] == [("cls+avg", 384), ("cls+avg", 384), ("none", 192)]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "pool", "expected"),
+    [
+        (
+            RESNET,
+            "layer2.1.relu_1",
+            "none",
+            "gives features of 128x8x8, not a vector; expected avg, flatten, or a list",
+        ),
+        (
+            RESNET,
+            "layer2.1.relu_1",
+            "cls",
+            "gives features of 128x8x8 without a class token, not a vector; expected avg",
+        ),
+        (VIT, "patch_embed.norm", "cls", "gives features of 16x192 without a class token, not a vector; expected avg"),
+        (
+            VIT,
+            "blocks.3.add_1",
+            "none",
+            "gives features of 17x192, not a vector; expected avg, flatten, cls, cls+avg, or",
+        ),
+    ],
+)
+def test_tap_that_gives_no_vector_is_one_line_that_names_it_and_the_ways_out(
+    name: str, cut: str, pool: str, expected: str
+) -> None:
+    with pytest.raises(ValueError, match="features") as caught:
+        cuts.lay_out(backbone(name), [cut, "all"], pool)
+    several = "but features.cut has several cuts, and"
+    assert str(caught.value).startswith(f"params.yaml: features.pool: {pool}, {several} {cut} {expected}")
+    assert is_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "pool", "boundaries"),
+    [
+        (RESNET, ("layer1", "layer3", "all"), "avg", ["none", "conv1", "layer1", "layer2", "layer3", "layer4", "all"]),
+        (RESNET, ("layer1", "layer3"), "flatten", ["none", "maxpool", "layer2", "layer3.0", "layer3"]),
+        (RESNET, ("flatten", "layer2"), "avg", ["layer4", "avgpool", "flatten"]),
+        (
+            VIT,
+            ("patch_embed", "blocks.2", "norm"),
+            "avg",
+            ["none", "patch_embed", "norm_pre", "blocks.2", "blocks.7", "norm"],
+        ),
+        (VIT, ("blocks.2", "blocks.7", "all"), "cls+avg", ["none", "blocks.0", "blocks.4", "norm", "all"]),
+    ],
+)
+def test_suffix_of_prefix_gives_the_features_of_every_cut_at_any_boundary(
+    name: str, where: tuple[str, ...], pool: str, boundaries: list[str]
+) -> None:
+    whole = backbone(name)
+    layout = cuts.lay_out(whole, cuts.resolve_cuts(whole, where, pool), pool)
+    pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in layout}
+    pixels = torch.randint(256, (3, *[whole.preprocessing.crop] * 2, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        x = Normalize(whole.preprocessing)(pixels)
+        expected = torch.cat([pools[cut](cuts.split(whole, cut)[0](x)) for cut in pools], 1)
+        for boundary in boundaries:
+            resolved = cuts.resolve(whole, boundary)
+            prefix, suffix = cuts.prefix_and_suffix(whole, resolved, pools)
+            row = prefix.module(pixels)
+            torch.testing.assert_close(suffix(row), expected, rtol=1e-4, atol=1e-5)  # a row has no memory format
+            n_before = sum(cuts._depths(whole)[tap.cut] <= cuts._depths(whole)[resolved] for tap in layout)
+            is_end = n_before == len(layout)
+            assert row.ndim == 2 or n_before == 0
+            assert [*prefix.taps] == [tap.cut for tap in layout[: n_before - is_end]]
+            before, between = (count_parameters(part) for part in (prefix.module, suffix))
+            base = cuts.split(whole, layout[-1].cut)[0]
+            assert (before, before + between) == (
+                count_parameters(cuts.split(whole, resolved)[0]) if boundary != "none" else 0,
+                count_parameters(base),
+            )
+
+
+@pytest.mark.parametrize("boundary", ["none", "features.0", "features.2", "classifier.0", "all"])
+def test_layers_that_work_in_place_leave_the_features_before_them_alone(boundary: str) -> None:
+    network = VGG([4, "M", 6, 6, "M"], 6 * 2 * 2)
+    network.classifier[1] = nn.ReLU(inplace=True)  # as in torchvision; those of `features` are
+    whole = wrap(network)
+    layout = cuts.lay_out(whole, ["features.0", "features.3", "classifier.0", "all"], "flatten")
+    pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in layout}
+    pixels = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        x = Normalize(whole.preprocessing)(pixels)
+        expected = torch.cat([pools[cut](cuts.split(whole, cut)[0](x.clone())) for cut in pools], 1)
+        prefix, suffix = cuts.prefix_and_suffix(whole, boundary, pools)
+        torch.testing.assert_close(suffix(prefix.module(pixels)), expected)
+    assert (expected[:, : layout[0].width] < 0).any()
+
+
+def test_nothing_can_be_frozen_behind_the_last_of_several_cuts() -> None:
+    pools = {"maxpool": cuts.Pool("avg", 0), "layer2.1.relu_1": cuts.Pool("avg", 0)}
+    with pytest.raises(ValueError, match=r"^layer3\.0\.add lies behind layer2\.1\.relu_1, where the backbone ends$"):
+        cuts.prefix_and_suffix(backbone(RESNET), "layer3.0.add", pools)
 
 
 @cache

@@ -39,6 +39,8 @@ SIZE = 32
 COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
 N_IMAGES = 30
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
+SEVERAL = {"cut": ["layer1", "layer3", "all"], "pool": "avg"}  # of TINY
+OF_VIT = {"cut": ["blocks.1", "blocks.3", "all"], "pool": "cls+avg"}
 SWIN, VIT = "timm/swin_tiny_patch4_window7_224", "timm/test_vit"
 PRETRAINED = {"kind": "pretrained", "standardize": False, "dropout": 0.2}
 
@@ -337,6 +339,54 @@ def test_a_learning_rate_that_explodes_is_left_out_with_a_warning_unless_it_is_t
         tune(TINY, {"learning_rates": [1e30, 1e35], "epochs": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "features", "boundary"), [(TINY, SEVERAL, "conv1"), (TINY, SEVERAL, "layer2"), (VIT, OF_VIT, "blocks.2")]
+)
+def test_cache_of_several_cuts_gives_the_losses_of_the_whole_network_at_every_step(
+    name: str, features: dict[str, Any], boundary: str, tune: Tune, steps: list[float], computed: list[Row]
+) -> None:
+    strategy = {"freeze_until": boundary, "learning_rate_base": 3e-3, "learning_rate_head": 3e-3}
+    whole = tune(name, strategy | {"boundary_cache": "off"}, features=features)
+    expected = steps.copy()
+    head = read_run("feature_extraction", 0)
+    np.testing.assert_allclose(
+        whole.curve[0]["val_loss"], head.candidates.nll(manifest.read_labels().weight[head.val.rows])[0], rtol=1e-4
+    )
+    steps.clear()
+    computed.clear()
+    cached = tune(name, strategy, features=features)
+    assert len(steps) == len(expected) == 3 * 3
+    losses = [line["val_loss"] for line in whole.curve]
+    assert np.ptp(losses) > 0.05 * losses[0], "nothing is learnt"
+    np.testing.assert_allclose(steps, expected, rtol=2e-3)
+    for of_cached, of_whole in ((cached.val, whole.val), (cached.test, whole.test)):
+        np.testing.assert_allclose(of_cached.log_probability, of_whole.log_probability, atol=2e-3)
+    assert len(computed) == len({*computed}) == N_IMAGES * 2
+    row_bytes = plans.read_strategy("tuned").cached_bytes_per_image
+    assert cached.cost.cached_bytes - whole.cost.cached_bytes == N_IMAGES * 2 * row_bytes
+    paths = [path for path in Path("data/.feature_store").glob("*/*.h5") if "pixels" not in path.parent.name]
+    assert row_bytes in {4 * int(np.prod(hdf5.read_shard(path).shape)) for path in paths}
+
+
+def test_layout_of_several_cuts_is_in_the_provenance_and_their_shares_are_in_the_run_of_the_head(tune: Tune) -> None:
+    tuned = tune(TINY, {"epochs": 1}, features=SEVERAL)
+    features, head = hdf5.read_features(), read_run("feature_extraction", 0)
+    backbone = backbones.load_planned(features.provenance.backbone, "the test")
+    pieces = cuts.split(backbone, *(cuts.resolve(backbone, cut) for cut in SEVERAL["cut"]))
+    x, widths = torch.zeros(1, 3, SIZE, SIZE), []
+    for piece in pieces[:-1]:
+        x = piece(x)
+        widths.append(x.shape[1])
+    layout = features.provenance.backbone.taps
+    assert [tap.cut for tap in layout] == ["layer1.0.act2", "layer3.0.act3", "all"]
+    assert [tap.width for tap in layout] == widths
+    assert features.values.shape[2:] == (sum(widths),)
+    assert [*head.network["widths"].values()] == widths
+    assert sum(head.network["weight_shares"].values()) == pytest.approx(1)
+    assert min(head.network["weight_shares"].values()) > 0
+    assert "weight_shares" not in tuned.network
+
+
 def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:
     name, boundary = DENSENET
     backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZE)
@@ -354,9 +404,9 @@ def rows_of(part: str, views: Sequence[int]) -> list[Row]:
     return [(images.sha256[row], view) for row in rows for view in views]
 
 
-@pytest.mark.parametrize("cut", ["all", "layer3"])
+@pytest.mark.parametrize("cut", ["all", "layer3", ["layer1", "layer3"], "every_block"])
 def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
-    cut: str, tune: Tune, computed: list[Row]
+    cut: str | list[str], tune: Tune, computed: list[Row]
 ) -> None:
     features = {"cut": cut, "pool": "none" if cut == "all" else "avg"}
     first = tune(TINY, {"freeze_until": "all", "views": 1, "epochs": 1}, features=features)
@@ -382,6 +432,13 @@ def head_of_run() -> nn.Module:
         (TINY, {"cut": 8, "pool": "flatten", "store_dtype": "fp16"}, {}, {"freeze_until": "all"}),
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
         (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
+        (TINY, SEVERAL, {}, {"freeze_until": "layer1", "batchnorm": "train"}),
+        (TINY, SEVERAL | {"engine": "openvino", "store_dtype": "fp16"}, {}, {"freeze_until": "layer3"}),
+        (TINY, {"cut": ["layer1", "layer3"], "pool": "flatten"}, {}, {}),
+        (TINY, {"cut": "every_block", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
+        (TINY, SEVERAL, {"kind": "mlp", "hidden": [8]}, {"freeze_until": "all"}),
+        (VIT, OF_VIT, {}, {"freeze_until": "blocks.2"}),
+        (VIT, OF_VIT | {"cut": "every_block", "engine": "openvino"}, {}, {"freeze_until": "blocks.4"}),
         (SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
         (VIT, {"cut": "norm", "pool": "cls+avg", "resize": "squash"}, {}, {"freeze_until": "blocks.2"}),
         (VIT, {"cut": "norm", "pool": "avg", "resize": "pad"}, {}, {"init": "random", "batchnorm": "train"}),
@@ -421,9 +478,8 @@ def test_cost_is_that_of_the_prefix_and_of_suffix_and_head_counted_together(
     backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, features["cut"])
     boundary = cuts.resolve(backbone, strategy.get("freeze_until", "none"))
-    prefix, suffix = cuts.prefix_and_suffix(
-        backbone, end if boundary == "all" else boundary, end, cuts.Pool(features.get("pool", "none"), 0)
-    )
+    boundary, pools = end if boundary == "all" else boundary, {end: cuts.Pool(features.get("pool", "none"), 0)}
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, pools)
     trained = nn.Sequential(suffix, head_of_run()).eval().requires_grad_(True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         activation = prefix.module(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))
@@ -568,18 +624,22 @@ def outputs() -> dict[str, bytes]:
     return found
 
 
-INTERRUPTED = {
+INTERRUPTED: dict[str, dict[str, Any]] = {
     "cached": {"freeze_until": "layer2"},
     "whole": {"batchnorm": "train", "optimizer": "adamw"},
     "random": {"init": "random", "batchnorm": "train", "views": 0},
 }
 
 
-@pytest.mark.parametrize("strategy", INTERRUPTED.values(), ids=INTERRUPTED)
+@pytest.mark.parametrize(
+    ("strategy", "features"),
+    [*((strategy, {}) for strategy in INTERRUPTED.values()), (INTERRUPTED["cached"], SEVERAL)],
+    ids=[*INTERRUPTED, "several cuts"],
+)
 def test_interrupted_run_goes_on_with_the_same_bytes_and_leaves_no_checkpoint(
-    strategy: dict[str, Any], tune: Tune, monkeypatch: pytest.MonkeyPatch
+    strategy: dict[str, Any], features: dict[str, Any], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune(TINY, strategy)
+    tune(TINY, strategy, features=features)
     expected, step, n_steps = outputs(), fit._step, 0
 
     def interrupted(*arguments: Any) -> torch.Tensor:

@@ -124,6 +124,55 @@ def test_plan_of_a_transformer_holds_its_tokens_and_how_images_become_squares(re
     assert loaded.preprocessing.geometry == resize
 
 
+def test_plan_of_several_cuts_holds_their_layout_and_that_of_one_cut_does_not() -> None:
+    configure({}, features={"cut": ["all", "layer1", "layer3"], "pool": "avg"})
+    plan.main()
+    found, backbone = plans.read_backbone(), backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
+    shapes = [
+        cuts.split(backbone, cuts.resolve(backbone, cut))[0](torch.zeros(1, 3, SIZE, SIZE)).shape[1:]
+        for cut in ("layer1", "layer3", "all")
+    ]
+    assert [tap.model_dump() for tap in found.taps] == [
+        {"cut": "layer1.0.act2", "pool": "avg", "prefix_tokens": 0, "width": shapes[0][0]},
+        {"cut": "layer3.0.act3", "pool": "avg", "prefix_tokens": 0, "width": shapes[1][0]},
+        {"cut": "all", "pool": "none", "prefix_tokens": 0, "width": shapes[2][0]},
+    ]
+    assert (found.cut, found.pool, found.prefix_tokens) == ("all", "none", 0)
+    assert found.feature_shape == (sum(shape[0] for shape in shapes),)
+    assert found.parameters == sum(parameter.numel() for parameter in backbone.module.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.module(torch.zeros(1, 3, SIZE, SIZE))
+    assert found.flops_per_image == counter.get_total_flops(), "one pass gives all of them"
+    configure({})
+    plan.main()
+    assert "taps" not in json.loads(written()["backbone.json"])
+    assert plans.read_backbone().taps == ()
+
+
+@pytest.mark.parametrize("freeze_until", ["none", "conv1", "layer1", "layer2", "layer3", "all"])
+def test_plan_of_a_strategy_on_several_cuts_is_what_one_counts(freeze_until: str) -> None:
+    configure({"tuned": {"freeze_until": freeze_until}}, features={"cut": ["layer1", "layer3"], "pool": "avg"})
+    plan.main()
+    found, backbone = plans.read_strategy("tuned"), backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
+    first, end = (cuts.resolve(backbone, cut) for cut in ("layer1", "layer3"))
+    boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
+    prefix, suffix, _ = cuts.split(backbone, boundary, end)
+    with torch.no_grad(), FlopCounterMode(display=False) as before:
+        activation = prefix(torch.zeros(1, 3, SIZE, SIZE))
+    with FlopCounterMode(display=False) as behind:
+        output = suffix.eval().requires_grad_(True)(activation)
+        if boundary != end:
+            output.sum().backward()
+    widths = {tap.cut: tap.width for tap in plans.read_backbone().taps}
+    n_before = widths[first] if freeze_until in ("layer1", "layer2") else 0
+    n_values = sum(widths.values()) if boundary == end else n_before + activation.numel()
+    assert found.boundary == boundary
+    assert found.trained_parameters == sum(parameter.numel() for parameter in suffix.parameters())
+    assert found.prefix_flops == before.get_total_flops()
+    assert found.suffix_training_flops == behind.get_total_flops()
+    assert found.cached_bytes_per_image == (0 if freeze_until == "none" else 4 * n_values)
+
+
 @pytest.mark.parametrize("boundary_cache", ["on", "off"])
 @pytest.mark.parametrize("store_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("freeze_until", ["none", "layer2", 3, "all"])
@@ -220,6 +269,26 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
             {},
             {"features": {"cut": "layer3", "pool": "cls+avg"}},
             "features.pool: cls+avg, but features.cut gives features of 192x2x2 without a class token; expected none, ",
+        ),
+        (
+            {},
+            {"features": {"cut": ["layer2", "all"]}},
+            "features.pool: none, but features.cut has several cuts, and layer2.0.act2 gives features of 48x4x4, ",
+        ),
+        (
+            {},
+            {"features": {"cut": ["layer2", "layer2.0", "all"], "pool": "avg"}},
+            "features.cut: layer2 and layer2.0 are the same cut point of timm/test_resnet, layer2.0.act2",
+        ),
+        (
+            {},
+            {"features": {"cut": "every_block", "pool": "cls"}},
+            "features.cut: every_block: `pool: cls` makes vectors of no block",
+        ),
+        (
+            {"freeze_until": "layer4"},
+            {"features": {"cut": ["layer1", "layer3"], "pool": "avg"}},
+            "fine_tune.strategies.tuned.freeze_until: layer4.0.act2 lies behind layer3.0.act3, where the backbone ends",
         ),
         ({}, {"features": {"cut": "layer4"}, "head": PRETRAINED}, "head.kind: pretrained: the network has no dense"),
         ({}, {"features": {"cut": "layer2"}, "head": PRETRAINED}, "head.kind: pretrained: behind features.cut there"),

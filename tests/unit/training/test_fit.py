@@ -35,6 +35,7 @@ TRAIN, VAL = np.arange(24), np.arange(24, N_IMAGES)
 LABEL = np.arange(N_IMAGES) % N_CLASSES
 WEIGHT = np.where(np.arange(N_IMAGES) % 5, 1.0, 0.5)
 RESNET, RESNET18, MOBILENET = "timm/test_resnet", "torchvision/resnet18", "torchvision/mobilenet_v3_small"
+VIT = "timm/test_vit"
 ALEXNET, VGG_LINEAR, VGG_CONVOLUTIONS = "torchvision/alexnet", "vgg as in torchvision", "timm/vgg in small"
 
 HEAD = LINEAR.model_copy(update={"regularization_strengths": (0.1, 0.01), "max_iterations": 200})
@@ -107,36 +108,53 @@ def give_statistics(network: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A backbone, the cut where it ends and its pooling, its features (n, 1, *shape) and the head fitted on them."""
+    """A backbone, the poolings at its cuts, its features (n, 1, *shape) and the head fitted on them."""
 
     backbone: Backbone
-    cut: str
-    pool: str
+    pools: dict[str, cuts.Pool]
     features: np.ndarray
     fitted: heads.Fitted
     images: torch.Tensor
 
 
+class Beside(nn.Module):
+    """Vectors of several modules for the same images, concatenated."""
+
+    def __init__(self, parts: list[nn.Sequential]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
 @cache
-def prepare(name: str, cut: str = "all", pool: str = "none", head: HeadOptions = HEAD) -> Prepared:
+def prepare(name: str, cut: str | tuple[str, ...] = "all", pool: str = "none", head: HeadOptions = HEAD) -> Prepared:
     backbone = load(name)
     images = make_images(backbone.preprocessing.crop)
-    end = cuts.resolve(backbone, cut)
-    base, dense = cuts.split(backbone, end)
-    whole = nn.Sequential(Normalize(backbone.preprocessing), base, cuts.Pool(pool, 0))
+    names = cuts.resolve_cuts(backbone, cut, pool)
+    pools = {names[-1]: cuts.Pool(pool, 0)}
+    if len(names) > 1:
+        layout = cuts.lay_out(backbone, names, pool)
+        pools = {tap.cut: cuts.Pool(tap.pool, tap.prefix_tokens) for tap in layout}
+    _, dense = cuts.split(backbone, names[-1])
+    bases = [
+        nn.Sequential(Normalize(backbone.preprocessing), cuts.split(backbone, name)[0], pools[name]) for name in pools
+    ]
+    whole = bases[0] if len(bases) == 1 else Beside(bases)
     features = np.concatenate(list(engine.run(whole, images.split(8), "torch", "fp32", CPU, 8)))[:, None]
     train, val = (Examples(features[rows], LABEL[rows], WEIGHT[rows]) for rows in (TRAIN, VAL))
     torch.manual_seed(0)
     fitted = heads.fit(heads.build(features.shape[2:], N_CLASSES, head, dense), train, val, head)
-    return Prepared(backbone, end, pool, features, fitted, images)
+    return Prepared(backbone, pools, features, fitted, images)
 
 
 def build(prepared: Prepared, freeze_until: str | int) -> nn.Sequential:
     """Sequential(prefix, suffix, head) as fine_tune makes it, from copies."""
     backbone = replace(prepared.backbone, module=copy.deepcopy(prepared.backbone.module))
     boundary = cuts.resolve(backbone, freeze_until)
-    boundary = prepared.cut if boundary == cuts.ALL else boundary
-    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.cut, cuts.Pool(prepared.pool, 0))
+    boundary = [*prepared.pools][-1] if boundary == cuts.ALL else boundary
+    prefix, suffix = cuts.prefix_and_suffix(backbone, boundary, prepared.pools)
     network = nn.Sequential(prefix.module, suffix, copy.deepcopy(prepared.fitted.head))
     place(network, CPU)
     return network
@@ -200,6 +218,73 @@ def test_network_predicts_what_the_cached_head_predicts_before_the_first_step(
     assert np.ptp(expected) > 0.01
 
 
+SEVERAL = {  # by network: cuts, pooling, and boundaries before, at, between and behind them
+    RESNET: (("layer1", "layer3", "all"), "avg", ["none", "conv1", "layer1", "layer2", "layer3", "layer4", "all"]),
+    VIT: (("blocks.1", "blocks.3", "norm"), "cls+avg", ["none", "blocks.0", "blocks.1", "blocks.2", "blocks.4", "all"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze_until", "engine_name", "kind"),
+    [
+        *(
+            (name, at, "torch", kind)
+            for name, (*_, all_) in SEVERAL.items()
+            for at in all_
+            for kind in ("whole", "cached")
+        ),
+        *((name, all_[i], "openvino", "cached") for name, (*_, all_) in SEVERAL.items() for i in (1, 3, -1)),
+    ],
+)
+def test_network_on_several_cuts_predicts_what_the_cached_head_predicts_before_the_first_step(
+    name: str, freeze_until: str, engine_name: str, kind: str
+) -> None:
+    cut, pool, _ = SEVERAL[name]
+    prepared = prepare(name, cut, pool)
+    network, images = build(prepared, freeze_until), prepared.images
+    expected = heads.predict(prepared.fitted.head, prepared.features)
+    if kind == "cached":
+        images = torch.from_numpy(
+            np.concatenate([*engine.run(network[0], images.split(8), engine_name, "fp32", CPU, 8)])
+        )
+        network[0] = nn.Identity()
+    given = task(images, evaluation_engine=engine_name)
+    np.testing.assert_allclose(fit.predict(network, given, np.arange(N_IMAGES), "fp32"), expected, atol=1e-4)
+    assert np.ptp(expected) > 0.01
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_features_before_the_boundary_stay_and_those_behind_it_are_trained(name: str) -> None:
+    cut, pool, (*_, boundary, _, _) = SEVERAL[name]
+    network = build(prepare(name, cut, pool), boundary)  # behind two cuts
+    images = prepare(name, cut, pool).images
+    n = sum(tap.width for tap in cuts.lay_out(prepare(name).backbone, [*prepare(name, cut, pool).pools], pool)[:1])
+    with torch.no_grad():
+        before = network[1](network[0](images))
+    final = finish(network, strategy(), images=images)
+    with torch.no_grad():
+        after = final[1](final[0](images))
+    assert torch.equal(after[:, :n], before[:, :n])
+    assert not torch.allclose(after[:, -n:], before[:, -n:])
+    assert all(not parameter.requires_grad for parameter in final[0].parameters())
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_cached_rows_of_several_cuts_give_the_losses_of_the_whole_network(name: str) -> None:
+    cut, pool, boundaries = SEVERAL[name]
+    prepared = prepare(name, cut, pool)
+    for boundary in boundaries[1:]:
+        whole = build(prepared, boundary)
+        cached = copy.deepcopy(whole)
+        rows = np.concatenate(list(engine.run(whole[0], prepared.images.split(8), "torch", "fp32", CPU, 8)))
+        cached[0] = nn.Identity()
+        _, expected, _ = fit.train(whole, task(prepared.images), strategy(), 0, "whole")
+        _, found, _ = fit.train(cached, task(torch.from_numpy(rows)), strategy(), 0, "cached")
+        for key in ("train_loss", "val_loss"):
+            values = [[line[key] for line in curve[1:]] for curve in (found, expected)]
+            np.testing.assert_allclose(*values, rtol=1e-3, err_msg=boundary)
+
+
 def test_first_validation_loss_is_that_of_the_cached_head() -> None:
     fitted, network = prepare(RESNET).fitted, build(prepare(RESNET), "layer2")
     _, curve, _ = fit.train(network, task(), strategy(epochs=1), 0, "run")
@@ -261,10 +346,10 @@ def test_trained_batchnorm_moves_the_statistics_of_the_body_and_not_of_the_froze
     assert not [name for name in body if torch.equal(after[name], body[name])]
 
 
-def finish(network: nn.Sequential, options: Strategy, seed: int = 0) -> nn.Sequential:
+def finish(network: nn.Sequential, options: Strategy, seed: int = 0, images: torch.Tensor = IMAGES) -> nn.Sequential:
     """The network as it is in its last validation, before the best epoch is restored."""
     seen: list[nn.Sequential] = []
-    inputs = from_memory(IMAGES)
+    inputs = from_memory(images)
 
     def load(batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
         if batches[0][0][0] in VAL:

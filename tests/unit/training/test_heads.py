@@ -237,6 +237,24 @@ def test_balanced_classes_that_are_balanced_change_nothing():
     assert np.allclose(*found, atol=1e-7)
 
 
+@pytest.mark.parametrize("how", [LINEAR, options(standardize=False), options(MLP, epochs=2)])
+def test_the_weight_of_a_cut_is_that_of_what_its_features_add_to_the_variance(how: HeadOptions):
+    train = examples(n_views=2)
+    train.features[..., 5:] *= np.float32(100)  # does not matter
+    chosen, widths = np.arange(0, 90, 2), {"early": 3, "middle": 2, "late": 3}
+    head = fit(train, how).head
+    first = next(layer for layer in head if isinstance(layer, nn.Linear))
+    found = heads.weight_shares(head, Selection(train.features, chosen), widths)
+    with torch.no_grad():
+        rows = head[0](torch.from_numpy(train.features[chosen]).flatten(0, 1)).double()
+        parts = (rows.var(0, correction=0) * first.weight.double().square().sum(0)).split([*widths.values()])
+    expected = torch.stack([part.sum() for part in parts])
+    np.testing.assert_allclose([*found.values()], expected / expected.sum(), rtol=1e-6)
+    assert [*found] == [*widths]
+    nn.init.zeros_(first.weight)
+    assert heads.weight_shares(head, Selection(train.features, chosen), widths) == dict.fromkeys(widths, 0.0)
+
+
 def test_a_stronger_penalty_gives_smaller_weights():
     norms = [np.linalg.norm(weight_of(fit(examples(), options(strengths=(s,))))) for s in (10.0, 1.0, 0.1)]
     assert norms == sorted(norms)
