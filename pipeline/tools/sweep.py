@@ -22,7 +22,7 @@ import pandas as pd
 from ruamel.yaml import YAML
 from safetensors.numpy import load
 
-from pipeline.comparison import intervals, outcomes, paired
+from pipeline.comparison import influence, intervals, outcomes, paired
 from pipeline.comparison.intervals import Interval
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Difference, Study
@@ -83,9 +83,11 @@ class Result:
     @property
     def accuracy(self) -> Interval:
         """With its 95 % interval."""
-        study = self.study
-        found = intervals.metric_intervals(self.val, study.label, study.weight, study.unit, study.n_classes)["accuracy"]
-        assert found is not None  # it is defined for all predictions
+        runs = intervals.distinct(self.val, intervals.digest_of)
+        study, kept = self.study, [intervals.with_weight(run, self.study.weight) for run in runs]
+        hits = [influence.mean(run.predicted == study.label[run.rows], study.weight[run.rows]) for run in kept]
+        found = intervals.interval(hits, [run.rows for run in kept], study.unit)
+        assert found is not None  # as no run lacks a value
         return found
 
     def minus(self, other: list[Outcomes]) -> Difference:
