@@ -5,18 +5,21 @@ Needs the commands `git` and `dvc`. DVC is imported where it is used.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.logs import one_line
+from pipeline.logs import STAGES, one_line
 from pipeline.report.provenance import git
 
 Read = Callable[[Path], bytes]
+log = logging.getLogger("pipeline")
 
 
 def check_workspace(head: str | None = None) -> str:
@@ -44,7 +47,7 @@ def check_images(path: str, made: Sequence[str]) -> None:
     if Path(path).exists() and not has(path):
         raise ValueError(
             f"dataset.path: {path} is tracked by neither DVC nor git, so a copy of the repository lacks it; "
-            f"run: dvc add {path}, and commit, or give an absolute path"
+            f"give an absolute path, or run: dvc add {path}, and commit"
         )
 
 
@@ -87,8 +90,7 @@ def run(name: str, changes: Mapping[str, Any], copied: Sequence[str], target: st
     """Run the stage `target` and those before it in a temporary copy of the repository, as the experiment `name`.
 
     `changes`: values of params.yaml by dotted key; `copied`: files that neither git nor DVC tracks. What DVC and the
-    stages print goes to stderr. Ctrl-C is passed on, and waited for, so that DVC cleans up behind it. Raises ValueError
-    if the experiment fails.
+    stages print goes to stderr. Raises ValueError if the experiment fails.
     """
     settings = [part for key, value in changes.items() for part in ("--set-param", f"++{key}={_as_override(value)}")]
     copies = [part for path in copied for part in ("--copy-paths", path)]
@@ -98,8 +100,7 @@ def run(name: str, changes: Mapping[str, Any], copied: Sequence[str], target: st
 def dvc(*arguments: str, is_quiet: bool = False) -> str:
     """Run a command of DVC; its output if `is_quiet`, else "". ValueError if it fails.
 
-    It runs in a session of its own, which Ctrl-C in a terminal does not reach: passed on as well, it would come twice,
-    and the second would end the cleaning up after the first.
+    It runs in a session of its own, which Ctrl-C in a terminal does not reach: see _interrupt.
     """
     command, environment = [sys.executable, "-m", "dvc", *arguments], os.environ | {"PYTHONIOENCODING": "utf-8"}
     stdout, stderr = (subprocess.PIPE, subprocess.PIPE) if is_quiet else (2, None)  # 2 is stderr
@@ -109,12 +110,33 @@ def dvc(*arguments: str, is_quiet: bool = False) -> str:
         try:
             output, errors = process.communicate()
         except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait()
+            _interrupt(process)
             raise
     if process.returncode:
         raise ValueError(f"dvc {' '.join(arguments[:2])}: {' '.join(errors.split()) if errors else 'see above'}")
     return output or ""
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """Interrupt the stage that DVC runs, and wait until DVC has cleaned up behind it; a second Ctrl-C interrupts DVC.
+
+    Interrupted while it prepares an experiment, DVC can leave a lock in .git/refs/exps that blocks all later ones.
+    """
+    import psutil
+
+    log.info("waiting for DVC to end the experiment")
+    asked: set[int] = set()
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):  # of a process that has just ended
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.pid not in asked and STAGES in " ".join(child.cmdline()):
+                        child.send_signal(signal.SIGINT)
+                        asked.add(child.pid)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
 
 
 def _as_override(value: Any) -> str:  # noqa: ANN401

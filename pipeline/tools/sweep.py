@@ -308,8 +308,8 @@ def describe(strategy: str, seeds: Sequence[int], n_depths: int, epochs: Sequenc
     """The heading, and what is about to happen."""
     return (
         f"## How deep? {strategy}, seed {', '.join(map(str, seeds))}\n\n"
-        f"{n_depths} freeze boundaries; epochs: {', '.join(map(str, epochs))}. "
-        "After each rung, the better half by validation NLL goes on."
+        f"Freeze boundaries: {n_depths}. Epochs of the rungs: {', '.join(map(str, epochs))}. "
+        "The better half by validation NLL enters the next rung."
     )
 
 
