@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Protocol, TypeVar
 
-import numpy as np
-from scipy.optimize import nnls
-
 FINALISTS = 2  # trained with all epochs, so that the best has a runner-up
 
 
@@ -87,18 +84,13 @@ def dearest(candidates: Sequence[T], epochs: Sequence[int], cost: Callable[[T, i
     return [*chain.from_iterable(by_rung)]
 
 
-def estimate_seconds(timed: Sequence[tuple[float, float]], costs: Sequence[float]) -> float:
-    """The time of trainings with these costs, by (cost, seconds) of those that were timed; 0 if there are none.
+def estimate_seconds(timed: Sequence[tuple[float, float]], cost: float) -> float:
+    """The time that a cost takes at the rate of the trainings so far, (cost, seconds) each; 0 if there are none.
 
-    A constant for each and a rate, neither below 0, by least squares; from one training, the rate alone.
+    What every training takes anyway counts as if it grew with the cost: the estimate is rather too long than too short.
     """
-    if not timed:
-        return 0.0
-    known, seconds = np.array(timed, float).T
-    scale = known.max() or 1.0
-    factors = np.stack([np.ones(len(known)), known / scale], axis=1)
-    constant, rate = nnls(factors, seconds)[0] if len(timed) > 1 else (0.0, seconds[0])
-    return sum(constant + rate * cost / scale for cost in costs)
+    known, seconds = map(sum, zip(*timed, strict=True)) if timed else (1.0, 0.0)
+    return seconds * cost / known
 
 
 def propose(finalists: Sequence[R], is_worse: Callable[[R, R], bool]) -> R:

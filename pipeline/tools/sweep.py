@@ -116,9 +116,8 @@ def show(strategy: str | None, at: Sequence[str], seeds: Sequence[int], n_depths
     def may_enter(entered: list[Depth], new: Depth) -> bool:
         if minutes is None:
             return True
-        costs = [trainer.cost(new, epochs[0]), *halving.dearest([*entered, new], epochs, trainer.cost)]
-        seconds = halving.estimate_seconds(trainer.timed, [cost for cost in costs if cost])
-        return time.perf_counter() - start + seconds <= 60 * minutes
+        cost = trainer.cost(new, epochs[0]) + sum(halving.dearest([*entered, new], epochs, trainer.cost))
+        return time.perf_counter() - start + halving.estimate_seconds(trainer.timed, cost) <= 60 * minutes
 
     print(describe(name, seeds, len(depths), epochs), flush=True)
     finalists: list[Result] = []

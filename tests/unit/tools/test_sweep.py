@@ -1,8 +1,10 @@
 """sweep: strategies and depths, what an experiment is given, the table and the proposal. See also test_halving."""
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -251,3 +253,53 @@ def test_proposed_line_means_the_same_in_yaml(freeze_until: str | int, line: str
     text = sweep.as_proposal("last", [result(freeze_until, 1.5)])
     assert f"freeze_until: {line}\n" in text
     assert YAML(typ="safe", pure=True).load(f"freeze_until: {line}")["freeze_until"] == freeze_until
+
+
+# Budget
+
+
+@pytest.fixture
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | int, int]]:
+    """Grows by the depths that a sweep trains, and their epochs. Each takes a minute, and one for every epoch."""
+    monkeypatch.setattr(sweep.experiments, "check_images", lambda *_: None)
+    monkeypatch.setattr(sweep.experiments, "names", lambda: {"sweep-partial_freeze-layer3.0-epochs-2-seed-0"})
+    found: list[tuple[str | int, int]] = []
+    clock = SimpleNamespace(seconds=0.0)
+
+    def train(self: Trainer, depth: Depth, epochs: int) -> Result:
+        if cost := self.cost(depth, epochs):
+            clock.seconds += 60 * (1 + epochs)
+            self.timed.append((cost, 60.0 * (1 + epochs)))
+            found.append((depth.freeze_until, epochs))
+        return result(depth.freeze_until, 1 + depth.flops_behind / 1e9)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    return found
+
+
+def test_minutes_leave_depths_out_and_train_the_others_as_without_them(
+    trained: list[tuple[str | int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    depths = freeze_untils()
+    assert len(depths) == 6
+    sweep.show(None, (), (), 8, None)
+    unlimited = trained.copy()
+    assert sorted(epochs for _, epochs in unlimited) == [2] * 5 + [4] * 3 + [8] * 2, "the sixth was there"
+    assert "Not tried" not in capsys.readouterr().out
+    n_entered = []
+    for minutes in (0.1, 30, 60, 90, 120, 1000):
+        trained.clear()
+        sweep.show(None, (), (), 8, minutes)
+        entered = [depths[0], *(depth for depth, epochs in trained if epochs == 2)]
+        n_entered.append(len(entered))
+        assert {epochs for _, epochs in trained} <= {2, 4, 8}
+        assert all(depth in entered for depth, _ in trained)
+        assert [epochs for _, epochs in trained].count(8) == 2
+        said = re.search(rf"^Not tried, because of --minutes {minutes}: (.+)\.$", capsys.readouterr().out, re.MULTILINE)
+        assert (said[1].split(", ") if said else []) == [depth for depth in depths if depth not in entered]
+    assert n_entered == sorted(n_entered)
+    assert n_entered[0] == 2
+    assert n_entered[-1] == 6
+    assert any(2 < n < 6 for n in n_entered), n_entered
+    assert trained == unlimited
