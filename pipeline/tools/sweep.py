@@ -3,11 +3,12 @@
 Reads   params.yaml, and of each experiment data/labels.csv and reports/runs/
 Prints  a table for each rung, and the `freeze_until` to put in params.yaml, with its evidence
 
-Validation judges, cross-fitted as in reports/details.json. Test predictions are not looked at.
+Validation judges, cross-fitted over the epochs from 1 on. Test predictions are not looked at.
 """
 
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from pipeline.training.runs import RUNS, Candidates
 
 DEFAULT = "partial_freeze"  # the strategy, if params.yaml has it
 WEIGHTS = Path("data/weights")
+BEFORE_TRAINING = re.compile(r"\bepoch 0\b")  # in the name of a candidate of a fine-tuned run
 log = logging.getLogger("pipeline")
 
 
@@ -288,11 +290,16 @@ def _read_params(revision: str) -> dict[str, Any]:
 
 
 def read_validation(read: Read, strategy: str, seed: int, study: Study) -> Outcomes:
-    """Cross-fitted outcomes of a run on the validation images."""
+    """Cross-fitted outcomes of a run on the validation images.
+
+    Epoch 0 is no candidate: the network before training is the same at every depth, and can be better than what a few
+    epochs reach. All depths would then look the same.
+    """
     folder = RUNS / strategy / f"seed_{seed}"
     names, arrays = json.loads(read(folder / "run.json"))["candidates"], load(read(folder / "predictions.safetensors"))
     fields = ("predicted", "true_log_probability", "positive_log_probability")
-    candidates = Candidates(names, *(arrays[f"candidates_{each}"] for each in fields))
+    trained = [number for number, name in enumerate(names) if not BEFORE_TRAINING.search(name)]
+    candidates = Candidates([names[i] for i in trained], *(arrays[f"candidates_{each}"][trained] for each in fields))
     return outcomes.cross_fitted(arrays["val_rows"], candidates, study.weight, study.unit)
 
 
@@ -350,7 +357,9 @@ def as_proposal(strategy: str, finalists: Sequence[Result]) -> str:
     ]
     if unclear := [name for name, found in differences.items() if found.low <= 0 <= found.high]:
         lines.append(f"Validation cannot tell it from {', '.join(unclear)}; the cheapest of them is proposed.")
-    if chosen.over_head.high >= 0:
+    if chosen.over_head.low > 0:
+        lines.append("It is worse than the head alone: with this recipe, fine-tuning does not pay at any depth tried.")
+    elif chosen.over_head.high >= 0:
         lines.append("It is not shown to be better than the head alone, which needs no fine-tuning.")
     if n_units < FEW_UNITS:
         lines.append(f"With fewer than {FEW_UNITS} units, the intervals are rough.")

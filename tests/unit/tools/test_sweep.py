@@ -1,5 +1,6 @@
 """sweep: strategies and depths, what an experiment is given, the table and the proposal. See also test_halving."""
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+from safetensors.numpy import save
 from torch import fx
 
 from pipeline.comparison.outcomes import of_predictions
@@ -17,8 +19,8 @@ from pipeline.network import backbones, cuts
 from pipeline.params import load_params
 from pipeline.tools import sweep
 from pipeline.tools.sweep import Depth, Result, Trainer
-from pipeline.training.runs import Predictions
-from tests.factories import CHOICE, ones_study, study_params
+from pipeline.training.runs import Predictions, make_candidates
+from tests.factories import CHOICE, ones_study, predictions, study_params
 
 Edit = Callable[..., None]
 
@@ -233,7 +235,7 @@ def test_deeper_one_is_proposed_if_the_cheaper_one_is_shown_to_be_worse() -> Non
 
 
 def test_cheapest_is_proposed_if_they_cannot_be_told_apart_and_the_text_says_so() -> None:
-    text = sweep.as_proposal("last", [result("blocks.4", 1.5, 1.6), result("blocks.2", 1.5001, 1.6)])
+    text = sweep.as_proposal("last", [result("blocks.4", 1.5, 1.5), result("blocks.2", 1.5001, 1.5)])
     assert "freeze_until: blocks.4\n" in text
     assert "Validation cannot tell it from blocks.2; the cheapest of them is proposed." in text
     assert "It is not shown to be better than the head alone" in text
@@ -244,6 +246,29 @@ def test_single_depth_has_no_runner_up_and_few_units_are_said() -> None:
     assert "freeze_until: 5\n" in text
     assert "runner-up" not in text
     assert "With fewer than 10 units" in text
+
+
+def test_a_proposal_that_is_worse_than_the_head_says_so() -> None:
+    text = sweep.as_proposal("last", [result("blocks.4", 1.5, 2.5)])
+    assert "It is worse than the head alone: with this recipe, fine-tuning does not pay at any depth tried." in text
+    assert "not shown" not in text
+
+
+def test_the_network_before_training_is_no_candidate() -> None:
+    """Here it is the best one, so that all depths would look the same."""
+    study, random = ones_study(40, metric="nll"), np.random.default_rng(0)
+    quality = {"epoch 0": 3.0, "epoch 1": 0.5, "epoch 10": 1.0}
+    logits = {
+        name: np.stack([logit + random.normal(0, 0.1, 40), np.zeros(40)], axis=1) for name, logit in quality.items()
+    }
+    probabilities = {name: predictions(range(40), each).log_probability for name, each in logits.items()}
+    found = make_candidates(probabilities, study.label)
+    fields = ("predicted", "true_log_probability", "positive_log_probability")
+    arrays = {f"candidates_{name}": np.ascontiguousarray(getattr(found, name)) for name in fields}
+    arrays["val_rows"] = np.arange(40)
+    files = {"run.json": json.dumps({"candidates": found.names}).encode(), "predictions.safetensors": save(arrays)}
+    read = sweep.read_validation(lambda path: files[path.name], "partial_freeze", 0, study)
+    assert np.allclose(read.true_log_probability, found.true_log_probability[2])
 
 
 @pytest.mark.parametrize(
