@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import posixpath
 import signal
 import subprocess
 import sys
@@ -53,10 +54,8 @@ def check_images(path: str, made: Sequence[str]) -> None:
 
 def has(path: str) -> bool:
     """Whether DVC or git has `path`, which is relative to this directory, at HEAD."""
-    from dvc.api import DVCFileSystem
-
-    with _dvc_errors():
-        return DVCFileSystem(rev="HEAD").exists(path)
+    with _files("HEAD") as (system, prefix):
+        return system.exists(posixpath.normpath(prefix + path))
 
 
 def names() -> set[str]:
@@ -71,19 +70,29 @@ def names() -> set[str]:
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[Read]:
     """What reads files of an experiment or another revision; ValueError for a file that is not there."""
-    from dvc.api import DVCFileSystem
 
     def read(path: Path) -> bytes:
         try:
-            return system.read_bytes(path.as_posix())  # pyright: ignore[reportReturnType]
+            return system.read_bytes(f"{prefix}{path.as_posix()}")
         except FileNotFoundError:
             raise ValueError(
                 f"{name}: {path} is not in DVC's cache; run: dvc pull, or dvc exp remove {name} to run it again"
             ) from None
 
-    with _dvc_errors():
-        system = DVCFileSystem(rev=name)
+    with _files(name) as (system, prefix):
         yield read
+
+
+@contextlib.contextmanager
+def _files(revision: str) -> Iterator[tuple[Any, str]]:
+    """The files that git and DVC have at a revision, and where this directory is among them: they start at git's top.
+
+    DVC's errors become a ValueError.
+    """
+    from dvc.api import DVCFileSystem
+
+    with _dvc_errors():
+        yield DVCFileSystem(rev=revision, subrepos=True), git("rev-parse", "--show-prefix").strip()
 
 
 def run(name: str, changes: Mapping[str, Any], copied: Sequence[str], target: str) -> None:
