@@ -81,12 +81,27 @@ def report() -> None:
 
 
 @cli.command()
-@click.argument("strategy")
-def sweep(strategy: str) -> None:
-    """Compare the experiments that varied `freeze_until` of STRATEGY."""
+@click.argument("strategy", required=False)
+@click.option(
+    "--at", multiple=True, metavar="CUT", help="A freeze boundary to try, instead of the default; repeatable."
+)
+@click.option("--depths", type=click.IntRange(2), default=8, show_default=True, help="Try so many cut points at most.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="Default: the first of fine_tune.seeds; repeatable.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Try only as many depths as fit, two at least."
+)
+def sweep(
+    strategy: str | None, at: tuple[str, ...], depths: int, seeds: tuple[int, ...], minutes: float | None
+) -> None:
+    """Find out how deep STRATEGY should train: propose its `freeze_until`.
+
+    Trains depths for a few epochs, keeps the better half by validation NLL, doubles the epochs, until two are left. By
+    default of partial_freeze, at cut points spread over the depth. Every training is a DVC experiment; the workspace
+    stays as it is.
+    """
     from pipeline.tools import sweep
 
-    sweep.show(strategy)
+    sweep.show(strategy, at, seeds, depths, minutes)
 
 
 @cli.command()

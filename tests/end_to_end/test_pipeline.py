@@ -872,3 +872,80 @@ def test_runs_of_the_matrix_side_by_side_are_taken_from_the_cache(repository: Re
     assert "compare" in ran
     assert not {name for name in ran if name.startswith("fine_tune")}
     assert all((repository.root / "reports/runs" / cell.replace("-", "/seed_")).is_dir() for cell in cells)
+
+
+SWEEP = ("python", "-m", "pipeline", "sweep")
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What a sweep must leave as it is."""
+
+    status: str
+    branch: str
+    files: dict[str, str]
+
+    @classmethod
+    def of(cls, repository: Repository) -> "Untouched":
+        files = repository.digests("params.yaml", "dvc.lock", "data/plan/*", "models/**/*", "reports/**/*")
+        return cls(repository.git("status", "--porcelain"), repository.git("symbolic-ref", "HEAD"), files)
+
+
+def experiments_of(repository: Repository) -> set[str]:
+    """The names that `dvc exp show` lists."""
+    table = repository.dvc("exp", "show", "--csv")
+    return {row["Experiment"] for row in csv.DictReader(table.splitlines()) if row["Experiment"]}
+
+
+def test_sweep_trains_experiments_once_and_leaves_the_workspace_as_it_is(repository: Repository) -> None:
+    before = Untouched.of(repository)
+    command = [*SWEEP, "--at", "layer2", "--at", "layer3"]
+    text = repository.run(*command)
+    assert Untouched.of(repository) == before
+    names = re.findall(r"sweep-partial_freeze-\S+", text)
+    assert names == [f"sweep-partial_freeze-layer{number}-epochs-2-seed-0" for number in (3, 2)]
+    assert re.search(r"^ +freeze_until: layer[23]$", text, re.MULTILINE)
+    assert "test" not in text
+    assert experiments_of(repository) == {*names}
+    folder = "/".join(split_in_two(repository))
+    trained, committed = (
+        YAML(typ="safe").load(repository.git("show", f"{revision}:dvc.lock"))["stages"]
+        for revision in (f"refs/exps/{folder}/{names[1]}", "HEAD")
+    )
+    assert trained.keys() == committed.keys()
+    changed = {stage for stage, entry in trained.items() if entry != committed[stage]}
+    assert changed == {"plan", "fine_tune@partial_freeze-0"}, "it trains one strategy with one seed"
+
+    done = subprocess.run(command, cwd=repository.root, env=repository.environment, capture_output=True, text=True)
+    assert done.stdout == text
+    assert "dvc exp run" not in done.stderr
+    assert experiments_of(repository) == {*names}
+
+    with repository.params() as params:
+        params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = "layer2"
+    assert "fine_tune@partial_freeze-0" not in repository.repro(), "it is taken from DVC's cache"
+    assert repository.read_json("reports/runs/partial_freeze/seed_0/run.json")["network"]["boundary"] == "layer2.0.act2"
+
+
+def split_in_two(repository: Repository) -> tuple[str, str]:
+    """The commit of HEAD, as DVC names the directory of its experiments."""
+    commit = repository.git("rev-parse", "HEAD").strip()
+    return commit[:2], commit[2:]
+
+
+def test_sweep_that_fails_in_between_leaves_the_workspace_as_it_is_and_goes_on_later(repository: Repository) -> None:
+    with repository.params() as params:
+        params["runtime"]["store_max_gb"] = 0.0015  # room for the activations at layer3, not for those at layer1
+    repository.commit()
+    before = Untouched.of(repository)
+    output = repository.run(*SWEEP, "--at", "layer1", "--at", "layer3", is_checked=False)
+    assert "runtime.store_max_gb" in output
+    assert output.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in output
+    assert Untouched.of(repository) == before
+    assert experiments_of(repository) == {"sweep-partial_freeze-layer3-epochs-2-seed-0"}
+    assert not [*(repository.root / ".dvc/tmp/exps/standalone").glob("tmp*")]
+
+    text = repository.run(*SWEEP, "--at", "layer3")
+    assert experiments_of(repository) == {"sweep-partial_freeze-layer3-epochs-2-seed-0"}
+    assert "freeze_until: layer3\n" in text
