@@ -31,7 +31,6 @@ from pipeline.comparison.tables import teraflops
 from pipeline.dataset import manifest
 from pipeline.dataset.units import FEW_UNITS, unit_of
 from pipeline.network import backbones, cuts
-from pipeline.network.backbones import Backbone
 from pipeline.params import HEAD_ONLY, PARAMS, Params, Strategy, load_params
 from pipeline.tools import experiments, halving
 from pipeline.tools.experiments import Read
@@ -169,7 +168,10 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
     if not points:
         raise ValueError(f"{backbone.name} has no cut point: it can be frozen only whole or not at all")
     place = {cuts.NONE: -1, **{point.name: i for i, point in enumerate(points)}, cuts.ALL: len(points) - 1}
-    end = place[_resolve(backbone, params.features.cut, "params.yaml: features.cut")]
+    try:
+        end = place[cuts.resolve_cuts(backbone, params.features.cut, params.features.pool)[-1]]
+    except ValueError as error:
+        raise ValueError(f"params.yaml: features.cut: {error}") from None
     flops = [point.flops_before for point in points] + [0]  # the last for none, at place -1
 
     def depth(freeze_until: str | int, i: int) -> Depth:
@@ -177,7 +179,10 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
 
     if at:
         given = [int(each) if each.isdecimal() else each for each in at]
-        found = {place[_resolve(backbone, each, f"--at {each}")]: each for each in given}
+        try:
+            found = {place[cuts.resolve(backbone, each)]: each for each in given}
+        except ValueError as error:
+            raise ValueError(f"--at: {error}") from None
         if behind := [each for i, each in found.items() if i > end]:
             raise ValueError(f"--at {behind[0]}: lies behind features.cut, {params.features.cut}, where the base ends")
         return [depth(found[i], i) for i in sorted(found, reverse=True)]
@@ -188,13 +193,6 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
         raise ValueError(f"{backbone.name}: no cut point lies between two of its layers; name one with --at")
     names = {i: block for block, i in blocks.items() if cuts.resolve(backbone, block) == points[i].name}
     return halving.spread([depth(names.get(i, points[i].name), i) for i in reversed(ends)], n)
-
-
-def _resolve(backbone: Backbone, where: str | int, key: str) -> str:
-    try:
-        return cuts.resolve(backbone, where)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
 
 
 @dataclass
