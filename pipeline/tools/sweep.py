@@ -104,7 +104,7 @@ def show(strategy: str | None, at: Sequence[str], seeds: Sequence[int], n_depths
     """
     params = load_params()
     name = choose_strategy(params, strategy)
-    seeds = [*seeds] or [*params.fine_tune.seeds, *params.split.seeds][:1]
+    seeds = [*dict.fromkeys(seeds)] or [*params.fine_tune.seeds, *params.split.seeds][:1]
     if unsplit := [seed for seed in seeds if seed not in params.split.seeds]:
         raise ValueError(f"--seed {unsplit[0]}: expected some of split.seeds, {[*params.split.seeds]}")
     head = experiments.check_workspace()
@@ -170,6 +170,7 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
         raise ValueError(f"{backbone.name} has no cut point: it can be frozen only whole or not at all")
     place = {cuts.NONE: -1, **{point.name: i for i, point in enumerate(points)}, cuts.ALL: len(points) - 1}
     end = place[_resolve(backbone, params.features.cut, "params.yaml: features.cut")]
+    place[cuts.ALL] = end
     flops = [point.flops_before for point in points] + [0]  # the last for none, at place -1
 
     def depth(freeze_until: str | int, i: int) -> Depth:
@@ -358,7 +359,7 @@ def as_proposal(strategy: str, finalists: Sequence[Result]) -> str:
     if unclear := [name for name, found in differences.items() if found.low <= 0 <= found.high]:
         lines.append(f"Validation cannot tell it from {', '.join(unclear)}; the cheapest of them is proposed.")
     if chosen.over_head.low > 0:
-        lines.append("It is worse than the head alone: with this recipe, fine-tuning does not pay at any depth tried.")
+        lines.append("It is worse than the head alone, which needs no fine-tuning.")
     elif chosen.over_head.high >= 0:
         lines.append("It is not shown to be better than the head alone, which needs no fine-tuning.")
     if n_units < FEW_UNITS:
