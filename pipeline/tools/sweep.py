@@ -184,7 +184,7 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
         return [depth(found[i], i) for i in sorted(found, reverse=True)]
     last = {point.weight_layers_before: i for i, point in enumerate(points[: end + 1])}  # of equal ones, the cheapest
     blocks = {cuts.block(backbone.module, points[i].name): i for i in last.values()}
-    ends = sorted(i for i in blocks.values() if points[i].weight_layers_before < points[end].weight_layers_before)
+    ends = sorted(i for i in blocks.values() if i < end)  # `end` stands for all behind the last layer
     if not ends:
         raise ValueError(f"{backbone.name}: no cut point lies between two of its layers; name one with --at")
     names = {i: block for block, i in blocks.items() if cuts.resolve(backbone, block) == points[i].name}
