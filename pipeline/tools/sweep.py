@@ -103,7 +103,7 @@ def show(strategy: str | None, at: Sequence[str], seeds: Sequence[int], n_depths
     """
     params = load_params()
     name = choose_strategy(params, strategy)
-    seeds = [*seeds] or [*params.fine_tune.seeds, *params.split.seeds][:1]
+    seeds = [*dict.fromkeys(seeds)] or [*params.fine_tune.seeds, *params.split.seeds][:1]
     if unsplit := [seed for seed in seeds if seed not in params.split.seeds]:
         raise ValueError(f"--seed {unsplit[0]}: expected some of split.seeds, {[*params.split.seeds]}")
     head = experiments.check_workspace()
@@ -172,6 +172,7 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
         end = place[cuts.resolve_cuts(backbone, params.features.cut, params.features.pool)[-1]]
     except ValueError as error:
         raise ValueError(f"params.yaml: features.cut: {error}") from None
+    place[cuts.ALL] = end
     flops = [point.flops_before for point in points] + [0]  # the last for none, at place -1
 
     def depth(freeze_until: str | int, i: int) -> Depth:
@@ -179,16 +180,18 @@ def find_depths(params: Params, at: Sequence[str], n: int) -> list[Depth]:
 
     if at:
         given = [int(each) if each.isdecimal() else each for each in at]
-        try:
-            found = {place[cuts.resolve(backbone, each)]: each for each in given}
-        except ValueError as error:
-            raise ValueError(f"--at: {error}") from None
+        found = {}
+        for each in given:
+            try:
+                found[place[cuts.resolve(backbone, each)]] = each
+            except ValueError as error:
+                raise ValueError(f"--at {each}: {error}") from None
         if behind := [each for i, each in found.items() if i > end]:
             raise ValueError(f"--at {behind[0]}: lies behind features.cut, {params.features.cut}, where the base ends")
         return [depth(found[i], i) for i in sorted(found, reverse=True)]
     last = {point.weight_layers_before: i for i, point in enumerate(points[: end + 1])}  # of equal ones, the cheapest
     blocks = {cuts.block(backbone.module, points[i].name): i for i in last.values()}
-    ends = sorted(i for i in blocks.values() if points[i].weight_layers_before < points[end].weight_layers_before)
+    ends = sorted(i for i in blocks.values() if i < end)  # `end` stands for all behind the last layer
     if not ends:
         raise ValueError(f"{backbone.name}: no cut point lies between two of its layers; name one with --at")
     names = {i: block for block, i in blocks.items() if cuts.resolve(backbone, block) == points[i].name}
@@ -356,7 +359,7 @@ def as_proposal(strategy: str, finalists: Sequence[Result]) -> str:
     if unclear := [name for name, found in differences.items() if found.low <= 0 <= found.high]:
         lines.append(f"Validation cannot tell it from {', '.join(unclear)}; the cheapest of them is proposed.")
     if chosen.over_head.low > 0:
-        lines.append("It is worse than the head alone: with this recipe, fine-tuning does not pay at any depth tried.")
+        lines.append("It is worse than the head alone, which needs no fine-tuning.")
     elif chosen.over_head.high >= 0:
         lines.append("It is not shown to be better than the head alone, which needs no fine-tuning.")
     if n_units < FEW_UNITS:

@@ -57,8 +57,8 @@ def set_aside(strategy: Strategy, rows: np.ndarray, label: np.ndarray, unit: np.
     aside = np.isin(unit[rows], units[order[every - 1 :: every]])
     if not aside.any():
         raise ValueError(
-            f"learning_rates: found {len(strategy.learning_rates)}, more than halving_keeps ({strategy.halving_keeps}), "
-            f"but of {len(units)} training units none can be set aside to halve them; expected fewer learning rates"
+            f"learning_rates: {len(units)} training units are too few to set some aside and halve "
+            f"{len(strategy.learning_rates)} learning rates; expected at most halving_keeps ({strategy.halving_keeps})"
         )
     return rows[aside]
 

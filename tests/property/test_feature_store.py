@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -207,9 +208,9 @@ def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(
     asked: list[Row] = []
     load = Loader.load
 
-    def counted(self: Loader, batches: Sequence[Sequence[Row]]) -> Iterator[torch.Tensor]:
+    def counted(self: Loader, batches: Sequence[Sequence[Row]], **options: Any) -> Iterator[torch.Tensor]:
         asked.extend(row for batch in batches for row in batch)
-        return load(self, batches)
+        return load(self, batches, **options)
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "load", counted)

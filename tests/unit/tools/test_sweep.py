@@ -92,6 +92,7 @@ def test_depths_end_where_the_base_does(edit: Edit) -> None:
     assert freeze_untils() == ["layer2.0", "layer1.0", "maxpool", "conv1.5", "conv1.2"]
     with pytest.raises(ValueError, match=r"--at layer4: lies behind features\.cut, layer3, where the base ends"):
         freeze_untils("layer4")
+    assert freeze_untils("all", "layer2") == ["all", "layer2"]
     edit(features__cut="conv1.1")
     with pytest.raises(ValueError, match="no cut point lies between two of its layers; name one with --at"):
         freeze_untils()
@@ -250,7 +251,7 @@ def test_single_depth_has_no_runner_up_and_few_units_are_said() -> None:
 
 def test_a_proposal_that_is_worse_than_the_head_says_so() -> None:
     text = sweep.as_proposal("last", [result("blocks.4", 1.5, 2.5)])
-    assert "It is worse than the head alone: with this recipe, fine-tuning does not pay at any depth tried." in text
+    assert "It is worse than the head alone, which needs no fine-tuning." in text
     assert "not shown" not in text
 
 
