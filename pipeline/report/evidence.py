@@ -173,10 +173,12 @@ def recipe(network: Json, chosen: Sequence[list[float] | None]) -> str:
     augmentation, epochs = given["augmentation"], _n(given["epochs"], "epoch")
     amounts = [name for name, value in augmentation.items() if name != "seed" and value not in AT_REST]
     rates = [given["learning_rate_base"], given["learning_rate_head"]]
-    tried = [" and ".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in given["learning_rates"] or [rates]]
-    used = [" and ".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in chosen if pair]
+    tried, used = (
+        ["/".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in pairs if pair]  # of base/head
+        for pairs in (given["learning_rates"] or [rates], chosen)
+    )
     views = {0: "view 0 only", "every_epoch": "a new view in every epoch"}
-    shown = views.get(given["views"], _n(given["views"], "view") if given["views"] != "every_epoch" else "")
+    shown = views.get(given["views"]) or _n(given["views"], "view")
     if given["views"] and amounts:
         shown += f" ({', '.join(f'{name} {_plain(augmentation[name])}' for name in amounts)})"
     words = [

@@ -1,11 +1,13 @@
 """Figures as text, and tables and charts that are cut short."""
 
+from typing import Any
+
 import pytest
 
 from pipeline.params import HEAD_ALL_SEEDS
 from pipeline.report import evidence
 from pipeline.report.provenance import Timing
-from tests.factories import REPOSITORY
+from tests.factories import REPOSITORY, strategy
 
 
 def test_many_classes_are_cut_short(monkeypatch: pytest.MonkeyPatch):
@@ -47,3 +49,28 @@ def test_minutes_are_a_mean_over_seeds_of_what_ran_on_this_machine():
     found = evidence.minutes(timings, strategies)
     assert found == {"feature_extraction": "1.0", "full": "7.5", "extract": "1.5"}
     assert evidence.minutes([], strategies) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "expected"),
+    [
+        (
+            {"views": 0},
+            None,
+            "from the cached head; frozen until layer3; 2 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
+            "learning rate 0.001; weight decay 0; BatchNorm frozen; view 0 only; patience 2.",
+        ),
+        (
+            {"learning_rates": ((1e-4, 1e-4), (1e-5, 1e-3)), "views": "every_epoch", "mixup": 0.2, "precision": "bf16"},
+            [1e-5, 1e-3],
+            "from the cached head; frozen until layer3; 2 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
+            "learning rate 0.0001, 1e-05/0.001 (chosen: 1e-05/0.001); weight decay 0; BatchNorm frozen; "
+            "a new view in every epoch (flips both); mixup 0.2; patience 2; bf16.",
+        ),
+    ],
+)
+def test_a_recipe_is_one_line(changes: dict[str, Any], chosen: list[float] | None, expected: str):
+    recipe = strategy(**changes).model_dump(mode="json")
+    run = {"network": {"boundary": "layer3", "recipe": recipe}, "chosen": {"epoch": 1, "learning_rates": chosen}}
+    head = {"runs": [{"network": {"boundary": "all"}, "chosen": {}}]}
+    assert evidence.recipes({"feature_extraction": head, "tuned": {"runs": [run]}}) == {"tuned": expected}
