@@ -277,16 +277,19 @@ def test_every_epoch_has_a_view_of_its_own_at_boundary_zero_and_nothing_but_pixe
 
 
 def test_learning_rates_are_chosen_on_validation_and_each_that_is_left_is_a_candidate(tune: Tune) -> None:
-    rates = [1e-5, [1e-3, 1e-2], 1e-3]
+    rates, weak = [1e-5, [1e-3, 1e-2], 1e-4], {"regularization_strengths": [30.0]}  # a head from which one can learn
     alone = [
-        tune(TINY, {"learning_rate_base": base, "learning_rate_head": head, "epochs": 2})
-        for base, head in ((1e-5, 1e-5), (1e-3, 1e-2), (1e-3, 1e-3))
+        tune(TINY, {"learning_rate_base": base, "learning_rate_head": head, "epochs": 2}, head=weak)
+        for base, head in ((1e-5, 1e-5), (1e-3, 1e-2), (1e-4, 1e-4))
     ]
     best = min(alone, key=lambda run: min(line["val_loss"] for line in run.curve))
-    found = tune(TINY, {"learning_rates": rates, "epochs": 2})
+    assert alone.index(best) == 1
+    assert best.chosen["epoch"] > 0
+    found = tune(TINY, {"learning_rates": rates, "epochs": 2}, head=weak)
     assert is_same_run(found, best)
-    chosen = ([1e-5, 1e-5], [1e-3, 1e-2], [1e-3, 1e-3])[alone.index(best)]
-    assert found.chosen == best.chosen | {"learning_rates": chosen}
+    assert found.chosen == best.chosen | {"learning_rates": [1e-3, 1e-2]}
+    last = alone[2].curve  # each rate starts from the cached head
+    assert found.other_curves == {"learning rate 1e-05": alone[0].curve, "learning rate 0.0001": last}
     assert found.candidates.names[0] == "learning rate 1e-05, epoch 0"
     assert len(found.candidates.names) == 1 + 3 * 2  # the start once
     assert len(found.other_curves) == 2
