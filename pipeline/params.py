@@ -462,8 +462,14 @@ def load_params(path: Path = PARAMS) -> Params:
     try:
         return Params.model_validate_json(json.dumps(_with_defaults(document)))
     except ValidationError as error:
-        mistakes = [_describe(dict(mistake), document) for mistake in error.errors()]
-        raise ValueError("\n".join(f"{path}: {mistake}" for mistake in dict.fromkeys(mistakes))) from None
+        mistakes = [(_origin([*mistake["loc"]], document), dict(mistake)) for mistake in error.errors()]
+        wrong = [where for where, _ in mistakes]
+        lines = {
+            f"{path}: {_describe(where, mistake)}": None
+            for where, mistake in mistakes
+            if not any(where[:n] in wrong for n in range(len(where)))  # what is no section lacks no keys
+        }
+        raise ValueError("\n".join(lines)) from None
 
 
 def _with_defaults(document: Any) -> Any:  # noqa: ANN401
@@ -507,7 +513,14 @@ EXPECTED = {  # replaces those of pydantic's messages that speak of Python, by t
 
 
 def _origin(where: list, document: dict) -> list:
-    """Where a key of an augmentation of fine-tuning was given: there, in `augmentations`, or in `augmentation`."""
+    """Where the value at `where` of the merged document was given: in a strategy, in the defaults, …
+
+    A key of an augmentation of fine-tuning: there, in `augmentations`, or in `augmentation`.
+    """
+    match where:  # "[key]" stands for the name of the strategy itself
+        case ["fine_tune", "strategies", name, key, *_] if key != "[key]":
+            if key not in document["fine_tune"]["strategies"][name]:
+                where = ["fine_tune", "defaults", *where[3:]]
     for name, length in (("augmentation", 1), ("augmentations", 2)):
         if where[:1] == ["fine_tune"] and name in where[1:-length]:
             end = where.index(name) + length
@@ -520,14 +533,8 @@ def _origin(where: list, document: dict) -> list:
     return where
 
 
-def _describe(mistake: dict, document: dict) -> str:
+def _describe(where: list, mistake: dict) -> str:
     """One line: the key, what was found, what was expected."""
-    where = list(mistake["loc"])
-    match where:  # "[key]" stands for the name of the strategy itself
-        case ["fine_tune", "strategies", name, key, *_] if key != "[key]":
-            if key not in document["fine_tune"]["strategies"][name]:
-                where[1:3] = ["defaults"]
-    where = _origin(where, document)
     key = f"{'.'.join(map(str, where))}: " if where else ""
     if mistake["type"] == "missing":
         return f"{key}is missing"
@@ -536,7 +543,7 @@ def _describe(mistake: dict, document: dict) -> str:
         known = {field for record in records for field in record.model_fields}
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         return f"{key}unknown key; expected {near[0] if near else 'only keys of the params.yaml in git'}"
-    if (where[-1:], mistake["type"]) == (["augmentation"], "model_type"):
+    if where[-1:] == ["augmentation"] != where and mistake["type"] == "model_type":
         mistake["type"] = "augmentation"
     found = "" if isinstance(mistake["input"], dict) else f"found {json.dumps(mistake['input'])}; "
     message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "expected it to")

@@ -275,6 +275,7 @@ def test_a_section_of_fine_tune_that_is_none_is_one_line(key: str, value: Any, e
             "fine_tune.augmentations.light.huh: unknown key; expected hue",
         ),
         ({"augmentation.hue": 2.0}, "augmentation.hue: found 2.0; expected"),
+        ({"augmentation": 3}, "augmentation: found 3; expected a section with keys"),
         ({"augmentation.scale": [1.0, "x"]}, 'augmentation.scale.1: found "x"; expected'),
     ],
 )
