@@ -38,6 +38,7 @@ NO_MEMORY = re.compile(
 KILLED_WORKER = re.compile(r"DataLoader worker \(pid.*")  # torch's own message
 NO_SHARED_MEMORY = re.compile(r"unable to (allocate|write|open|resize).*/torch_|signal: Bus error", re.IGNORECASE)
 NO_MORE_ALLOWED = re.compile(r"can't start new thread|items of ancdata|Too many open files", re.IGNORECASE)
+NO_SPACE = re.compile(r"No space left|Disk quota exceeded")
 WORKERS = "runtime.workers"
 
 log = logging.getLogger("pipeline")
@@ -105,6 +106,8 @@ def explain(error: Exception, memory: Sequence[str] = ()) -> str | None:
         is_crash = "signal:" in words and "Killed" not in words
         why = "an image crashes its decoder" if is_crash else "memory is probably full"
         return f"a process that decodes images was killed ({short}); {why}; lower {WORKERS} in params.yaml"
+    if NO_SPACE.search(words) and isinstance(error, OSError):
+        return f"{words}; make room there, or set runtime.store to a directory on another disk if it is the store"
     return words if isinstance(error, OSError) else None
 
 

@@ -541,7 +541,7 @@ def _describe(where: list, mistake: dict) -> str:
     if mistake["type"] == "extra_forbidden":
         records = [record for record in Record.__subclasses__() if record.__module__ == __name__]
         known = {field for record in records for field in record.model_fields}
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        near = difflib.get_close_matches(str(where[-1]), known - {where[-1]}, n=1)  # it may be a key elsewhere
         return f"{key}unknown key; expected {near[0] if near else 'only keys of the params.yaml in git'}"
     if where[-1:] == ["augmentation"] != where and mistake["type"] == "model_type":
         mistake["type"] = "augmentation"

@@ -50,6 +50,10 @@ def test_stage_that_is_done_just_ends() -> None:
         (ValueError("params.yaml: x: found 1, expected 2"), "error: params.yaml: x: found 1, expected 2"),
         (FileNotFoundError("data/images.csv"), "error: data/images.csv"),
         (OSError("file write failed:\n  errno = 28,\n  No space left"), "error: file write failed: errno = 28, No"),
+        (
+            OSError(28, "No space left on device", "/a/b.h5"),
+            "error: [Errno 28] No space left on device: '/a/b.h5'; make room there, or set runtime.store to ",
+        ),
     ],
 )
 def test_mistake_is_one_line(error: Exception, line: str) -> None:

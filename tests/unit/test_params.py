@@ -213,6 +213,7 @@ def test_a_strategy_has_the_defaults_that_it_does_not_override(tmp_path: Path):
     [
         ({"momentum": 1.5}, "fine_tune.defaults.momentum: found 1.5; expected it to be less than 1"),
         ({"momentun": 0.5}, "fine_tune.defaults.momentun: unknown key; expected momentum"),
+        ({"learning_rate": 0.1}, "fine_tune.defaults.learning_rate: unknown key; expected learning_rates"),
         ({"momentum": "DELETE"}, "fine_tune.defaults.momentum: is missing"),
         (
             {"learning_rates": [0.1, 0.1]},
