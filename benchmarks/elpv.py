@@ -1,7 +1,8 @@
 """The published ELPV protocol on seeded splits: `python -m benchmarks.elpv [--validation] [--set KEY=VALUE …]`.
 
 Reads   params.yaml, changed by benchmarks/elpv.yaml and `--set`
-Writes  reports/elpv.json; data/.elpv/<key>/, where the stages run, so that the next call goes on where this one ended
+Writes  reports/elpv.json, without `--set`; data/.elpv/<key>/, where the stages run, so that the next call goes on where
+        this one ended, and elpv.json there with `--set`
 
 75 % of the images train and validate, 25 % test, stratified by defect probability and type of module; an image counts
 by its defect probability, a functional one by 1 (Deitsch et al. 2019, "Automatic classification of defective
@@ -48,7 +49,11 @@ STUDIES = REPOSITORY / "data" / ".elpv"
 FIRST_VALIDATION_SEED = 100
 PUBLISHED = {"SVM, published": 0.8244, "VGG19 fine-tuned, published": 0.8842}  # weighted accuracy
 SUBSETS = {"mono": "monocrystalline", "poly": "polycrystalline"}
-FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on
+FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on; but not the seeds of folds
+USED = (
+    "files.py",
+    *(f"{package}/*.py" for package in ("dataset", "ingest", "network", "features", "training", "stages")),
+)
 Step = Callable[[], None]
 
 yaml = YAML(typ="safe", pure=True)
@@ -73,7 +78,7 @@ def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     results = {name: score(found, labels, scored) | {"device": where} for name, found in runs.items()}
     if not is_validation:
-        write_json(RESULTS, results)
+        write_json(work / RESULTS.name if changes else RESULTS, results)
     options = params.split
     share = options.val_fraction if is_validation else options.test_fraction
     rest = 1 - options.test_fraction - (options.val_fraction if is_validation else 0)
@@ -82,15 +87,16 @@ def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
 
 def locate(found: dict[str, Any]) -> Path:
     """The directory of the study: one for all that can change a run, but for how many there are."""
+    free = FREE | ({"split": []} if found["split"]["method"] == "folds" else {})
     fixed = {
-        name: {key: value for key, value in section.items() if key not in FREE.get(name, ())}
+        name: {key: value for key, value in section.items() if key not in free.get(name, ())}
         if isinstance(section, dict)
         else section
         for name, section in found.items()
         if name != "runtime"
     }
     device = choose_device(found["runtime"]["device"]).type
-    code = digest_of_code(modules=("**/*.py",))
+    code = digest_of_code(modules=USED)
     return STUDIES / digest({"params": fixed, "device": device, "code": code, "versions": extraction.versions()})[:16]
 
 

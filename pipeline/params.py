@@ -69,8 +69,11 @@ def _views(number: object) -> object:
     return number
 
 
-def _pair(rate: object) -> object:
-    return tuple(rate) if isinstance(rate, list | tuple) else (rate, rate)
+def _pair(rate: object) -> tuple[object, ...]:
+    pair = tuple(rate) if isinstance(rate, list | tuple) else (rate, rate)
+    if len(pair) != 2 or not {*map(type, pair)} <= {int, float}:
+        raise ValueError("expected a number above 0, or [base, head]")
+    return pair
 
 
 def _cut(where: object) -> object:
@@ -318,6 +321,7 @@ class Strategy(Record):
     weight_decay: NonNegative
     gradient_clipping: Positive | None
     ema: BelowOne
+    ema_warm_up: Annotated[float, Field(gt=0, le=1)]
     label_smoothing: BelowOne
     class_weights: Literal["none", "balanced"]
     precision: Precision
@@ -521,16 +525,19 @@ def _origin(where: list, document: dict) -> list:
         case ["fine_tune", "strategies", name, key, *_] if key != "[key]":
             if key not in document["fine_tune"]["strategies"][name]:
                 where = ["fine_tune", "defaults", *where[3:]]
-    for name, length in (("augmentation", 1), ("augmentations", 2)):
-        if where[:1] == ["fine_tune"] and name in where[1:-length]:
-            end = where.index(name) + length
-            given: Any = document
-            for key in where[:end]:
-                given = given[key]
-            if isinstance(given, str):
-                return _origin(["fine_tune", "augmentations", given, *where[end:]], document)
-            return where if where[end] in given else ["augmentation", *where[end:]]
-    return where
+    match where:
+        case ["fine_tune", "augmentations", _, key, *_] | ["fine_tune", "defaults", "augmentation", key, *_]:
+            end = 3
+        case ["fine_tune", "strategies", _, "augmentation", key, *_]:
+            end = 4
+        case _:
+            return where
+    given: Any = document
+    for name in where[:end]:
+        given = given[name]
+    if isinstance(given, str):
+        return _origin(["fine_tune", "augmentations", given, *where[end:]], document)
+    return where if key in given else ["augmentation", *where[end:]]
 
 
 def _describe(where: list, mistake: dict) -> str:

@@ -171,6 +171,7 @@ def strategy(**changes: Any) -> Strategy:
         "learning_rate_base": 1e-3,
         "learning_rate_head": 1e-3,
         "learning_rates": (),
+        "ema_warm_up": 0.75,
         "halving_keeps": 3,
         "halving_epochs": 2,
         "halving_share": 0.2,

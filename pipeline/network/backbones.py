@@ -21,7 +21,12 @@ from pipeline.network.preprocessing import Preprocessing
 from pipeline.network.weights import WEIGHTS, State, bundled_state, load_own
 from pipeline.params import BackboneChoice, Geometry, JpegDecoding
 
+DROPPING = {"DropPath": "drop_prob", "StochasticDepth": "p"}  # layers of timm and torchvision, and their rates
 AUXILIARY = ("AuxLogits", "aux1", "aux2")  # classifiers of Inception and GoogLeNet that serve training only
+
+
+class NoDropPathError(ValueError):
+    """The network has no stochastic depth."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None
     """Build the network and load its weights; ValueError in one line if name, weights or size do not fit.
 
     `drop_path`: the rate of stochastic depth in the last block, of training (Huang et al. 2016, "Deep networks with
-    stochastic depth"); None: as the library builds the network.
+    stochastic depth"), 0: none; None: as the library builds the network. NoDropPathError if the network has none.
     """
     library, _, name = choice.name.partition("/")
     with torch.random.fork_rng(devices=[]):
@@ -59,7 +64,7 @@ def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None
         else:
             built = _build_timm(name, choice.weights, image_size, drop_path)
     network, geometry = built.network, built.preprocessing
-    if library == "torchvision" and drop_path is not None:
+    if drop_path == 0 or (drop_path and library == "torchvision"):
         _set_drop_path(choice.name, network, drop_path)
     if choice.weights == "bundled":
         network.load_state_dict(bundled_state(choice.name, network.state_dict()))
@@ -96,8 +101,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def has_drop_path(network: nn.Module) -> bool:
     """Whether a layer of the network drops residual branches in training."""
-    rates = {"DropPath": "drop_prob", "StochasticDepth": "p"}  # of timm and torchvision
-    return any(getattr(module, rates.get(type(module).__name__, ""), None) for module in network.modules())
+    return any(getattr(layer, rate) for layer, rate in _dropping(network))
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -201,7 +205,7 @@ def _build_timm(name: str, weights: str, size: int | None, drop_path: float | No
     except Exception as error:
         raise_if_of_machine(error)
         if "drop_path_rate" in str(error):
-            raise ValueError(f"timm/{name} has no stochastic depth") from None
+            raise NoDropPathError(f"timm/{name} has no stochastic depth") from None
         if weights != "default" or isinstance(error, AssertionError | TypeError):
             raise ValueError(f"params.yaml: backbone.name: timm/{name} cannot be built ({one_line(error)})") from None
         raise _unreachable(f"timm/{name}", error) from None
@@ -262,13 +266,19 @@ def _remove(network: nn.Module, paths: list[str]) -> None:
 
 
 def _set_drop_path(name: str, network: nn.Module, rate: float) -> None:
-    """Scale the rates that torchvision gives its layers, so that the last block has `rate`."""
-    layers = [module for module in network.modules() if type(module).__name__ == "StochasticDepth"]
-    largest = max((float(layer.p) for layer in layers), default=0.0)  # pyright: ignore[reportArgumentType]
-    if not largest and rate:
-        raise ValueError(f"{name} has no stochastic depth")
-    for layer in layers:
-        layer.p *= rate / largest  # pyright: ignore[reportOperatorIssue]
+    """Scale the rates that the library gives the layers, so that the last block has `rate`."""
+    layers = _dropping(network)
+    largest = max((getattr(layer, key) or 0.0 for layer, key in layers), default=0.0)
+    if rate and not largest:
+        raise NoDropPathError(f"{name} has no stochastic depth")
+    for layer, key in layers:
+        setattr(layer, key, getattr(layer, key) * rate / largest if rate else 0.0)
+
+
+def _dropping(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The layers that drop residual branches, and the name of their rate."""
+    found = ((layer, DROPPING.get(type(layer).__name__)) for layer in network.modules())
+    return [(layer, key) for layer, key in found if key]
 
 
 def _measure_width(name: str, network: nn.Module, size: int) -> int:

@@ -33,7 +33,7 @@ COSTS = {
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 AT_REST = (0, "none", False, [1.0, 1.0])  # of an augmentation
-OPTIONAL = ("mixup", "dropout", "drop_path", "ema", "gradient_clipping", "label_smoothing", "patience")  # of a recipe
+OPTIONAL = ("mixup", "dropout", "ema", "gradient_clipping", "label_smoothing", "patience")  # of a recipe
 MAX_CLASSES = 20  # with a bar each
 MAX_MATRIX = 40  # classes of a confusion matrix
 
@@ -177,19 +177,23 @@ def recipe(network: Json, chosen: Sequence[list[float] | None]) -> str:
         ["/".join(f"{rate:g}" for rate in dict.fromkeys(pair)) for pair in pairs if pair]  # of base/head
         for pairs in (given["learning_rates"] or [rates], chosen)
     )
-    views = {0: "view 0 only", "every_epoch": "a new view in every epoch"}
-    shown = views.get(given["views"]) or _n(given["views"], "view")
+    n_views = network["n_views"]  # flips alone are few, however many epochs there are
+    shown = "a new view in every epoch" if n_views == given["epochs"] > 1 else _n(n_views, "view")
+    shown = shown if given["views"] else "view 0 only"
     if given["views"] and amounts:
         shown += f" ({', '.join(f'{name} {_plain(augmentation[name])}' for name in amounts)})"
     words = [
         "from the cached head" if given["init"] == "cached_head" else "from random weights",
         "nothing frozen" if network["boundary"] == "none" else f"frozen until {network['boundary']}",
         f"{epochs}, {given['warmup_epochs']} of warm-up, then a cosine",
-        f"{given['optimizer']} in batches of {given['batch_size']}",
+        given["optimizer"]
+        + (f" (momentum {given['momentum']:g})" if given["optimizer"] == "sgd" else "")
+        + f" in batches of {given['batch_size']}",
         f"learning rate {', '.join(tried)}" + (f" (chosen: {', '.join(used)})" if len(tried) > 1 else ""),
         f"weight decay {given['weight_decay']:g}",
         f"BatchNorm {'frozen' if given['batchnorm'] == 'frozen' else 'trained'}",
         shown,
+        *([f"drop path {given['drop_path']:g}"] if given["drop_path"] is not None else []),
         *(f"{name.replace('_', ' ')} {given[name]:g}" for name in OPTIONAL if given[name]),
         *([f"{given['class_weights']} class weights"] if given["class_weights"] != "none" else []),
         *([given["precision"]] if given["precision"] != "fp32" else []),

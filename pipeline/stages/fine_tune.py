@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,9 +30,10 @@ from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
-from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
+from pipeline.params import HEAD_ONLY, HeadOptions, Params, Strategy, load_params
 from pipeline.training import checkpoints, choice, fit, heads
 from pipeline.training.fit import Batch, Load, Task
+from pipeline.training.heads import Examples
 from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
 
@@ -77,7 +79,13 @@ def main() -> None:
             inputs = describe(part, images, params, base, plan.model_copy(update={"recipe": one}), seed)
             return checkpoints.locate(network, inputs | {"machine": machine})
 
-        trained = choice.train(network, task, recipe, seed, f"{name}-{seed}", aside, locate)
+        def refit(part: Task) -> dict[str, torch.Tensor]:
+            _, dense = cuts.split(backbone, base.cut)
+            one = heads.build(base.feature_shape, len(labels.class_names), card.head, dense)
+            return refit_head(network[:-1], one.to(device), part, card.head, params.features.views, recipe.precision)
+
+        given = refit if recipe.init == "cached_head" else None
+        trained = choice.train(network, task, recipe, seed, f"{name}-{seed}", aside, locate, given)
         val_predictions, test_predictions = (
             Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
         )
@@ -95,6 +103,7 @@ def main() -> None:
         "boundary": plan.boundary,
         "largest_rounding": largest_rounding,
         "recipe": recipe.model_dump(mode="json"),
+        "n_views": len(cached_views),
     }
     predictions = val_predictions, test_predictions
     chosen, curve, others = trained.chosen, trained.curve, trained.others
@@ -138,6 +147,20 @@ def start(base: BackbonePlan, recipe: Strategy, seed: int, class_names: list[str
     _, dense = cuts.split(backbone, base.cut)
     torch.manual_seed(seed)
     return card, backbone, heads.build(base.feature_shape, len(class_names), card.head, dense)
+
+
+def refit_head(
+    base: nn.Sequential, head: nn.Sequential, task: Task, options: HeadOptions, n_views: int, precision: str
+) -> dict[str, torch.Tensor]:
+    """The state of the new `head`, fitted on features of task.train, in n_views views at most, selected on task.val."""
+    device, views = next(head.parameters()).device, list(dict.fromkeys(task.train_views))[:n_views]
+
+    def examples(rows: np.ndarray, views: Sequence[int]) -> Examples:
+        features = fit.run(base, task, rows, views, "torch", precision, device)
+        return Examples(features, task.label[rows], task.weight[rows])
+
+    train, val = examples(task.train, views), examples(task.val, task.evaluation_views)
+    return heads.fit(head, train, val, options).head.state_dict()
 
 
 def load_activations(

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import logs
 from pipeline.features import engine
 from pipeline.network import backbones, cuts, plans
-from pipeline.network.backbones import Backbone, count_parameters
+from pipeline.network.backbones import Backbone, NoDropPathError, count_parameters
 from pipeline.network.device import choose_device
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
@@ -90,7 +90,7 @@ def plan_strategy(backbone: Backbone, base: BackbonePlan, recipe: Strategy, valu
     if recipe.drop_path is not None:
         try:
             backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
-        except ValueError as error:
+        except NoDropPathError as error:
             raise ValueError(f"params.yaml: {key}.drop_path: {error}; expected null") from None
     try:
         boundary = cuts.resolve(backbone, recipe.freeze_until)

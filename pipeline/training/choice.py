@@ -2,6 +2,7 @@
 
 Halving: Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization". What it
 drops has seen no validation image, so that the validation figures of what is left are judged as those of its epochs.
+Nothing that it starts from has seen the images that judge: a head that was fitted on them favours small learning rates.
 """
 
 import copy
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from pipeline.params import Strategy
@@ -21,6 +23,7 @@ from pipeline.training.fit import NotFiniteError, Task
 from pipeline.training.runs import Candidates, join_candidates
 
 Curve = list[dict[str, Any]]
+State = dict[str, torch.Tensor]
 Rates = tuple[float, float]  # of base and head
 log = logging.getLogger("pipeline")
 
@@ -45,16 +48,20 @@ class Trained:
 def set_aside(strategy: Strategy, rows: np.ndarray, label: np.ndarray, unit: np.ndarray, seed: int) -> np.ndarray:
     """The rows of `rows` whose NLL halves the learning rates; none where there are few learning rates.
 
-    label, unit (n,): of all images. Whole units, stratified by the class of their first image: of the units in random
-    order, sorted by class, every fifth where `halving_share` is 0.2. Raises ValueError if there are too few units.
+    label, unit (n,): of all images. Whole units in random order, `halving_share` of those of each class, which is that
+    of their first image; one of each class stays in training. Where a class has too few for a whole one, as many are
+    taken of several classes together. Raises ValueError if there are too few units.
     """
     if len(strategy.learning_rates) <= strategy.halving_keeps:
         return rows[:0]
     units, first = np.unique(unit[rows], return_index=True)
-    order = np.random.default_rng(seed).permutation(len(units))
-    order = order[np.argsort(label[rows][first][order], kind="stable")]
-    every = round(1 / strategy.halving_share)
-    aside = np.isin(unit[rows], units[order[every - 1 :: every]])
+    order, taken, n_seen = np.random.default_rng(seed).permutation(len(units)), [], 0
+    for index in np.unique(label[rows][first]):
+        own = order[label[rows][first][order] == index]
+        due = round(strategy.halving_share * (n_seen + len(own))) - round(strategy.halving_share * n_seen)
+        taken.extend(own[: min(due, len(own) - 1)])
+        n_seen += len(own)
+    aside = np.isin(unit[rows], units[taken])
     if not aside.any():
         raise ValueError(
             f"learning_rates: {len(units)} training units are too few to set some aside and halve "
@@ -71,53 +78,63 @@ def train(
     name: str,
     aside: np.ndarray,
     locate: Callable[[Strategy, Task], Path],
+    refit: Callable[[Task], State] | None,
 ) -> Trained:
     """Train with each learning rate, in place, and restore the epoch and the rate of the lowest validation NLL.
 
-    `aside`: rows as `set_aside` gives them. `locate`: where the checkpoint of a training is. A rate whose loss is not
-    finite is left out with a warning; raises NotFiniteError if that happens to all of them, and as fit.train does.
+    `aside`: rows as `set_aside` gives them. `locate`: where the checkpoint of a training is. `refit`: the state of a
+    head for halving, fitted on `train` of a task and selected on its `val`; None: halving starts from `network`. A rate
+    whose loss is not finite is left out with a warning; raises NotFiniteError if that happens to all of them, and as
+    fit.train does.
     """
-    start, n_steps, checkpoints = copy.deepcopy(network.state_dict()), 0, []
+    n_steps, checkpoints, is_one = 0, [], len(strategy.learning_rates) < 2
 
-    def train_one(recipe: Strategy, task: Task) -> tuple[int, Curve, Candidates] | NotFiniteError:
+    def train_one(pair: Rates, recipe: Strategy, task: Task, start: State) -> tuple[int, Curve, Candidates] | None:
         nonlocal n_steps
         network.load_state_dict(start)
+        recipe = recipe.with_rates(*pair)
         checkpoints.append(locate(recipe, task))
-        words = (
-            name if len(rates) == 1 else f"{name} at {_words((recipe.learning_rate_base, recipe.learning_rate_head))}"
-        )
         try:
-            found = fit.train(network, task, recipe, seed, words, checkpoints[-1])
+            found = fit.train(
+                network, task, recipe, seed, name if is_one else f"{name} at {_words(pair)}", checkpoints[-1]
+            )
         except NotFiniteError as error:
             n_steps += error.epoch * len(task.train)
-            return error
+            failures.append(error.with_traceback(None))  # whose frames would keep the network's gradients
+            return None
         n_steps += (len(found[1]) - 1) * len(task.train)
         return found
 
     rates = [*strategy.learning_rates] or [(strategy.learning_rate_base, strategy.learning_rate_head)]
-    inner = replace(task, train=np.setdiff1d(task.train, aside), val=aside)
-    epochs = strategy.halving_epochs
-    while len(rates) > strategy.halving_keeps:
-        short = {"epochs": epochs, "patience": None, "warmup_epochs": min(strategy.warmup_epochs, epochs - 1)}
-        tried = [train_one(strategy.with_rates(*pair).model_copy(update=short), inner) for pair in rates]
-        loss = [math.inf if isinstance(one, NotFiniteError) else one[1][-1]["val_loss"] for one in tried]
-        order = sorted(range(len(rates)), key=lambda i: (loss[i], i))
-        kept = order[: max(strategy.halving_keeps, math.ceil(len(rates) / 2))]
-        log.info("%s: of %d learning rates, %d are left after %d epochs", name, len(rates), len(kept), epochs)
-        rates, epochs = [rates[i] for i in sorted(kept)], 2 * epochs
+    start, failures = copy.deepcopy(network.state_dict()), []
+    if len(rates) > strategy.halving_keeps:
+        inner = replace(task, train=np.setdiff1d(task.train, aside), val=aside)
+        if refit is not None:
+            network[-1].load_state_dict(refit(inner))
+        inner_start, epochs = copy.deepcopy(network.state_dict()), strategy.halving_epochs
+        while len(rates) > strategy.halving_keeps:
+            epochs = min(epochs, strategy.epochs)
+            changes = {"epochs": epochs, "patience": None, "warmup_epochs": min(strategy.warmup_epochs, epochs - 1)}
+            short = strategy.model_copy(update=changes)
+            tried = [train_one(pair, short, inner, inner_start) for pair in rates]
+            loss = [math.inf if one is None else one[1][-1]["val_loss"] for one in tried]
+            order = sorted(range(len(rates)), key=lambda i: (loss[i], i))
+            kept = order[: max(strategy.halving_keeps, math.ceil(len(rates) / 2))]
+            rates, epochs = [rates[i] for i in sorted(kept)], 2 * epochs
+            left = "; ".join(_words(pair).removeprefix("learning ") for pair in rates)
+            log.info("%s: of %d learning rates, %d are left: %s", name, len(tried), len(rates), left)
 
     found: dict[Rates, tuple[int, Curve, Candidates]] = {}
-    best, best_state, failures = rates[0], start, []
+    best, best_state = rates[0], start
     for pair in rates:
-        one = train_one(strategy.with_rates(*pair), task)
-        if isinstance(one, NotFiniteError):
-            failures.append(one)
+        one = train_one(pair, strategy, task, start)
+        if one is None:
             continue
         found[pair] = one
         if len(found) == 1 or _loss(one) < _loss(found[best]):
             best, best_state = pair, copy.deepcopy(network.state_dict())
     if not found:
-        raise failures[0]
+        raise failures[-1]
     for failure in failures:
         log.warning("%s; these learning rates are left out", failure)
     network.load_state_dict(best_state)

@@ -35,7 +35,6 @@ from pipeline.training.runs import Candidates, join_candidates, make_candidates
 if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
 
-EMA_WARM_UP = 0.75  # the decay after t steps is at most 1 - t ** -this, timm's advice for few steps: 0.97 after 100
 CHECKED = 100  # steps after which a GPU's loss is looked at, besides the end of an epoch
 log = logging.getLogger("pipeline")
 
@@ -196,13 +195,25 @@ def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
 
 def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
-    device = _device(network)
-    pairs: Batch = [(int(row), view) for row in rows for view in task.evaluation_views]
+    logits = run(network, task, rows, task.evaluation_views, task.evaluation_engine, precision, _device(network))
+    return mean_log_probability(torch.from_numpy(logits)).numpy()
+
+
+def run(
+    module: nn.Module,
+    task: Task,
+    rows: np.ndarray,
+    views: Sequence[int],
+    name: str,
+    precision: str,
+    device: torch.device,
+) -> np.ndarray:
+    """What `module` gives for each view of `rows`, in the engine `name`: (len(rows), len(views), …) float32."""
+    pairs: Batch = [(int(row), view) for row in rows for view in views]
     size = engine.piece_size(task.evaluation_batch, device)
     pieces = task.load([pairs[i : i + size] for i in range(0, len(pairs), size)])
-    outputs = engine.run(network, pieces, task.evaluation_engine, precision, device, task.evaluation_batch)
-    logits = torch.from_numpy(np.concatenate(list(outputs)))
-    return mean_log_probability(logits.unflatten(0, (len(rows), len(task.evaluation_views)))).numpy()
+    outputs = np.concatenate([*engine.run(module, pieces, name, precision, device, task.evaluation_batch)])
+    return outputs.reshape(len(rows), len(views), *outputs.shape[1:])
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -236,7 +247,7 @@ def _average(trained: nn.Sequential, strategy: Strategy) -> "ModelEmaV3 | None":
         return None
     from timm.utils.model_ema import ModelEmaV3
 
-    return ModelEmaV3(trained, strategy.ema, use_warmup=True, warmup_power=EMA_WARM_UP)
+    return ModelEmaV3(trained, strategy.ema, use_warmup=True, warmup_power=strategy.ema_warm_up)
 
 
 def _rate(epoch: float, strategy: Strategy) -> float:
@@ -343,6 +354,5 @@ def _check_finite(name: str, epoch: int, split: str, loss: float) -> None:
     if not math.isfinite(loss):
         raise NotFiniteError(
             epoch,
-            f"{name}: the {split} loss is {loss} in epoch {epoch}; lower learning_rate_base and learning_rate_head, or "
-            "raise warmup_epochs",
+            f"{name}: the {split} loss is {loss} in epoch {epoch}; lower its learning rates, or raise warmup_epochs",
         )

@@ -93,7 +93,8 @@ class Run:
     """One strategy with one seed.
 
     `chosen`: what validation selected. `network`: its number of parameters, the freeze boundary, the largest error of
-    storing features, relative to the largest value of an image, and the recipe of a fine-tuned strategy. `curve`: one
+    storing features, relative to the largest value of an image; of a fine-tuned strategy, the recipe and how many views
+    of an image it trained on, counted by their pixels. `curve`: one
     entry per epoch; `other_curves`: those of the learning rates that validation did not choose, by name.
     """
 

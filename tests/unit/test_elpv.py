@@ -110,6 +110,8 @@ def test_more_seeds_go_on_in_the_same_study_and_other_parameters_do_not():
     assert where(is_validation=True) == where()
     assert where("fine_tune.strategies.full_retrain.epochs=9") != where()
     assert where("threads=2") != where("threads=1")
+    folds = "split.method=folds"  # five folds are other splits than three
+    assert where(folds, "split.seeds=[0,1,2]") != where(folds, "split.seeds=[0,1,2,3,4]")
 
 
 def test_the_interval_over_splits_is_that_of_nadeau_and_bengio():

@@ -216,6 +216,14 @@ def test_a_strategy_has_the_defaults_that_it_does_not_override(tmp_path: Path):
         ({"learning_rate": 0.1}, "fine_tune.defaults.learning_rate: unknown key; expected learning_rates"),
         ({"momentum": "DELETE"}, "fine_tune.defaults.momentum: is missing"),
         (
+            {"learning_rates": ["fast"]},
+            'fine_tune.defaults.learning_rates.0: found "fast"; expected a number above 0, or [base, head]',
+        ),
+        (
+            {"learning_rates": [[0.1, 0.2, 0.3]]},
+            "fine_tune.defaults.learning_rates.0: found [0.1, 0.2, 0.3]; expected a number above 0, or [base, head]",
+        ),
+        (
             {"learning_rates": [0.1, 0.1]},
             "fine_tune.defaults.learning_rates: found [0.1, 0.1]; expected each entry once",
         ),

@@ -153,6 +153,7 @@ def test_tracing_without_memory_is_not_called_untraceable(monkeypatch: pytest.Mo
         ("timm/test_resnet", SIZE),
         ("timm/test_vit", 96),
         ("timm/convnext_atto", SIZE),
+        ("timm/swin_tiny_patch4_window7_224", 224),  # which timm builds with stochastic depth
         ("torchvision/efficientnet_b0", SIZE),
         ("torchvision/convnext_tiny", SIZE),
         ("torchvision/swin_t", SIZE),
@@ -171,7 +172,8 @@ def test_stochastic_depth_changes_neither_weights_nor_cut_points_nor_what_is_pre
     ]
     rates = [float(getattr(layer, "drop_prob", None) or getattr(layer, "p", None) or 0) for layer in layers]
     assert rates == sorted(rates), "deeper blocks are dropped more often"
-    assert 0.8 < rates[-1] <= 0.9001
+    assert rates[0] < 0.5
+    assert rates[-1] == pytest.approx(0.9, abs=0.1 if name.startswith("timm/") else 1e-6)  # timm's rule differs
     dropping.module.train()
     torch.manual_seed(0)
     assert not torch.equal(dropping.module(x), plain.module(x))

@@ -52,25 +52,43 @@ def test_minutes_are_a_mean_over_seeds_of_what_ran_on_this_machine():
 
 
 @pytest.mark.parametrize(
-    ("changes", "chosen", "expected"),
+    ("changes", "n_views", "chosen", "expected"),
     [
         (
-            {"views": 0},
+            {"views": 0, "optimizer": "sgd", "drop_path": 0.0},
+            1,
             None,
-            "from the cached head; frozen until layer3; 2 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
-            "learning rate 0.001; weight decay 0; BatchNorm frozen; view 0 only; patience 2.",
+            "from the cached head; frozen until layer3; 2 epochs, 0 of warm-up, then a cosine; sgd (momentum 0.9) "
+            "in batches of 8; learning rate 0.001; weight decay 0; BatchNorm frozen; view 0 only; drop path 0; "
+            "patience 2.",
         ),
         (
-            {"learning_rates": ((1e-4, 1e-4), (1e-5, 1e-3)), "views": "every_epoch", "mixup": 0.2, "precision": "bf16"},
+            {
+                "learning_rates": ((1e-4, 1e-4), (1e-5, 1e-3)),
+                "views": "every_epoch",
+                "epochs": 9,
+                "mixup": 0.2,
+                "precision": "bf16",
+            },
+            4,
             [1e-5, 1e-3],
-            "from the cached head; frozen until layer3; 2 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
+            "from the cached head; frozen until layer3; 9 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
             "learning rate 0.0001, 1e-05/0.001 (chosen: 1e-05/0.001); weight decay 0; BatchNorm frozen; "
-            "a new view in every epoch (flips both); mixup 0.2; patience 2; bf16.",
+            "4 views (flips both); mixup 0.2; patience 2; bf16.",
+        ),
+        (
+            {"views": "every_epoch", "epochs": 9},
+            9,
+            None,
+            "from the cached head; frozen until layer3; 9 epochs, 0 of warm-up, then a cosine; adamw in batches of 8; "
+            "learning rate 0.001; weight decay 0; BatchNorm frozen; a new view in every epoch (flips both); "
+            "patience 2.",
         ),
     ],
 )
-def test_a_recipe_is_one_line(changes: dict[str, Any], chosen: list[float] | None, expected: str):
+def test_a_recipe_is_one_line(changes: dict[str, Any], n_views: int, chosen: list[float] | None, expected: str):
     recipe = strategy(**changes).model_dump(mode="json")
-    run = {"network": {"boundary": "layer3", "recipe": recipe}, "chosen": {"epoch": 1, "learning_rates": chosen}}
+    network = {"boundary": "layer3", "recipe": recipe, "n_views": n_views}
+    run = {"network": network, "chosen": {"epoch": 1, "learning_rates": chosen}}
     head = {"runs": [{"network": {"boundary": "all"}, "chosen": {}}]}
     assert evidence.recipes({"feature_extraction": head, "tuned": {"runs": [run]}}) == {"tuned": expected}

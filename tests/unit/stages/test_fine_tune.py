@@ -17,21 +17,23 @@ import pytest
 import torch
 from PIL import Image
 from ruamel.yaml import YAML
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dataset import manifest
+from pipeline.dataset.units import unit_of
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
 from pipeline.features.views import AUGMENTED
 from pipeline.network import backbones, cuts, plans
-from pipeline.params import BackboneChoice
+from pipeline.params import BackboneChoice, HeadOptions
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from pipeline.tools import predict
-from pipeline.training import fit, models
+from pipeline.training import choice, fit, heads, models
+from pipeline.training.heads import Examples
 from pipeline.training.runs import Run, read_run
 
 REPOSITORY = Path(__file__).parents[3]
@@ -307,7 +309,41 @@ def _candidate(run: Run) -> str:
     return f"{rates}, epoch {epoch}" if epoch else run.candidates.names[0]
 
 
-def test_halving_leaves_validation_untouched(tune: Tune, caplog: pytest.LogCaptureFixture) -> None:
+def test_halving_starts_from_a_head_that_has_not_seen_what_is_set_aside(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(TINY, {"epochs": 1})
+    given: list[tuple[Examples, Examples]] = []
+    starts: list[tuple[int, torch.Tensor]] = []
+    fitted, train = heads.fit, fit.train
+
+    def fit_head(head: nn.Sequential, one: Examples, other: Examples, options: HeadOptions) -> heads.Fitted:
+        given.append((one, other))
+        return fitted(head, one, other, options)
+
+    def train_network(network: Any, task: fit.Task, *rest: Any) -> Any:
+        starts.append((len(task.train), network[-1][-1].weight.clone()))
+        return train(network, task, *rest)
+
+    monkeypatch.setattr(heads, "fit", fit_head)
+    monkeypatch.setattr(fit, "train", train_network)
+    rates = {"learning_rates": [3e-6, 1e-4, 1e-3], "halving_keeps": 2, "halving_epochs": 1, "epochs": 1}
+    tune(TINY, {"freeze_until": "layer2", **rates})
+    labels, features = manifest.read_labels(), hdf5.read_features()
+    rows = manifest.read_split(0, labels.image_id).rows("train")
+    recipe = plans.read_strategy("tuned").recipe
+    aside = choice.set_aside(recipe, rows, labels.label, unit_of(labels), 0)
+    ((one, other),) = given
+    assert np.array_equal(one.label, labels.label[np.setdiff1d(rows, aside)])
+    assert np.array_equal(other.label, labels.label[aside])
+    np.testing.assert_allclose(other.features[:], features.evaluation[aside], rtol=1e-4, atol=1e-5)
+    cached = load_file("models/feature_extraction/seed_0.safetensors")["head.2.weight"]
+    for n, weight in starts:
+        assert torch.equal(weight, cached) == (n == len(rows))
+    assert [n == len(rows) for n, _ in starts] == [False] * 3 + [True] * 2
+
+
+def test_halving_leaves_validation_untouched(tune: Tune) -> None:
     """Whatever the validation labels are, the same learning rates are left."""
     rates = [3e-6, 1e-4, 1e-3, 1e-2]
     strategy = {"freeze_until": "layer2", "learning_rates": rates, "epochs": 2, "halving_keeps": 2}
@@ -338,7 +374,7 @@ def test_a_learning_rate_that_explodes_is_left_out_with_a_warning_unless_it_is_t
     assert found.chosen["learning_rates"] == [1e-3, 1e-3]
     assert "tuned-0 at learning rate 1e+30: the training loss is" in caplog.text
     assert found.candidates.names == ["epoch 0", "epoch 1"]
-    with pytest.raises(ValueError, match=r"tuned-0 at learning rate 1e\+30: the training loss is"):
+    with pytest.raises(ValueError, match=r"tuned-0 at learning rate 1e\+35: the training loss is"):
         tune(TINY, {"learning_rates": [1e30, 1e35], "epochs": 1})
 
 

@@ -149,13 +149,8 @@ def test_plan_of_several_cuts_holds_their_layout_and_that_of_one_cut_does_not() 
     assert plans.read_backbone().taps == ()
 
 
-@pytest.mark.parametrize("freeze_until", ["none", "conv1", "layer1", "layer2", "layer3", "all"])
-def test_plan_of_a_strategy_on_several_cuts_is_what_one_counts(freeze_until: str) -> None:
-    configure({"tuned": {"freeze_until": freeze_until}}, features={"cut": ["layer1", "layer3"], "pool": "avg"})
-    plan.main()
-    found, backbone = plans.read_strategy("tuned"), backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
-    first, end = (cuts.resolve(backbone, cut) for cut in ("layer1", "layer3"))
-    boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
+def measured(backbone: backbones.Backbone, boundary: str, end: str) -> tuple[torch.Tensor, dict[str, int]]:
+    """The activation at `boundary`, and what torch counts of the network before and behind it, up to `end`."""
     prefix, suffix, _ = cuts.split(backbone, boundary, end)
     with torch.no_grad(), FlopCounterMode(display=False) as before:
         activation = prefix(torch.zeros(1, 3, SIZE, SIZE))
@@ -163,13 +158,24 @@ def test_plan_of_a_strategy_on_several_cuts_is_what_one_counts(freeze_until: str
         output = suffix.eval().requires_grad_(True)(activation)
         if boundary != end:
             output.sum().backward()
+    counted = {"trained_parameters": sum(parameter.numel() for parameter in suffix.parameters())}
+    counted |= {"prefix_flops": before.get_total_flops(), "suffix_training_flops": behind.get_total_flops()}
+    return activation, counted
+
+
+@pytest.mark.parametrize("freeze_until", ["none", "conv1", "layer1", "layer2", "layer3", "all"])
+def test_plan_of_a_strategy_on_several_cuts_is_what_one_counts(freeze_until: str) -> None:
+    configure({"tuned": {"freeze_until": freeze_until}}, features={"cut": ["layer1", "layer3"], "pool": "avg"})
+    plan.main()
+    found, backbone = plans.read_strategy("tuned"), backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
+    first, end = (cuts.resolve(backbone, cut) for cut in ("layer1", "layer3"))
+    boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
+    activation, counted = measured(backbone, boundary, end)
     widths = {tap.cut: tap.width for tap in plans.read_backbone().taps}
     n_before = widths[first] if freeze_until in ("layer1", "layer2") else 0
     n_values = sum(widths.values()) if boundary == end else n_before + activation.numel()
     assert found.boundary == boundary
-    assert found.trained_parameters == sum(parameter.numel() for parameter in suffix.parameters())
-    assert found.prefix_flops == before.get_total_flops()
-    assert found.suffix_training_flops == behind.get_total_flops()
+    assert {name: getattr(found, name) for name in counted} == counted
     assert found.cached_bytes_per_image == (0 if freeze_until == "none" else 4 * n_values)
 
 
@@ -186,19 +192,11 @@ def test_plan_of_a_strategy_is_what_one_counts(freeze_until: str | int, store_dt
     backbone = backbones.load(BackboneChoice.of(TINY, "random", 0), SIZE)
     end = cuts.resolve(backbone, "layer4")
     boundary = end if freeze_until == "all" else cuts.resolve(backbone, freeze_until)
-    prefix, suffix, _ = cuts.split(backbone, boundary, end)
-    with torch.no_grad(), FlopCounterMode(display=False) as before:
-        activation = prefix(torch.zeros(1, 3, SIZE, SIZE))
-    with FlopCounterMode(display=False) as behind:
-        output = suffix.eval().requires_grad_(True)(activation)
-        if freeze_until != "all":
-            output.sum().backward()
+    activation, counted = measured(backbone, boundary, end)
     n_values = activation[0].numel() if freeze_until != "all" else activation.shape[1]  # pooled
     is_cached = boundary_cache == "on" and freeze_until != "none"
     assert found.boundary == boundary
-    assert found.trained_parameters == sum(parameter.numel() for parameter in suffix.parameters())
-    assert found.prefix_flops == before.get_total_flops()
-    assert found.suffix_training_flops == behind.get_total_flops()
+    assert {name: getattr(found, name) for name in counted} == counted
     assert found.cached_bytes_per_image == (n_values * np.dtype(plan.STORE_DTYPES[store_dtype]).itemsize * is_cached)
     assert found.is_cached == is_cached
     assert found.recipe.freeze_until == freeze_until
