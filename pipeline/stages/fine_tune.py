@@ -30,7 +30,7 @@ from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
-from pipeline.training import checkpoints, choice, fit, heads
+from pipeline.training import calibration, checkpoints, choice, fit, heads
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
@@ -89,6 +89,8 @@ def main() -> None:
         cost = cost.after(card.cost)
     whole_base, _ = cuts.split(backbone, base.cut)  # as load_network cuts it, around the same tensors
     changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost, "augmentation": recipe.augmentation}
+    validated = val_predictions.log_probability, labels.label[val], labels.weight[val]
+    changed["temperature"] = calibration.temperature(*validated)
     save_model(card.model_copy(update=changed), head, whole_base)
     described = {
         "params": base.parameters + count_parameters(head),

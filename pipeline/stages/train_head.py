@@ -16,7 +16,7 @@ from pipeline.features.hdf5 import Features
 from pipeline.network.backbones import count_parameters
 from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
-from pipeline.training import heads
+from pipeline.training import calibration, heads
 from pipeline.training.heads import Examples, Selection
 from pipeline.training.models import Card, save_model
 from pipeline.training.runs import Cost, Predictions, Run, save_run
@@ -68,6 +68,9 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         base_passes=passes,
         cached_bytes=(passes + n_evaluated) * features.values[0, 0].nbytes,
     )
+    val_predictions, test_predictions = (
+        Predictions(rows[name], heads.predict(fitted.head, selected[name])) for name in ("val", "test")
+    )
     card = Card(
         strategy=HEAD_ONLY,
         seed=split.seed,
@@ -78,11 +81,9 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         freeze_until="all",
         head=params.head,
         cost=cost,
+        temperature=calibration.temperature(val_predictions.log_probability, val.label, val.weight),
     )
     save_model(card, fitted.head, None)
-    val_predictions, test_predictions = (
-        Predictions(rows[name], heads.predict(fitted.head, selected[name])) for name in ("val", "test")
-    )
     network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
     if base.taps:
         shares = heads.weight_shares(fitted.head, selected["train"], base.widths)

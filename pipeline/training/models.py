@@ -17,7 +17,7 @@ from pipeline.files import replacing, write_json
 from pipeline.logs import one_line
 from pipeline.network import backbones, cuts
 from pipeline.network.plans import BackbonePlan
-from pipeline.params import Augmentation, HeadOptions, Record
+from pipeline.params import Augmentation, HeadOptions, Positive, Record
 from pipeline.training import heads
 from pipeline.training.runs import MODELS, Cost
 
@@ -25,7 +25,8 @@ from pipeline.training.runs import MODELS, Cost
 class Card(Record):
     """What a saved network has to know, beside its tensors; `sha256` (hex) is of the file that holds them.
 
-    `backbone` is the pretrained network from which the run started.
+    `backbone` is the pretrained network from which the run started. `temperature`: fitted on validation, see
+    calibration.temperature; its probabilities are softmax(log_probability / temperature).
     """
 
     strategy: str
@@ -37,6 +38,7 @@ class Card(Record):
     freeze_until: str
     head: HeadOptions
     cost: Cost
+    temperature: Positive
     sha256: str = ""
 
 
