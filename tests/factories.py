@@ -404,10 +404,11 @@ def card(**changes: Any) -> Card:
         "class_names": ("a", "b"),
         "backbone": backbone_plan(),
         "augmentation": FLIPS,
-        "evaluation_views": 1,
+        "evaluation_views": ("identity",),
         "freeze_until": "all",
         "head": LINEAR,
         "cost": cost(),
+        "temperature": 1.0,
     }
     return Card(**plain | changes)
 

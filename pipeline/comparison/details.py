@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 
 from pipeline.comparison import influence, intervals, metrics, outcomes, paired, recommendation
 from pipeline.comparison.intervals import Interval
@@ -19,7 +18,8 @@ from pipeline.comparison.paired import Study
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import FEW_UNITS
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, Compare
-from pipeline.training.runs import Cost, Predictions, Run
+from pipeline.training import calibration
+from pipeline.training.runs import Cost, Run
 
 SPLITS = ("val", "test")
 MAX_GROUPS = 50  # groups with figures of their own: those with the most test images
@@ -115,11 +115,11 @@ def judge(run: Run, labels: Labels, unit: np.ndarray) -> Judged:
     val = outcomes.cross_fitted(run.val.rows, run.candidates, labels.weight, unit)
     test = outcomes.of_predictions(run.test, labels.label)
     rows = run.val.rows
-    temperature = metrics.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
+    temperature = calibration.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
     scores = {
         "seed": run.seed,
         "val": _score(val, labels, unit),
-        "test": _score(test, labels, unit, _scaled(run.test, temperature)),
+        "test": _score(test, labels, unit, calibration.scaled(run.test.log_probability, temperature)),
         "temperature": temperature,
         "cost": run.cost.model_dump(),
         "chosen": run.chosen,
@@ -143,7 +143,7 @@ def describe(judged: Sequence[Judged], data: Data) -> Json:
     labels, unit = data.labels, data.unit
     arrays = labels.label, labels.weight, unit
     tests = data.pooled([one.test for one in kept])
-    scaled = [_scaled(one.run.test, one.scores["temperature"]) for one in kept]
+    scaled = [calibration.scaled(one.run.test.log_probability, one.scores["temperature"]) for one in kept]
     scores = {split: [one.scores[split] for one in judged] for split in SPLITS}
     if data.n_folds:  # the pool is in the order of its rows
         order = np.argsort(np.concatenate([one.test.rows for one in kept]), kind="stable")
@@ -370,11 +370,6 @@ def round_floats(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, float):
         return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.4g}")
     return value
-
-
-def _scaled(predictions: Predictions, temperature: float) -> np.ndarray:
-    """Probabilities (n, n_classes) at this temperature."""
-    return softmax(predictions.log_probability.astype(np.float64) / temperature, axis=1)
 
 
 def _threshold(val: Outcomes, positive: int, label: np.ndarray, weight: np.ndarray, specificity: float) -> float:

@@ -6,14 +6,12 @@ Everywhere label (n,) int and weight (n,) above 0.
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.comparison import influence
 from pipeline.comparison.outcomes import Outcomes
 
 N_BINS = 15  # of confidence
-TEMPERATURES = (0.05, 20.0)
 
 
 def score(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: int) -> dict[str, float | None]:
@@ -78,22 +76,3 @@ def top_label(probability: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, n
 def bin_of(confidence: np.ndarray) -> np.ndarray:
     """Index of the equal-width bin, of 15; a confidence on a border belongs to the lower bin."""
     return np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
-
-
-def temperature(log_probability: np.ndarray, label: np.ndarray, weight: np.ndarray) -> float:
-    """The T between 0.05 and 20 that minimises the NLL of log_probability / T, fitted on validation (Guo et al. 2017).
-
-    1 where all predictions are correct: any smaller T would then be better, which is not credible.
-    """
-    if (log_probability.argmax(axis=1) == label)[weight > 0].all():
-        return 1.0
-    shifted = log_probability.astype(np.float64) - log_probability.max(axis=1, keepdims=True)
-    share = weight / weight.sum()
-    true_logit = float(share @ np.take_along_axis(shifted, label[:, None], axis=1)[:, 0])
-
-    def nll(log_temperature: float) -> float:
-        sharpness = np.exp(-log_temperature)
-        return float(share @ np.log(np.exp(sharpness * shifted).sum(axis=1))) - sharpness * true_logit
-
-    found = minimize_scalar(nll, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))

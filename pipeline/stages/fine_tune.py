@@ -10,6 +10,7 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, HeadOptions, Params, Strategy, load_params
-from pipeline.training import checkpoints, choice, fit, heads
+from pipeline.training import calibration, checkpoints, choice, fit, heads, novelty
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.heads import Examples
 from pipeline.training.models import Card, load_head, read_card, save_model
+from pipeline.training.novelty import Novelty
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
 
 
@@ -89,6 +91,10 @@ def main() -> None:
         val_predictions, test_predictions = (
             Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
         )
+        whole = nn.Sequential(prefix.module, suffix, head)  # from pixels: the cache may lack this view of training
+        place(whole, device)
+        pixels = replace(task, load=load_images(images, loader))
+        known = locate_training_images(whole, pixels, params.features.engine, recipe.precision, device)
 
     network.cpu()
     passes = len(train) * len(cached_views) if plan.is_cached else trained.n_steps
@@ -97,7 +103,9 @@ def main() -> None:
         cost = cost.after(card.cost)
     whole_base, _ = cuts.split(backbone, base.cut)  # as load_network cuts it, around the same tensors
     changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost, "augmentation": recipe.augmentation}
-    save_model(card.model_copy(update=changed), head, whole_base)
+    validated = val_predictions.log_probability, labels.label[val], labels.weight[val]
+    changed["temperature"] = calibration.temperature(*validated)
+    save_model(card.model_copy(update=changed), head, whole_base, known)
     described = {
         "params": base.parameters + count_parameters(head),
         "boundary": plan.boundary,
@@ -161,6 +169,18 @@ def refit_head(
 
     train, val = examples(task.train, views), examples(task.val, task.evaluation_views)
     return heads.fit(head, train, val, options).head.state_dict()
+
+
+def locate_training_images(
+    network: nn.Sequential, task: Task, engine: str, precision: str, device: torch.device
+) -> Novelty:
+    """Where the training images lie in the penultimate layer, and how far the validation images are from them."""
+    layers, width = novelty.penultimate(network[-1])
+    train, val = (rows[novelty.sample(task.label[rows], width)] for rows in (task.train, task.val))
+    whole = nn.Sequential(*network[:-1], layers)
+    first = task.evaluation_views[:1]
+    of_train, of_val = (fit.run(whole, task, rows, first, engine, precision, device)[:, 0] for rows in (train, val))
+    return novelty.fit(of_train, task.label[train], of_val, task.label[val])
 
 
 def load_activations(

@@ -1,6 +1,6 @@
 """Saved networks: each loads on its own, from any directory.
 
-models/<strategy>/seed_<s>.safetensors     tensors `head.*`, and `base.*` unless the base is as published
+models/<strategy>/seed_<s>.safetensors     tensors `head.*`, `base.*` unless the base is as published, and `novelty.*`
 models/<strategy>/seed_<s>.json            the card: what else is needed to build the network
 """
 
@@ -17,15 +17,17 @@ from pipeline.files import replacing, write_json
 from pipeline.logs import one_line
 from pipeline.network import backbones, cuts
 from pipeline.network.plans import BackbonePlan
-from pipeline.params import Augmentation, HeadOptions, Record
-from pipeline.training import heads
+from pipeline.params import Augmentation, HeadOptions, Positive, Record
+from pipeline.training import heads, novelty
+from pipeline.training.novelty import Novelty
 from pipeline.training.runs import MODELS, Cost
 
 
 class Card(Record):
     """What a saved network has to know, beside its tensors; `sha256` (hex) is of the file that holds them.
 
-    `backbone` is the pretrained network from which the run started.
+    `backbone` is the pretrained network from which the run started. `temperature`: fitted on validation, see
+    calibration.temperature; its probabilities are softmax(log_probability / temperature).
     """
 
     strategy: str
@@ -37,14 +39,20 @@ class Card(Record):
     freeze_until: str
     head: HeadOptions
     cost: Cost
+    temperature: Positive
     sha256: str = ""
 
 
-def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
-    """Write the tensors and, last, the card, which holds their digest; no base if it is as published."""
+def save_model(card: Card, head: nn.Module, base: nn.Module | None, known: Novelty | None = None) -> None:
+    """Write the tensors and, last, the card, which holds their digest; no base if it is as published.
+
+    `known`: where the images lie that the network was trained on.
+    """
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     if base is not None:
         tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
+    if known is not None:
+        tensors |= {f"{novelty.PREFIX}.{name}": value for name, value in vars(known).items()}
     path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
     with replacing(path) as temporary:
         temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
@@ -88,6 +96,12 @@ def load_network(path: Path) -> tuple[nn.Sequential, Card]:
         base.load_state_dict(state)
     prefix, _ = cuts.prefix_and_suffix(backbone, plan.cut, cuts.pools(plan))  # around the same tensors
     return nn.Sequential(prefix.module, load_head(path, card, dense)).eval(), card
+
+
+def load_novelty(path: Path) -> Novelty | None:
+    """Where the training images of the run `path` (.json) lie; None if its file does not say."""
+    tensors = _part(path, novelty.PREFIX)
+    return Novelty(**tensors) if tensors else None
 
 
 def _part(path: Path, part: str) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sklearn
 
-from pipeline.comparison.metrics import confusion, per_class, score, temperature
+from pipeline.comparison.metrics import confusion, per_class, score
+from pipeline.training.calibration import temperature
 from tests.factories import outcomes_of
 
 

@@ -8,15 +8,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 
 from pipeline.comparison.influence import is_among_top
-from pipeline.comparison.metrics import (
-    bin_of,
-    confusion,
-    expected_calibration_error,
-    per_class,
-    reliability,
-    temperature,
-)
+from pipeline.comparison.metrics import bin_of, confusion, expected_calibration_error, per_class, reliability
 from pipeline.comparison.metrics import score as score_outcomes
+from pipeline.training.calibration import temperature
 from tests.factories import outcomes_of
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]

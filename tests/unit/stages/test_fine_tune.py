@@ -32,7 +32,7 @@ from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice, HeadOptions
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from pipeline.tools import predict
-from pipeline.training import choice, fit, heads, models
+from pipeline.training import calibration, choice, fit, heads, models
 from pipeline.training.heads import Examples
 from pipeline.training.runs import Run, read_run
 
@@ -497,6 +497,9 @@ def test_saved_runs_load_and_predict_what_they_predicted(
         log_probability = run.test.log_probability
         np.testing.assert_allclose(found, np.exp(log_probability).max(1), atol=1e-3)
         assert [entry["class"] for entry in predictions] == [labels.class_names[i] for i in log_probability.argmax(1)]
+        val = run.val.log_probability, labels.label[run.val.rows], labels.weight[run.val.rows]
+        card = models.read_card(Path("models", run.strategy, "seed_0.json"))
+        assert card.temperature == calibration.temperature(*val)
 
 
 @pytest.mark.parametrize(
