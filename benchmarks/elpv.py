@@ -1,8 +1,8 @@
 """The published ELPV protocol on seeded splits: `python -m benchmarks.elpv [--validation] [--set KEY=VALUE …]`.
 
 Reads   params.yaml, changed by benchmarks/elpv.yaml and `--set`
-Writes  reports/elpv.json, without `--set`; data/.elpv/<key>/, where the stages run, so that the next call goes on where
-        this one ended, and elpv.json there with `--set`
+Writes  data/.studies/<key>/, where the stages run, so that the next call goes on where this one ended;
+        reports/elpv.json, or with `--set` elpv.json in that directory
 
 75 % of the images train and validate, 25 % test, stratified by defect probability and type of module; an image counts
 by its defect probability, a functional one by 1 (Deitsch et al. 2019, "Automatic classification of defective
@@ -10,53 +10,31 @@ photovoltaic module cells in electroluminescence images"). All stages run in thi
 chosen with `--validation`, which takes seeds from 100 up and reads validation images only.
 """
 
-import contextlib
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import click
 import numpy as np
 import torch
-from ruamel.yaml import YAML
 from scipy import stats
 from sklearn.metrics import f1_score
 
+from benchmarks import studies
 from benchmarks.common import REPOSITORY
 from pipeline import logs
 from pipeline.comparison import intervals, metrics
 from pipeline.comparison.intervals import Interval
 from pipeline.comparison.outcomes import Outcomes, of_predictions
-from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.dataset.units import unit_of
-from pipeline.features import extraction
-from pipeline.features.code import digest_of_code
-from pipeline.files import digest, write_json, write_text
+from pipeline.files import write_json
 from pipeline.network.device import choose_device
-from pipeline.params import HEAD_ONLY, Params, load_params
-from pipeline.stages import extract, fetch, fine_tune, index, plan, split, train_head
-from pipeline.training.runs import Run, read_run
+from pipeline.training.runs import Run
 
 OVERRIDES = REPOSITORY / "benchmarks" / "elpv.yaml"
 RESULTS = REPOSITORY / "reports" / "elpv.json"
-STUDIES = REPOSITORY / "data" / ".elpv"
-FIRST_VALIDATION_SEED = 100
 PUBLISHED = {"SVM, published": 0.8244, "VGG19 fine-tuned, published": 0.8842}  # weighted accuracy
 SUBSETS = {"mono": "monocrystalline", "poly": "polycrystalline"}
-FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on; but not the seeds of folds
-USED = (
-    "files.py",
-    *(f"{package}/*.py" for package in ("dataset", "ingest", "network", "features", "training", "stages")),
-)
-Step = Callable[[], None]
-
-yaml = YAML(typ="safe", pure=True)
 
 
 @click.command()
@@ -65,109 +43,25 @@ yaml = YAML(typ="safe", pure=True)
 def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
     """Run what is missing of the study, then score it."""
     found, scored = document(changes, is_validation=is_validation), "val" if is_validation else "test"
-    work = locate(found)
-    params = prepare(work, found)
-    os.environ.setdefault("DVC_ROOT", str(REPOSITORY))  # of the feature store, which all studies share
-    with contextlib.chdir(work):
-        for name, step in steps(params):
-            do_once(name, step)
-        labels = manifest.read_labels()
-        seeds = {HEAD_ONLY: params.split.seeds, **dict.fromkeys(params.fine_tune.run, params.fine_tune.seeds)}
-        runs = {name: [read_run(name, seed) for seed in chosen] for name, chosen in seeds.items()}
-    device = choose_device(params.runtime.device)
+    labels, runs = studies.run(found)
+    device = choose_device(found["runtime"]["device"])
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     results = {name: score(found, labels, scored) | {"device": where} for name, found in runs.items()}
     if not is_validation:
-        write_json(work / RESULTS.name if changes else RESULTS, results)
-    options = params.split
-    share = options.val_fraction if is_validation else options.test_fraction
-    rest = 1 - options.test_fraction - (options.val_fraction if is_validation else 0)
+        write_json(studies.locate(found) / RESULTS.name if changes else RESULTS, results)
+    test, val = found["split"]["test_fraction"], found["split"]["val_fraction"]
+    share = val if is_validation else test
+    rest = 1 - test - (val if is_validation else 0)
     print(as_markdown(results, {} if is_validation else PUBLISHED, share / rest))
-
-
-def locate(found: dict[str, Any]) -> Path:
-    """The directory of the study: one for all that can change a run, but for how many there are."""
-    free = FREE | ({"split": []} if found["split"]["method"] == "folds" else {})
-    fixed = {
-        name: {key: value for key, value in section.items() if key not in free.get(name, ())}
-        if isinstance(section, dict)
-        else section
-        for name, section in found.items()
-        if name != "runtime"
-    }
-    device = choose_device(found["runtime"]["device"]).type
-    code = digest_of_code(modules=USED)
-    return STUDIES / digest({"params": fixed, "device": device, "code": code, "versions": extraction.versions()})[:16]
-
-
-def steps(params: Params) -> Iterator[tuple[str, Step]]:
-    """What is done, in order: fine-tuning seed by seed, so that an early stop leaves whole seeds."""
-    for name in params.dataset.fetch:
-        yield f"fetch {name}", partial(call, fetch.main, name)
-    yield "index", partial(call, index.main)
-    seeds, run = digest(params.split.seeds)[:16], digest(params.fine_tune.run)[:16]
-    yield f"split {seeds}", partial(call, split.main)
-    yield f"plan {run}", partial(call, plan.main)
-    yield "extract", partial(call, extract.main)
-    yield f"train_head {seeds}", partial(call, train_head.main)
-    for seed in params.fine_tune.seeds:
-        for name in params.fine_tune.run:
-            yield f"fine_tune {name} {seed}", partial(call, fine_tune.main, name, str(seed))
-
-
-def do_once(name: str, step: Step) -> None:
-    """Do a step of the study in the working directory, unless an earlier call has done it, and print its time."""
-    mark = Path("done", name)
-    if not mark.exists():
-        start = time.perf_counter()
-        step()
-        write_text(mark, "")
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def call(main: Step, *arguments: str) -> None:
-    """Run a stage as its command line would."""
-    before, sys.argv = sys.argv, ["", *arguments]
-    try:
-        main()
-    finally:
-        sys.argv = before
 
 
 def document(changes: Sequence[str], *, is_validation: bool) -> dict[str, Any]:
     """params.yaml, changed by elpv.yaml and by `changes`, each of which is section.key=value."""
-    found = merged(*(yaml.load(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "params.yaml", OVERRIDES)))
-    for change in changes:
-        key, _, text = change.partition("=")
-        value = yaml.load(text)
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        found = merged(found, value)
+    found = studies.document(studies.read(OVERRIDES), changes)
     if is_validation:
         for section in (found["split"], found["fine_tune"]):
-            section["seeds"] = [FIRST_VALIDATION_SEED + seed for seed in section["seeds"]]
+            section["seeds"] = [studies.FIRST_VALIDATION_SEED + seed for seed in section["seeds"]]
     return found
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the leaves of `changes` in it."""
-    inner = {
-        key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in changes.items()
-    }
-    return base | inner
-
-
-def prepare(work: Path, found: dict[str, Any]) -> Params:
-    """Make `work` a directory in which stages run with these parameters; ValueError where they make no sense."""
-    for name in ("data/weights", "data/raw"):
-        link = work / name
-        for directory in (link.parent, REPOSITORY / name):
-            directory.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(REPOSITORY / name)
-    write_text(work / "params.yaml", json.dumps(found, indent=2) + "\n")
-    return load_params(work / "params.yaml")
 
 
 def score(runs: Sequence[Run], labels: Labels, split: str) -> dict[str, Any]:

@@ -16,7 +16,17 @@ from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
 MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "startup", "store"]
-BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "gpu", "near_duplicates", "plain_loop", "scale"]
+BENCHMARKS = [
+    *MEASURING,
+    "decisions",
+    "defaults",
+    "elpv",
+    "error_rates",
+    "gpu",
+    "near_duplicates",
+    "plain_loop",
+    "scale",
+]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
@@ -27,7 +37,13 @@ def test_a_benchmark_runs_when_it_is_called(name: str):
 
 
 def test_every_benchmark_is_listed_here():
-    assert {path.stem for path in REPOSITORY.glob("benchmarks/*.py")} == {*BENCHMARKS, "__init__", "__main__", "common"}
+    assert {path.stem for path in REPOSITORY.glob("benchmarks/*.py")} == {
+        *BENCHMARKS,
+        "__init__",
+        "__main__",
+        "common",
+        "studies",
+    }
 
 
 def test_all_that_measure_stand_in_one_table():

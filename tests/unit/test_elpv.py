@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from benchmarks import elpv
+from benchmarks import elpv, studies
 from pipeline.dataset.manifest import Labels
 from pipeline.params import Params
 from pipeline.training.runs import Run
@@ -38,7 +38,7 @@ def trained(seed: int, labels: Labels) -> Run:
 
 
 def prepared(work: Path, *changes: str, is_validation: bool = False) -> Params:
-    return elpv.prepare(work, elpv.document(changes, is_validation=is_validation))
+    return studies.prepare(work, elpv.document(changes, is_validation=is_validation))
 
 
 def test_the_parameters_of_the_study_are_valid(tmp_path: Path):
@@ -81,29 +81,29 @@ def test_a_study_goes_on_where_it_was_stopped_with_whole_seeds(monkeypatch: pyte
         ran.append([stage, *sys.argv[1:]])
 
     for stage in STAGES:
-        monkeypatch.setattr(getattr(elpv, stage), "main", partial(run, stage))
+        monkeypatch.setattr(getattr(studies, stage), "main", partial(run, stage))
     before = [*sys.argv]
     monkeypatch.chdir(tmp_path)
     params = prepared(tmp_path, "fine_tune.seeds=[0,1]", "fine_tune.run=[partial_freeze,full_retrain]")
     with pytest.raises(KeyboardInterrupt):
-        [elpv.do_once(*step) for step in elpv.steps(params)]
+        [studies.do_once(*step) for step in studies.steps(params)]
     first = [["fetch", "elpv"], ["index"], ["split"], ["plan"], ["extract"], ["train_head"]]
     assert ran == [*first, ["fine_tune", "partial_freeze", "0"]]
     ran.clear()
     is_stopped = False
-    [elpv.do_once(*step) for step in elpv.steps(params)]
+    [studies.do_once(*step) for step in studies.steps(params)]
     runs = [("full_retrain", "0"), ("partial_freeze", "1"), ("full_retrain", "1")]
     assert ran == [["fine_tune", *run] for run in runs]
     assert sys.argv == before
     ran.clear()
     params = prepared(tmp_path, "fine_tune.seeds=[0,1,2]", "fine_tune.run=[partial_freeze]")
-    [elpv.do_once(*step) for step in elpv.steps(params)]
+    [studies.do_once(*step) for step in studies.steps(params)]
     assert ran == [["plan"], ["fine_tune", "partial_freeze", "2"]]
 
 
 def test_more_seeds_go_on_in_the_same_study_and_other_parameters_do_not():
     def where(*changes: str, is_validation: bool = False) -> Path:
-        return elpv.locate(elpv.document(changes, is_validation=is_validation))
+        return studies.locate(elpv.document(changes, is_validation=is_validation))
 
     assert where("fine_tune.seeds=[0]") == where("fine_tune.seeds=[0,1]", "fine_tune.run=[]", "split.seeds=[3]")
     assert where("runtime.workers=0") == where()

@@ -77,7 +77,7 @@ def test_every_parameter_that_is_named_exists(page: Path):
     strategies = {name: defaults for name in PARAMS["fine_tune"]["strategies"]}
     merged = in_file | {*leaves({"fine_tune": {"strategies": strategies}})}
     sections = "|".join(PARAMS)
-    named = found(page, rf"(?<![\w./+])((?:{sections})\.[a-z_.]*[a-z_])(?![\w<.])")
+    named = found(page, rf"(?<![-\w./+])((?:{sections})\.[a-z_.]*[a-z_])(?![\w<.])")
     assert named <= merged
     assert found(page, r"-S '?([a-z][\w.]*)=") <= in_file  # DVC refuses other keys without a +
 
