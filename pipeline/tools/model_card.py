@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images, Labels, Split
-from pipeline.dataset.units import unit_of
+from pipeline.dataset.units import FEW_UNITS, unit_of
 from pipeline.files import write_text
 from pipeline.logs import one_line
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
@@ -46,12 +46,13 @@ Json = dict[str, Any]
 class Known:
     """What the repository knows of the network: its part of details.json, of which `own` is its run, and the data.
 
-    `splitting`: the parameters of the split; `notes`: what split and compare warn of; `licence` of the data.
+    `splitting`: the parameters of the split; `n_leaks`: how often images that belong together are in several splits;
+    `licence` of the data.
     """
 
     strategy: Json
     own: Json
-    notes: list[str]
+    n_leaks: int
     name: str
     licence: str | None
     licence_files: list[str]
@@ -143,10 +144,10 @@ def find(run: Path, card: Card) -> Known | str:
             splitting = stages["split"].params["params.yaml"]["split"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         return one_line(error)
-    notes = [*details["notes"], *splits["notes"]]
+    n_leaks = splits["n_leaks"]
     name, licence = Path(directory).name, _package_licence(directory)
     rejected = summary["n_rejected"]
-    return Known(found, own, notes, name, licence, files, images, labels, split, splitting, rejected)
+    return Known(found, own, n_leaks, name, licence, files, images, labels, split, splitting, rejected)
 
 
 def _own_part(details: Json, card: Card) -> tuple[Json, Json]:
@@ -175,7 +176,7 @@ def _package_licence(directory: str) -> str | None:
 def plain(text: object) -> str:
     """A user's text on one line of Markdown, as it is: neither HTML nor Markdown in it has an effect."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#$:])", r"\\\1", escaped)
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", escaped)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -336,7 +337,19 @@ def _limits(card: Card, known: Known | str) -> str:
             points.append(f"It sees the middle of an image: on average {_share(cut)} of the area is cut away.")
         if known.n_rejected:
             points.append(f"{known.n_rejected:,} files of the data could not be read, and are in no figure.")
-        points += [plain(note).rstrip(".") + "." for note in known.notes]
+        if known.n_leaks:
+            points.append(
+                f"{known.n_leaks:,} sets of images that belong together lie in several splits: figures may be too good."
+            )
+        test = known.strategy["test"]
+        if (n_units := test["n_distinct_units"]) < FEW_UNITS:
+            points.append(f"There are only {n_units:,} test units, so that the intervals are rough.")
+        if clean := test["without_twins"]:
+            figures = clean["metrics"].get("accuracy")
+            without = f": without them, accuracy is {_figure(figures, True)}" if figures else ""
+            points.append(
+                f"{clean['n_twins']:,} test images are near-duplicates of others in train or validation{without}."
+            )
     else:
         points.append(f"How many images it was trained on, and how well it does, is not known: {plain(known)}.")
         if p.geometry == "crop":
