@@ -336,7 +336,7 @@ def _limits(card: Card, known: Known | str) -> str:
         if cut:
             points.append(f"It sees the middle of an image: on average {_share(cut)} of the area is cut away.")
         if known.n_rejected:
-            points.append(f"{known.n_rejected:,} files of the data could not be read, and are in no figure.")
+            points.append(f"Files of the data that could not be read, and are in no figure: {known.n_rejected:,}.")
         if known.n_leaks:
             points.append(
                 f"{known.n_leaks:,} sets of images that belong together lie in several splits: figures may be too good."
