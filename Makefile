@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # OpenMP threads that wait sleep, instead of keeping a core busy; must be set before torch is loaded, changes no bits
 export OMP_WAIT_POLICY := PASSIVE
-RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.lock
+RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.lock requirements-export.lock
 LOCKS := $(RUN_LOCKS) requirements-dev.lock
 PYTEST := python -m pytest --numprocesses logical --dist loadgroup
 
@@ -45,6 +45,7 @@ lock: venv
 	$(COMPILE) pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group compare --constraint requirements.lock --output-file requirements-compare.lock
 	$(COMPILE) --group report --constraint requirements.lock --constraint requirements-compare.lock --output-file requirements-report.lock
+	$(COMPILE) --group export --constraint requirements.lock --constraint requirements-compare.lock --constraint requirements-report.lock --output-file requirements-export.lock
 	$(COMPILE) --group dev $(RUN_LOCKS:%=--constraint %) --output-file requirements-dev.lock
 
 # Whether dvc.lock and the committed reports are those of the committed code, parameters and data; runs no stage.

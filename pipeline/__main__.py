@@ -139,6 +139,34 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("run")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--full-image", "is_whole", is_flag=True, help="Resize and crop inside: the input is a whole image.")
+@click.option("--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="The version of ONNX.")
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A file or directory of images to check with; repeatable. Default: validation and test images.",
+)
+def export(run: str, output: Path, images: tuple[Path, ...], *, is_whole: bool, opset: int) -> None:
+    """Write the saved run RUN as OUTPUT.onnx, from pixels to probabilities, and check it against predict."""
+    from pipeline.tools import export
+
+    export.show(run, output, images, is_whole=is_whole, opset=opset)
+
+
+@cli.command("model-card")
+@click.argument("run")
+@click.argument("directory", type=click.Path(path_type=Path))
+def model_card(run: str, directory: Path) -> None:
+    """Write README.md, the model card of the saved run RUN, into DIRECTORY."""
+    from pipeline.tools import model_card
+
+    model_card.show(run, directory)
+
+
+@cli.command()
 def report() -> None:
     """Write reports/report.html, a page that shows the results."""
     from pipeline.report import page

@@ -34,9 +34,10 @@ class Output(BaseModel):
 
 
 class Stage(BaseModel):
-    """What dvc.lock says of a stage."""
+    """What dvc.lock says of a stage; `params`: by file, values by dotted name."""
 
     outs: list[Output] = []
+    params: dict[str, dict[str, Any]] = {}
 
 
 class Timing(BaseModel):
