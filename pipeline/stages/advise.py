@@ -34,7 +34,7 @@ from pipeline.network.backbones import Backbone
 from pipeline.network.cuts import Pool, Prefix
 from pipeline.network.device import choose_device
 from pipeline.network.plans import BackbonePlan, Tap
-from pipeline.params import EVERY_BLOCK, Params, Pooling, load_params
+from pipeline.params import EVERY_BLOCK, Params, load_params
 
 ADVICE = Path("reports/advice.json")
 POOLED = ("avg", "cls", "cls+avg")  # of features.pool; else avg
@@ -104,8 +104,7 @@ def lay_out(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...], li
     Where blocks cannot be cut, or pooled, only the end of the network is left, and the remark says why.
     """
     own = [tap.cut for tap in plan.taps] or [plan.cut]
-    pools: list[Pooling] = [tap.pool for tap in plan.taps] + [plan.pool]  # pyright: ignore[reportAssignmentType]
-    pool: Pooling = next((each for each in pools if each in POOLED), "avg")
+    pool = next((each for each in (*(tap.pool for tap in plan.taps), plan.pool) if each in POOLED), "avg")
     problem = ""
     try:
         blocks = cuts.resolve_cuts(backbone, EVERY_BLOCK, pool)
