@@ -1,4 +1,5 @@
 # make repro        set up .venv, run the whole pipeline, write reports/report.html
+# make first-look   a first answer in minutes: heads, advice and a page, in first-look/
 # make test         set up .venv and run every test
 # make test-fast    … those that take seconds: no dvc repro, no browser, no zoo of architectures
 PYTHON ?= python3
@@ -9,12 +10,17 @@ RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.loc
 LOCKS := $(RUN_LOCKS) requirements-dev.lock
 PYTEST := python -m pytest --numprocesses logical --dist loadgroup
 
-.PHONY: repro test test-fast check venv lock fresh bench bench-quick elpv
-# DVC promises no order among independent stages: `plan` first, so that a wrong name fails in seconds
+.PHONY: repro first-look test test-fast check venv lock fresh bench bench-quick elpv
+# DVC promises no order among independent stages: `plan` first, so that a wrong name fails in seconds, then the advice
 repro: venv
 	dvc repro plan
+	python -m pipeline advise
 	dvc repro
 	python -m pipeline report
+
+# Leaves everything else as it is
+first-look: venv
+	python -m pipeline first-look
 
 test: venv
 	$(PYTEST)

@@ -26,6 +26,7 @@ NEEDED = {
     "references": ("torch", "pandas", "h5py", "safetensors.numpy", "scipy.special", "sklearn.neighbors"),
     "fine_tune": (*TORCH, *HEAD, "pandas", "h5py", "PIL.Image"),
     "label_suspects": ("torch", *HEAD, "pandas", "h5py", "scipy.sparse.csgraph"),
+    "advise": (*TORCH, "pandas", "h5py", "PIL.Image", "scipy.linalg", "scipy.sparse.csgraph", "sklearn.metrics"),
     "compare": (
         *("pandas", "scipy.optimize", "sklearn.metrics", "safetensors.numpy"),
         *("statsmodels.stats.contingency_tables", "statsmodels.stats.multitest", "statsmodels.stats.proportion"),

@@ -9,6 +9,7 @@ Start with dvc.yaml, then stages/, then the packages from the top down: each imp
     features                views of images, engines, the feature store, features.h5
     training                heads, the fit loop, saved networks and runs
     comparison              metrics, intervals, tests, the recommendation, the tables
+    advice                  what frozen features say before anything is trained
     report                  reports/report.html
     tools                   the commands beside the stages (python -m pipeline --help)
     stages                  one module for each stage of dvc.yaml

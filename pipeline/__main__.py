@@ -167,6 +167,27 @@ def model_card(run: str, directory: Path) -> None:
 
 
 @cli.command()
+@click.option("--networks", is_flag=True, help="Compare the networks of the experiments that were run at HEAD.")
+@click.option("--cost/--no-cost", default=True, help="Time a few batches of each strategy; default: yes.")
+def advise(*, networks: bool, cost: bool) -> None:
+    """What to try, whether more images would help, and what each strategy costs, before anything is trained.
+
+    Runs the stage `advise`, and those before it, where their inputs changed.
+    """
+    from pipeline.tools import advise
+
+    advise.show_networks() if networks else advise.show(is_timed=cost)
+
+
+@cli.command("first-look")
+def first_look() -> None:
+    """A first answer in minutes: heads, references, advice and a page, in the directory first-look/."""
+    from pipeline.tools import first_look
+
+    first_look.make()
+
+
+@cli.command()
 def report() -> None:
     """Write reports/report.html, a page that shows the results."""
     from pipeline.report import page

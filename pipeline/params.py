@@ -294,6 +294,19 @@ class SuspectOptions(Record):
     max_iterations: Count
 
 
+class AdviseOptions(Record):
+    """How frozen features are probed before training, and from where on a data set is called large or similar."""
+
+    images: Annotated[int, Field(ge=10)]
+    folds: Annotated[int, Field(ge=2, le=100)]
+    regularization_strengths: Annotated[tuple[Positive, ...], AfterValidator(_distinct), Field(min_length=1)]
+    neighbours: Count
+    draws: Annotated[int, Field(ge=2)]
+    large_images: Count
+    large_class: Count
+    similar_errors_avoided: Margin
+
+
 class Strategy(Record):
     """One way to train the network."""
 
@@ -404,6 +417,7 @@ class Params(Record):
     head: HeadOptions
     references: ReferenceOptions
     label_suspects: SuspectOptions
+    advise: AdviseOptions
     fine_tune: FineTune
     compare: Compare
     runtime: Runtime

@@ -114,6 +114,30 @@ def per_class(rows: Rows, classes: Sequence[str], names: Sequence[str]) -> Spec:
     return _sized(bars.mark_bar(cornerRadiusEnd=2).to_dict(), len(classes) * max(22, 11 * len(names) + 10))
 
 
+def accuracy_by_depth(rows: Rows, kinds: Sequence[str], majority: float) -> Spec:
+    """Rows of block, place (1 for the first), kind, value, low, high; `majority` is a dashed line."""
+    tooltip = ["block:N", "kind:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("value", "low", "high"))]
+    x = alt.X("place:Q", title="block, from input to output").scale(nice=False).axis(tickMinStep=1, format="d")
+    base = _chart(rows).encode(x, alt.Color("kind:N").scale(domain=list(kinds)), tooltip=tooltip)
+    value = alt.Y("value:Q", title="accuracy").scale(zero=False).axis(format=".0%", tickCount=6)
+    line = base.encode(value).mark_line(point={"filled": True, "size": 50})
+    band = base.encode(alt.Y("low:Q", title="accuracy"), alt.Y2("high:Q")).mark_rule(opacity=0.4)
+    rule = _chart([{"value": majority}]).encode(value).mark_rule(style="diagonal")
+    return _sized((band + line + rule).to_dict(), HEIGHT)
+
+
+def accuracy_by_images(rows: Rows) -> Spec:
+    """Rows of images, kind (measured or expected), value, low, high."""
+    tooltip = ["kind:N", alt.Tooltip("images:Q", format=",")]
+    tooltip += [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("value", "low", "high")]
+    x = alt.X("images:Q", title="training images").scale(type="log", nice=False, padding=12)
+    x = x.axis(format=",d", tickCount=6)
+    base = _chart(rows).encode(x, alt.Color("kind:N").scale(domain=["measured", "expected"]), tooltip=tooltip)
+    value = alt.Y("value:Q", title="accuracy").scale(zero=False).axis(format=".0%", tickCount=6)
+    band = base.encode(alt.Y("low:Q", title="accuracy"), alt.Y2("high:Q")).mark_rule(opacity=0.5)
+    return _sized((band + base.encode(value).mark_line(point={"filled": True, "size": 50})).to_dict(), HEIGHT)
+
+
 def class_counts(rows: Rows) -> Spec:
     """Rows of class, count: bars with their numbers, the largest first."""
     most = max(row["count"] for row in rows)

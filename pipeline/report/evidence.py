@@ -260,5 +260,33 @@ def per_class(rows: Rows, names: Sequence[str]) -> Figure:
     return Figure("Results by class", caption, charts.per_class(kept, classes, names), numbered(names))
 
 
+def depth(found: Json) -> Figure:
+    """Accuracy of heads by block, from reports/advice.json."""
+    kinds = {"linear": "linear head", "nearest": "nearest neighbours"}
+    rows = [
+        {"block": block["cut"], "place": place, "kind": kind} | block[key]
+        for place, block in enumerate(found["blocks"], 1)
+        for key, kind in kinds.items()
+    ]
+    text = f"Cross-validated on {found['images']:,} images of train and validation, with 95 % intervals. Dashed: "
+    caption = f"{text}naming the largest class always ({shown('accuracy', found['majority_class']['value'])})."
+    spec = charts.accuracy_by_depth(rows, [*kinds.values()], found["majority_class"]["value"])
+    return Figure("Accuracy by depth", caption, spec, numbered([*kinds.values()]))
+
+
+def more_images(found: Json) -> Figure:
+    """The learning curve and its extrapolation, from reports/advice.json."""
+    title = "Would more images help?"
+    if not found["curve"]:
+        return Figure(title, "There are too few images for a learning curve.")
+    rows = [
+        row | {"kind": kind}
+        for kind, key in (("measured", "sizes"), ("expected", "expected"))
+        for row in found["curve"][key]
+    ]
+    caption = "A linear head on frozen features. Measured on nested subsets; expected with 1, 2 and 4 times the images."
+    return Figure(title, caption, charts.accuracy_by_images(rows), numbered(["measured", "expected"]))
+
+
 def _n(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -70,6 +70,7 @@ def assemble() -> Json:
     cut_away = features.provenance.backbone.preprocessing.cut_away(images.width, images.height).mean()
     class_rows, timings = evidence.class_rows(strategies, names), provenance.timings()
     return {
+        "advice": _advice(stages),
         "params": params,
         "params_text": PARAMS.read_text(encoding="utf-8"),
         "n_classes": len(labels.class_names),
@@ -121,6 +122,16 @@ def assemble() -> Json:
         "backbone": features.provenance.backbone,
         "cut_away": cut_away if cut_away > LARGEST_SHARE else 0,
     }
+
+
+def _advice(stages: dict[str, provenance.Stage]) -> Json | None:
+    """Words and charts of reports/advice.json; None where it is not there."""
+    if not (REPORTS / "advice.json").exists():
+        return None
+    provenance.check(stages, ["reports/advice.json"])
+    found = _json("advice.json")
+    figures = [] if found["cannot_tell"] else [evidence.depth(found), evidence.more_images(found)]
+    return {"words": found["words"], "figures": figures}
 
 
 def _network(made: Provenance, album: Album, candidates: list[str]) -> Json:

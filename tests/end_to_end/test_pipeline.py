@@ -49,6 +49,7 @@ EVERY_STAGE = {
     "fine_tune@partial_freeze-0",
     "fine_tune@full_retrain-0",
     "label_suspects",
+    "advise",
     "compare",
 }
 TUNED = ("partial_freeze", "full_retrain")
@@ -388,7 +389,7 @@ def test_editing_a_comment_runs_no_stage(repository: Repository) -> None:
 def test_clone_computes_the_same_bytes_and_leaves_git_status_empty(base: Repository, tmp_path: Path) -> None:
     cloned = clone(base, tmp_path / "clone", is_cache_shared=False)
     ran = cloned.repro()
-    assert ran == EVERY_STAGE - {"compare", "label_suspects"}, "their reports came with git"
+    assert ran == EVERY_STAGE - {"advise", "compare", "label_suspects"}, "their reports came with git"
     assert cloned.git("status", "--porcelain") == ""
     assert (cloned.root / "dvc.lock").read_bytes() == (base.root / "dvc.lock").read_bytes()
     patterns = ("models/**/*", "reports/runs/**/*", "data/*.*", "data/splits/*")
@@ -429,7 +430,7 @@ def test_what_draws_or_serves_the_command_line_runs_no_training(repository: Repo
             file.write("# other bytes\n")
     for name in ("requirements-report.lock", "requirements-dev.lock", "README.md"):
         (repository.root / name).write_text("other bytes\n")
-    assert repository.repro() == {"compare"}
+    assert repository.repro() == {"advise", "compare"}
 
 
 def test_a_new_strategy_is_one_experiment(repository: Repository) -> None:
@@ -781,7 +782,7 @@ def test_own_weights_are_shared_with_dvc_and_a_clone_is_fresh(repository: Reposi
         params["backbone"]["weights"] = "ours.safetensors"
         params["fine_tune"]["run"] = []
         params["compare"]["guard"] = {}
-    assert repository.repro() == {"plan", "extract", "train_head", "references", "label_suspects", "compare"}
+    assert repository.repro() == {"plan", "extract", "train_head", "references", "label_suspects", "advise", "compare"}
     repository.dvc("add", "--quiet", ours)
     assert repository.repro() == set(), "the weights are the same, tracked or not"
     repository.dvc("remote", "add", "--quiet", "--default", "team", str(tmp_path / "remote"))

@@ -31,6 +31,7 @@ def loaded_after(code: str) -> set[str]:
     [
         (("fetch", "index", "split"), set()),
         (("compare",), {"sklearn", "statsmodels"}),
+        (("advise",), {"sklearn", "statsmodels", "torch"}),
         (("plan", "extract", "train_head", "fine_tune", "label_suspects"), {"torch"}),
     ],
 )

@@ -1,0 +1,79 @@
+"""first-look: a first answer in minutes, in the directory first-look/, which git and DVC ignore.
+
+It is a DVC repository of its own, with a copy of the code and of params.yaml as it is now, in which nothing is
+fine-tuned. It shares DVC's cache, the feature store and the image files with this directory, where nothing changes but
+these caches.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline.params import HEAD_ONLY, PARAMS, load_params
+
+PLACE = Path("first-look")
+COPIED = ("dvc.yaml", ".dvcignore", "pipeline", ".dvc/plots", "data/weights")
+CONFIG = "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n[cache]\n    dir = {}\n"
+log = logging.getLogger("pipeline")
+
+
+def make() -> None:
+    """Run every stage but fine-tuning there, write the page, print the advice, and say what to run next."""
+    lay_out()
+    for arguments in (("dvc", "repro", "plan"), ("pipeline", "advise"), ("dvc", "repro"), ("pipeline", "report")):
+        run(arguments)
+    print(
+        f"\nThe page: {PLACE / 'reports' / 'report.html'}\nNext: make repro, which also fine-tunes "
+        f"{', '.join(load_params().fine_tune.run) or 'what fine_tune.run lists (nothing now)'}; what is computed is "
+        "not computed again. params.yaml is where to change things first."
+    )
+
+
+def lay_out() -> None:
+    """Make the directory, or bring it up to date; what its stages wrote stays."""
+    params = load_params()
+    for name in COPIED:
+        source, target = Path(name), PLACE / name
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            ignored = shutil.ignore_patterns("__pycache__", "*.dvc", ".gitignore")
+            shutil.copytree(source, target, copy_function=link, ignore=ignored)
+        elif source.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    for lock in Path().glob("requirements*.lock"):
+        shutil.copyfile(lock, PLACE / lock)
+    (PLACE / ".dvc").mkdir(exist_ok=True)
+    (PLACE / ".dvc" / "config").write_text(CONFIG.format(Path(".dvc", "cache").resolve()), encoding="utf-8")
+    yaml = YAML()
+    yaml.width = 200
+    document = yaml.load(PARAMS.read_text(encoding="utf-8"))
+    document["fine_tune"]["run"] = []
+    document["compare"]["baseline"] = HEAD_ONLY
+    fetched = [Path("data/raw", name) for name in params.dataset.fetch]  # there, too
+    if not any(path in (Path(params.dataset.path), *Path(params.dataset.path).parents) for path in fetched):
+        document["dataset"]["path"] = str(Path(params.dataset.path).absolute())
+    with (PLACE / PARAMS).open("w", encoding="utf-8") as file:
+        yaml.dump(document, file)
+
+
+def link(source: str, target: str) -> None:
+    """A copy; of a weights file, which may be large, a link."""
+    if Path(source).is_relative_to("data/weights"):
+        Path(target).symlink_to(Path(source).resolve())
+    else:
+        shutil.copyfile(source, target)
+
+
+def run(arguments: tuple[str, ...]) -> None:
+    """Run a command there, with the caches of this directory; ValueError if it fails."""
+    environment = os.environ | {"DVC_ROOT": str(Path(os.environ.get("DVC_ROOT", ".")).resolve())}
+    environment["PYTHONPATH"] = str(PLACE.resolve())
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=PLACE, env=environment)
+    if done.returncode:
+        raise ValueError(f"{PLACE}: {' '.join(arguments)} failed; see above")
