@@ -102,7 +102,8 @@ def _away(found: Json | None) -> str:
     return (
         f"{n_far:,} of the {m:,} new images lie further from the training images than {border}; by chance "
         f"{found['expected']:.1f} are expected ({found['expected_low']:.0f} to {high:.0f}): {verdict}. "
-        f"Their median distance is {found['median']:.3g}, that of validation {found['validation_median']:.3g}."
+        f"Their median distance is {found['median']:.3g}, that of validation {found['validation_median']:.3g}; in "
+        f"{100 * found['further_than_validation']:.0f} % of pairs the new image is the farther one (50 % if alike)."
     )
 
 

@@ -15,7 +15,7 @@ from benchmarks import __main__ as everything
 from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
-MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "startup", "store"]
+MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "predict", "startup", "store"]
 BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "gpu", "near_duplicates", "plain_loop", "scale"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
