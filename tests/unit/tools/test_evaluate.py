@@ -165,8 +165,9 @@ def test_a_table_gives_groups_and_weights_and_what_cannot_be_used_is_said(
     table = pd.DataFrame({"file": names, "label": [name.split("/")[0] for name in names]})
     table["group"] = ["one", "one", *(f"g{i}" for i in range(2, len(names)))]
     table["weight"] = [2.0] + [1.0] * (len(names) - 1)
-    Path("new/broken.png").write_bytes(b"no image")
-    table.loc[len(table)] = ["broken.png", "red", "", 1.0]
+    broken = "<img src=x onerror=alert(1)>|.png"
+    Path("new", broken).write_bytes(b"no image")
+    table.loc[len(table)] = [broken, "red", "", 1.0]
     for name, label in (("a.png", "red"), ("b.png", "blue")):  # the same bytes with two labels
         Image.new("RGB", (30, 30)).save(f"new/{name}")
         table.loc[len(table)] = [name, label, "", 1.0]
@@ -176,7 +177,9 @@ def test_a_table_gives_groups_and_weights_and_what_cannot_be_used_is_said(
     assert (data["n_images"], data["n_units"], data["n_unreadable"], data["n_conflicts"]) == (
         len(names), len(names) - 1, 1, 2,
     )  # fmt: skip
-    assert any("broken.png" in sentence for sentence in found["summary"])
+    assert any(broken in sentence for sentence in found["summary"])
+    assert all(broken not in Path("found", f"evaluation.{ending}").read_text() for ending in ("html", "md"))
+    assert any("only the new images have weights" in text for text in found["summary"])
     wrong = {row["image_id"] for row in one["mistakes"]}
     right = sum(weight for name, weight in zip(names, table["weight"], strict=False) if name not in wrong)
     assert one["metrics"]["accuracy"]["value"] == pytest.approx(right / (len(names) + 1))
@@ -246,6 +249,7 @@ def test_as_many_images_are_far_as_chance_says(n_validation: int) -> None:
         inside += found["expected_low"] <= found["n_far"] <= found["expected_high"]
         far.append(found["n_far"])
         expected.append(found["expected"])
+        assert found["n_nearer"] == {8: 8, 150: 150, 1000: 991}[n_validation]
     assert inside >= 0.92 * 300
     assert np.mean(far) == pytest.approx(np.mean(expected), rel=0.25)
 
