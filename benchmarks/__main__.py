@@ -9,12 +9,12 @@ from pathlib import Path
 import openvino
 import torch
 
-from benchmarks import boundary, busy, extract, head, index, photographs, startup, store
+from benchmarks import boundary, busy, extract, head, index, photographs, predict, startup, store
 from benchmarks.common import Line, run
 from pipeline.files import write_json
 
 RESULTS = Path("reports/benchmarks.json")
-PARTS = (startup, index, extract, photographs, store, head, boundary, busy)
+PARTS = (startup, index, extract, predict, photographs, store, head, boundary, busy)
 
 
 def machine() -> str:

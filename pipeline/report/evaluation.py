@@ -39,7 +39,7 @@ def summary(found: Json) -> list[str]:
     for one in found["models"]:
         shown = _estimate("accuracy", one["metrics"]["accuracy"])
         sentences.append(f"{one['model']}: accuracy {shown} on {data['n_images']:,} new images{units}.")
-        sentences += [text for text in (_leakage(one), _against_own_test(one), _away(one["distance"])) if text]
+        sentences += [text for text in (_leakage(one), _against_own_test(one, data), _away(one["distance"])) if text]
     if found["paired"]:
         sentences += _paired(found)
     if data["n_units"] < FEW_UNITS:
@@ -73,12 +73,14 @@ def _leakage(one: Json) -> str:
     return f"Byte-identical to {listed} of the model, so that the figures are too good.{without}"
 
 
-def _against_own_test(one: Json) -> str:
+def _against_own_test(one: Json, data: Json) -> str:
     own, found = one["own_test"], one["differences"].get("accuracy")
     if own is None:
         return "The model's own test figures are not there to compare with."
-    if one["seen"].get("test", 0) == sum(row["support"] for row in one["classes"]):
-        return "All of these images are test images of the model."
+    weighted = "the test" if own["has_weights"] else "the new"
+    caution = f" Note: only {weighted} images have weights." if own["has_weights"] != data["has_weights"] else ""
+    if one["seen"].get("test", 0) == data["n_images"]:
+        return f"All of these images are test images of the model.{caution}"
     if found is None:
         return "No image is new to the model, so nothing is compared with its own test."
     value, low, high = (100 * found[end] for end in ENDS)
@@ -88,7 +90,7 @@ def _against_own_test(one: Json) -> str:
     return (
         f"Accuracy is {size} {than} on the model's own {own['n_images']:,} test images "
         f"({_estimate('accuracy', own['metrics']['accuracy'])}): {verdict} (95 % interval of the difference {low:+.1f} "
-        f"to {high:+.1f} points, {_p(found['p_value'])})."
+        f"to {high:+.1f} points, {_p(found['p_value'])}).{caution}"
     )
 
 
@@ -102,7 +104,8 @@ def _away(found: Json | None) -> str:
     return (
         f"{n_far:,} of the {m:,} new images lie further from the training images than {border}; by chance "
         f"{found['expected']:.1f} are expected ({found['expected_low']:.0f} to {high:.0f}): {verdict}. "
-        f"Their median distance is {found['median']:.3g}, that of validation {found['validation_median']:.3g}."
+        f"Their median distance is {found['median']:.3g}, that of validation {found['validation_median']:.3g}; in "
+        f"{100 * found['further_than_validation']:.0f} % of pairs the new image is the farther one (50 % if alike)."
     )
 
 

@@ -283,7 +283,8 @@ def own_test(model: Model) -> Json | None:
         scaled = outcomes.of_predictions(replace(run.test, log_probability=calibrated), labels.label)
         data = Data(root, labels, unit_of(labels), {})
         n_units = len(np.unique(data.unit[tested.rows]))
-        return {"n_images": len(tested.rows), "n_units": n_units, "metrics": measure(tested, scaled, data)}
+        found = {"n_images": len(tested.rows), "n_units": n_units, "metrics": measure(tested, scaled, data)}
+        return found | {"has_weights": bool(np.ptp(labels.weight[tested.rows]))}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

@@ -15,18 +15,9 @@ from benchmarks import __main__ as everything
 from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
-MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "startup", "store"]
-BENCHMARKS = [
-    *MEASURING,
-    "decisions",
-    "defaults",
-    "elpv",
-    "error_rates",
-    "gpu",
-    "near_duplicates",
-    "plain_loop",
-    "scale",
-]
+MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "predict", "startup", "store"]
+STUDIES = ["decisions", "defaults", "elpv", "error_rates", "learning_curves"]
+BENCHMARKS = [*MEASURING, *STUDIES, "gpu", "near_duplicates", "plain_loop", "scale"]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 

@@ -492,7 +492,7 @@ def test_saved_runs_load_and_predict_what_they_predicted(
     for run in (read_run("feature_extraction", 0), read_run("tuned", 0)):
         paths = [Path("images", labels.image_id[row]) for row in run.test.rows]
         card_path = Path("models", run.strategy, "seed_0.json")
-        network = inference.open_network(card_path, len(paths), has_distances=True)
+        network = inference.open_network(card_path, len(paths), has_distances=True, engine_name="torch")
         found = [answer.log_probability for answer in inference.run(network, paths, 0)]
         np.testing.assert_allclose(np.exp(np.stack(found)), np.exp(run.test.log_probability), atol=1e-3)
         validated = [Path("images", labels.image_id[row]) for row in run.val.rows]
