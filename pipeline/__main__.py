@@ -63,27 +63,95 @@ def gc(days: float, *, yes: bool) -> None:
 
 @cli.command()
 @click.argument("run")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "is_json", is_flag=True, help="Print a JSON list instead of a table.")
-def predict(run: str, images: tuple[Path, ...], *, is_json: bool) -> None:
-    """Predict IMAGES with the saved run RUN, e.g. models/full_retrain/seed_0."""
+@click.argument("images", nargs=-1)
+@click.option("--paths", metavar="FILE", type=click.Path(path_type=Path), help="CSV file whose column path has more.")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "json", "jsonl", "csv"]), default="table", show_default=True
+)
+@click.option("--json", "form", flag_value="json", help="The same as --format json.")
+@click.option("--top", type=click.IntRange(1), metavar="K", help="Show the K most probable classes, instead of all.")
+@click.option("--raw", "is_raw", is_flag=True, help="Without the temperature that training fitted on validation.")
+@click.option(
+    "--min-confidence", type=click.FloatRange(0, 1), default=0.0, metavar="P", help="Below, an image is undecided."
+)
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write to this file.")
+@click.option("--workers", type=click.IntRange(0), metavar="N", help="Processes that decode; default: one per core.")
+def predict(
+    run: str,
+    images: tuple[str, ...],
+    *,
+    paths: Path | None,
+    form: str,
+    top: int | None,
+    is_raw: bool,
+    min_confidence: float,
+    output: Path | None,
+    workers: int | None,
+) -> None:
+    """Predict IMAGES with the saved run RUN, e.g. models/full_retrain/seed_0.
+
+    IMAGES are files, directories with images in and below them, or quoted patterns such as 'photos/**/*.jpg'. Files
+    that cannot be read are named at the end, with exit code 1; the others are predicted.
+    """
+    from pipeline.params import count_cores
     from pipeline.tools import predict
 
-    predict.show(run, images, is_json=is_json)
+    if not images and paths is None:
+        raise click.UsageError("expected IMAGES, or --paths FILE")
+    options = predict.Options(form, top, is_raw, min_confidence)
+    predict.show(run, images, paths, options, output, count_cores() if workers is None else workers)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("others", nargs=-1, required=True, metavar="[RUN2] DATA")
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Default: below reports/evaluations/.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Files and directories to leave out; repeatable.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="A column of labels.csv; repeatable.")
+@click.option("--workers", type=click.IntRange(0), metavar="N", help="Processes that decode; default: one per core.")
+def evaluate(
+    run: str,
+    others: tuple[str, ...],
+    *,
+    output: Path | None,
+    exclude: tuple[str, ...],
+    columns: tuple[str, ...],
+    workers: int | None,
+) -> None:
+    """Evaluate the saved run RUN on new labelled images: does it hold on them?
+
+    DATA is a directory with a sub-directory per class, or with a labels.csv. A second run is compared with the first on
+    the same images. Writes evaluation.html, .md and .json.
+    """
+    from pipeline.ingest.tree import OPTIONAL
+    from pipeline.params import count_cores
+    from pipeline.tools import evaluate
+
+    *second, data = list(others)
+    if len(second) > 1:
+        raise click.UsageError(f"expected one or two runs and a directory, found {len(others) + 1} arguments")
+    named = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in columns)}
+    if not {*named} <= {"path", "label", *OPTIONAL} or not all(named.values()):
+        known = ", ".join(("path", "label", *OPTIONAL))
+        raise click.UsageError(f"--column: found {', '.join(columns)}; expected e.g. label=diagnosis, one of {known}")
+    workers = count_cores() if workers is None else workers
+    evaluate.show([run, *second], Path(data), output, exclude, named, workers)
 
 
 @cli.command()
 @click.argument("run")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--full-image", "is_whole", is_flag=True, help="Resize and crop inside: the input is a whole image.")
-@click.option("--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="The version of ONNX.")
+@click.option(  # the first that can resize with antialias
+    "--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="The version of ONNX."
+)
 @click.option(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="A file or directory of images to check with; repeatable. Default: validation and test images.",
+    metavar="IMAGES",
+    help="A file, directory or pattern of images to check with; repeatable. Default: validation and test images.",
 )
-def export(run: str, output: Path, images: tuple[Path, ...], *, is_whole: bool, opset: int) -> None:
+def export(run: str, output: Path, images: tuple[str, ...], *, is_whole: bool, opset: int) -> None:
     """Write the saved run RUN as OUTPUT.onnx, from pixels to probabilities, and check it against predict."""
     from pipeline.tools import export
 

@@ -132,7 +132,7 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     """All but the signature, and the pixels that it is made from."""
     sha256, content = "", b""
     try:
-        content = _read(path)
+        content = read(path)
         sha256 = decoding.sha256(content)
         decoded = decoding.examine(content, LEAST_SIDE)
         decoding.check_sums(content)
@@ -152,7 +152,7 @@ def _decode(path: str) -> tuple[Inspected, np.ndarray | None]:
     return Inspected("", sha256, *header, "", *look), reduced
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
     """The file's bytes; only the first ones of a file that does not begin like an image, which may be a large video."""
     # O_NONBLOCK: if a pipe has taken the file's place, opening it would wait forever
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", 0) as file:

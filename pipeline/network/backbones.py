@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -45,11 +46,13 @@ class Backbone:
         return replace(self, preprocessing=self.preprocessing.model_copy(update=changes))
 
 
-def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None = None) -> Backbone:
+def load(
+    choice: BackboneChoice, image_size: int | None, drop_path: float | None = None, directory: Path = WEIGHTS
+) -> Backbone:
     """Build the network and load its weights; ValueError in one line if name, weights or size do not fit.
 
     `drop_path`: the rate of stochastic depth in the last block, of training (Huang et al. 2016, "Deep networks with
-    stochastic depth"); None: as the library builds the network.
+    stochastic depth"); None: as the library builds the network. `directory`: where a file of weights lies.
     """
     library, _, name = choice.name.partition("/")
     with torch.random.fork_rng(devices=[]):
@@ -65,7 +68,7 @@ def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None
         network.load_state_dict(bundled_state(choice.name, network.state_dict()))
     _remove(network, built.dropped)
     if _is_file(choice.weights):
-        load_own(network, choice, built.convert, built.dropped)
+        load_own(network, choice, built.convert, built.dropped, directory)
     network.eval().requires_grad_(False)
     if image_size is not None:
         resize = tuple(round(side * image_size / geometry.crop) for side in geometry.resize)
@@ -77,10 +80,12 @@ def load(choice: BackboneChoice, image_size: int | None, drop_path: float | None
     return Backbone(choice.name, network, geometry, state_sha256(network), width, licence)
 
 
-def load_planned(plan: BackbonePlan, source: str, drop_path: float | None = None) -> Backbone:
+def load_planned(
+    plan: BackbonePlan, source: str, drop_path: float | None = None, directory: Path = WEIGHTS
+) -> Backbone:
     """Load the backbone of `plan` again; ValueError, naming `source`, if its weights have changed."""
     given = plan.preprocessing
-    backbone = load(plan.choice, plan.image_size, drop_path).with_inputs(given.geometry, given.jpeg_decoding)
+    backbone = load(plan.choice, plan.image_size, drop_path, directory).with_inputs(given.geometry, given.jpeg_decoding)
     if backbone.weights_sha256 != plan.weights_sha256:
         raise ValueError(
             f"{source}: made with other weights of {plan.choice.name} than `weights: {plan.choice.weights}` gives now; "

@@ -67,14 +67,20 @@ def bundled_state(name: str, expected: State) -> State:
     return dict(zip(expected, state.values(), strict=True))
 
 
-def load_own(network: nn.Module, choice: BackboneChoice, convert: Callable[[State], State], heads: list[str]) -> None:
-    """Load a file of data/weights/ into `network`, whose classification layers (their paths: `heads`) are removed.
+def load_own(
+    network: nn.Module,
+    choice: BackboneChoice,
+    convert: Callable[[State], State],
+    heads: list[str],
+    directory: Path = WEIGHTS,
+) -> None:
+    """Load a file of `directory` into `network`, whose classification layers (their paths: `heads`) are removed.
 
     A checkpoint may hold several networks, below keys or prefixes. `convert` is the library's own conversion of a
     checkpoint to `network`. The first, by ORDER, that has every tensor of `network` is used, and one line is logged;
     ValueError in one line if there is none.
     """
-    path, own = _find(choice.weights), network.state_dict()
+    path, own = _find(choice.weights, directory), network.state_dict()
     tensors, prefixes = _flatten(_read(path))
     if not tensors:
         raise ValueError(f"{path}: no tensors found; expected a state dict (names -> tensors)")
@@ -103,16 +109,16 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name[:200] for name in shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
-def _find(name: str) -> Path:
-    path = WEIGHTS / name
-    expected = f"expected bundled, default, random or the name of a file in {WEIGHTS}/"
-    if not path.resolve().is_relative_to(WEIGHTS.resolve()):
-        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; {expected}")
+def _find(name: str, directory: Path) -> Path:
+    path = directory / name
+    expected = f"expected bundled, default, random or the name of a file in {directory}/"
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {directory}/; {expected}")
     if not path.is_file():
         tracked = next((part for part in (path, *path.parents) if Path(f"{part}.dvc").is_file()), None)
         if tracked:
             raise ValueError(f"{path}: not here, but DVC tracks it; run: dvc pull {tracked}.dvc")
-        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {WEIGHTS}/; {expected}")
+        raise ValueError(f"params.yaml: backbone.weights: {name!r} is no file below {directory}/; {expected}")
     if not path.name.lower().endswith(ENDINGS):
         raise ValueError(f"{path}: expected a name that ends with {', '.join(ENDINGS)}")
     return path

@@ -10,6 +10,7 @@ Writes  models/<strategy>/seed_<s>.safetensors, .json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, Params, Strategy, load_params
-from pipeline.training import calibration, checkpoints, choice, fit, heads
+from pipeline.training import calibration, checkpoints, choice, fit, heads, novelty
 from pipeline.training.fit import Batch, Load, Task
 from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
@@ -81,6 +82,12 @@ def main() -> None:
         val_predictions, test_predictions = (
             Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
         )
+        layers, width = novelty.penultimate(head)
+        known = [rows[novelty.sample(labels.label[rows], width)] for rows in (train, val)]
+        whole = nn.Sequential(prefix.module, suffix, layers)  # from pixels: the cache may lack this view of training
+        place(whole, device)
+        seen = replace(task, load=load_images(images, loader), evaluation_engine=params.features.engine)
+        located = [fit.observe(whole, seen, rows, recipe.precision) for rows in known]
 
     network.cpu()
     passes = len(train) * len(cached_views) if plan.is_cached else trained.n_steps
@@ -91,7 +98,9 @@ def main() -> None:
     changed = {"strategy": name, "freeze_until": plan.boundary, "cost": cost, "augmentation": recipe.augmentation}
     validated = val_predictions.log_probability, labels.label[val], labels.weight[val]
     changed["temperature"] = calibration.temperature(*validated)
-    save_model(card.model_copy(update=changed), head, whole_base)
+    (seen_train, train_label), (seen_val, val_label) = zip(located, (labels.label[rows] for rows in known), strict=True)
+    novel = novelty.fit(seen_train, train_label, seen_val, val_label)
+    save_model(card.model_copy(update=changed), head, whole_base, novel)
     described = {
         "params": base.parameters + count_parameters(head),
         "boundary": plan.boundary,

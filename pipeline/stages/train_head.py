@@ -5,6 +5,9 @@ Writes  models/feature_extraction/seed_<s>.safetensors, .json
         reports/runs/feature_extraction/seed_<s>/     predictions for validation and test, candidates
 """
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +19,13 @@ from pipeline.features.hdf5 import Features
 from pipeline.network.backbones import count_parameters
 from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
-from pipeline.training import calibration, heads
+from pipeline.training import calibration, heads, novelty
 from pipeline.training.heads import Examples, Selection
 from pipeline.training.models import Card, save_model
+from pipeline.training.novelty import Novelty
 from pipeline.training.runs import Cost, Predictions, Run, save_run
+
+CHUNK = 1024  # images whose features pass through a head at a time
 
 
 def main() -> None:
@@ -83,7 +89,7 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
         cost=cost,
         temperature=calibration.temperature(val_predictions.log_probability, val.label, val.weight),
     )
-    save_model(card, fitted.head, None)
+    save_model(card, fitted.head, None, locate_training_images(fitted.head, features, labels, rows))
     network = {"params": base.parameters + n_params, "boundary": base.cut, "largest_rounding": made.largest_rounding}
     if base.taps:
         shares = heads.weight_shares(fitted.head, selected["train"], base.widths)
@@ -96,6 +102,22 @@ def fit(features: Features, labels: Labels, split: Split, params: Params, dense:
     save_run(run)
     logs.log.info("head %d: strength %g, val loss %.4f", split.seed, path.strength, min(path.val_nll.values()))
     return path
+
+
+def locate_training_images(
+    head: nn.Sequential, features: Features, labels: Labels, rows: Mapping[str, np.ndarray]
+) -> Novelty:
+    """Where the training images lie in the penultimate layer, and how far the validation images are from them."""
+    layers, width = novelty.penultimate(head.eval())
+    device = next(head.parameters()).device
+    train, val = (rows[name][novelty.sample(labels.label[rows[name]], width)] for name in ("train", "val"))
+
+    @torch.inference_mode()
+    def pass_through(images: np.ndarray) -> np.ndarray:
+        chunks = (features.evaluation[images[i : i + CHUNK], 0] for i in range(0, len(images), CHUNK))
+        return torch.cat([layers(torch.from_numpy(chunk).float().to(device)).cpu() for chunk in chunks]).numpy()
+
+    return novelty.fit(pass_through(train), labels.label[train], pass_through(val), labels.label[val])
 
 
 if __name__ == "__main__":

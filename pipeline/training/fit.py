@@ -196,13 +196,23 @@ def set_training_mode(network: nn.Sequential, strategy: Strategy) -> None:
 
 def predict(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
     """Log of the mean probability over the evaluation views of `rows`: (len(rows), n_classes) float32."""
+    logits = torch.from_numpy(_run(network, task, rows, task.evaluation_views, precision))
+    return mean_log_probability(logits.unflatten(0, (len(rows), len(task.evaluation_views)))).numpy()
+
+
+def observe(network: nn.Module, task: Task, rows: np.ndarray, precision: str) -> np.ndarray:
+    """What any network gives for the first evaluation view of `rows`: (len(rows), …) float32."""
+    return _run(network, task, rows, task.evaluation_views[:1], precision)
+
+
+def _run(network: nn.Module, task: Task, rows: np.ndarray, views: Sequence[int], precision: str) -> np.ndarray:
     device = _device(network)
-    pairs: Batch = [(int(row), view) for row in rows for view in task.evaluation_views]
+    pairs: Batch = [(int(row), view) for row in rows for view in views]
     size = engine.piece_size(task.evaluation_batch, device)
     pieces = task.load([pairs[i : i + size] for i in range(0, len(pairs), size)])
-    outputs = engine.run(network, pieces, task.evaluation_engine, precision, device, task.evaluation_batch)
-    logits = torch.from_numpy(np.concatenate(list(outputs)))
-    return mean_log_probability(logits.unflatten(0, (len(rows), len(task.evaluation_views)))).numpy()
+    return np.concatenate(
+        list(engine.run(network, pieces, task.evaluation_engine, precision, device, task.evaluation_batch))
+    )
 
 
 def _device(network: nn.Module) -> torch.device:

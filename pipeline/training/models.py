@@ -1,6 +1,6 @@
 """Saved networks: each loads on its own, from any directory.
 
-models/<strategy>/seed_<s>.safetensors     tensors `head.*`, and `base.*` unless the base is as published
+models/<strategy>/seed_<s>.safetensors     tensors `head.*`, `base.*` unless the base is as published, and `novelty.*`
 models/<strategy>/seed_<s>.json            the card: what else is needed to build the network
 """
 
@@ -17,9 +17,13 @@ from pipeline.files import replacing, write_json
 from pipeline.logs import one_line
 from pipeline.network import backbones, cuts
 from pipeline.network.plans import BackbonePlan
+from pipeline.network.weights import WEIGHTS
 from pipeline.params import Augmentation, HeadOptions, Positive, Record
-from pipeline.training import heads
+from pipeline.training import heads, novelty
+from pipeline.training.novelty import Novelty
 from pipeline.training.runs import MODELS, Cost
+
+PUBLISHED = ("bundled", "default", "random")  # weights that are no file of the user
 
 
 class Card(Record):
@@ -42,11 +46,16 @@ class Card(Record):
     sha256: str = ""
 
 
-def save_model(card: Card, head: nn.Module, base: nn.Module | None) -> None:
-    """Write the tensors and, last, the card, which holds their digest; no base if it is as published."""
+def save_model(card: Card, head: nn.Module, base: nn.Module | None, known: Novelty | None = None) -> None:
+    """Write the tensors and, last, the card, which holds their digest; no base if it is as published.
+
+    `known`: where the images lie that the network was trained on.
+    """
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     if base is not None:
         tensors |= {f"base.{name}": value for name, value in base.state_dict().items()}
+    if known is not None:
+        tensors |= {f"{novelty.PREFIX}.{name}": value for name, value in vars(known).items()}
     path = MODELS / card.strategy / f"seed_{card.seed}.safetensors"
     with replacing(path) as temporary:
         temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
@@ -83,13 +92,36 @@ def load_network(path: Path) -> tuple[nn.Sequential, Card]:
     if state:
         backbone = backbones.load(plan.choice.model_copy(update={"weights": "random"}), plan.image_size)
     else:
-        backbone = backbones.load_planned(plan, str(path))
+        directory = _weights_directory(path, plan.choice.weights)
+        backbone = backbones.load_planned(plan, str(path), directory=directory)
     backbone = replace(backbone, preprocessing=plan.preprocessing)
     base, dense = cuts.split(backbone, plan.cut)
     if state:
         base.load_state_dict(state)
     prefix, _ = cuts.prefix_and_suffix(backbone, plan.cut, cuts.pools(plan))  # around the same tensors
     return nn.Sequential(prefix.module, load_head(path, card, dense)).eval(), card
+
+
+def _weights_directory(path: Path, name: str) -> Path:
+    """The nearest data/weights/ above the run `path`, or that of this directory, which holds the file `name`."""
+    if name in PUBLISHED:
+        return WEIGHTS
+    places = [*(parent / WEIGHTS for parent in path.resolve().parents), WEIGHTS.absolute()]
+    if found := next((place for place in places if (place / name).is_file()), None):
+        return found
+    searched = " and ".join(dict.fromkeys(str(place) for place in places if place.is_dir())) or f"no {WEIGHTS} above it"
+    files = [Path(f"{place / name}.dvc") for place in places]
+    pull = next((f"; DVC tracks it, run: dvc pull {file}" for file in files if file.is_file()), "")
+    raise ValueError(
+        f"{path}: a head that stands on the weights file {name}; looked for it in {searched}{pull}; copy it to "
+        f"{WEIGHTS} of the repository that holds the run"
+    )
+
+
+def load_novelty(path: Path) -> Novelty | None:
+    """Where the training images of the run `path` (.json) lie; None if its file does not say."""
+    tensors = _part(path, novelty.PREFIX)
+    return Novelty(**tensors) if tensors else None
 
 
 def _part(path: Path, part: str) -> dict[str, torch.Tensor]:

@@ -125,9 +125,9 @@ def save_run(run: Run) -> None:
     write_json(folder / "run.json", rest | {"cost": run.cost.model_dump(), "candidates": run.candidates.names})
 
 
-def read_run(strategy: str, seed: int) -> Run:
+def read_run(strategy: str, seed: int, runs: Path = RUNS) -> Run:
     """Read the files that save_run writes."""
-    folder = RUNS / strategy / f"seed_{seed}"
+    folder = runs / strategy / f"seed_{seed}"
     described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     arrays = load_file(folder / "predictions.safetensors")
     val, test = (Predictions(arrays[f"{split}_rows"], arrays[f"{split}_log_probability"]) for split in ("val", "test"))

@@ -30,7 +30,7 @@ from pipeline.features.views import AUGMENTED
 from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
-from pipeline.tools import predict
+from pipeline.tools import inference
 from pipeline.training import calibration, fit, models
 from pipeline.training.runs import Run, read_run
 
@@ -455,15 +455,16 @@ def test_saved_runs_load_and_predict_what_they_predicted(
     labels = manifest.read_labels()
     for run in (read_run("feature_extraction", 0), read_run("tuned", 0)):
         paths = [Path("images", labels.image_id[row]) for row in run.test.rows]
-        predictions, failures = predict.predict(Path("models", run.strategy, "seed_0.json"), paths)
-        assert failures == []
-        found = [entry["probability"] for entry in predictions]
-        log_probability = run.test.log_probability
-        np.testing.assert_allclose(found, np.exp(log_probability).max(1), atol=1e-3)
-        assert [entry["class"] for entry in predictions] == [labels.class_names[i] for i in log_probability.argmax(1)]
+        card_path = Path("models", run.strategy, "seed_0.json")
+        network = inference.open_network(card_path, len(paths), has_distances=True)
+        found = [answer.log_probability for answer in inference.run(network, paths, 0)]
+        np.testing.assert_allclose(np.exp(np.stack(found)), np.exp(run.test.log_probability), atol=1e-3)
+        validated = [Path("images", labels.image_id[row]) for row in run.val.rows]
+        away = sorted(answer.distance for answer in inference.run(network, validated, 0))
+        assert network.novelty is not None
+        np.testing.assert_allclose(away, network.novelty.validation, rtol=0.02)
         val = run.val.log_probability, labels.label[run.val.rows], labels.weight[run.val.rows]
-        card = models.read_card(Path("models", run.strategy, "seed_0.json"))
-        assert card.temperature == calibration.temperature(*val)
+        assert network.card.temperature == calibration.temperature(*val)
 
 
 @pytest.mark.parametrize(

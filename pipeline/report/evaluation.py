@@ -1,0 +1,262 @@
+"""What `evaluate` found, in words, as Markdown, and as a page that loads nothing from a network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.dataset.units import FEW_UNITS
+from pipeline.ingest.tree import printable
+from pipeline.report import charts
+from pipeline.report.evidence import METRICS, NONE, PERCENT
+from pipeline.report.gallery import Example, percent
+from pipeline.report.pictures import Album
+
+Json = dict[str, Any]
+HERE = Path(__file__).parent
+NAMES = METRICS | {"nll_scaled": "NLL (nats), scaled", "brier_scaled": "Brier score, scaled"}
+MAX_MATRIX = 20  # classes of a confusion matrix; of more, the most frequent confusions are listed
+N_LISTED, N_PICTURES = 20, 24
+ENDS = ("value", "low", "high")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first column names its rows."""
+
+    title: str
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def summary(found: Json) -> list[str]:
+    """The answer in sentences: how good, better or worse than on the model's own test, and how far the images lie."""
+    data, sentences = found["data"], []
+    units = "" if data["n_units"] == data["n_images"] else f" ({data['n_units']:,} units that belong together)"
+    for one in found["models"]:
+        shown = _estimate("accuracy", one["metrics"]["accuracy"])
+        sentences.append(f"{one['model']}: accuracy {shown} on {data['n_images']:,} new images{units}.")
+        sentences += [text for text in (_leakage(one), _against_own_test(one), _away(one["distance"])) if text]
+    if found["paired"]:
+        sentences += _paired(found)
+    if data["n_units"] < FEW_UNITS:
+        sentences.append(f"There are only {data['n_units']} units: the intervals are rough.")
+    if absent := [name for name, n in data["classes"].items() if not n]:
+        listed = ", ".join(absent[:N_LISTED]) + (
+            f" and {len(absent) - N_LISTED} more" if len(absent) > N_LISTED else ""
+        )
+        sentences.append(f"No new image is of {listed}: metrics that need all classes are left out.")
+    if data["n_unreadable"]:
+        path, reason = data["unreadable"][0]
+        sentences.append(f"{data['n_unreadable']:,} images cannot be read and are left out, first {path} ({reason}).")
+    if data["n_conflicts"]:
+        sentences.append(
+            f"{data['n_conflicts']:,} images with the same bytes as others but another label are left out."
+        )
+    return [printable(sentence) for sentence in sentences]
+
+
+def _leakage(one: Json) -> str:
+    """Images that the model has seen."""
+    seen = {name: n for name, n in one["seen"].items() if name in ("train", "val")}
+    if not one["is_known"]:
+        return "Whether the model was trained on some of these images is not known: its data/labels.csv is not there."
+    if not seen:
+        return ""
+    names = {"train": "training", "val": "validation"}
+    listed = " and ".join(f"{n:,} {names[name]} images" for name, n in sorted(seen.items()))
+    rest = one["without_seen"]
+    without = f" Without them, accuracy is {_estimate('accuracy', rest['metrics']['accuracy'])}." if rest else ""
+    return f"Byte-identical to {listed} of the model, so that the figures are too good.{without}"
+
+
+def _against_own_test(one: Json) -> str:
+    own, found = one["own_test"], one["differences"].get("accuracy")
+    if own is None:
+        return "The model's own test figures are not there to compare with."
+    if one["seen"].get("test", 0) == sum(row["support"] for row in one["classes"]):
+        return "All of these images are test images of the model."
+    if found is None:
+        return "No image is new to the model, so nothing is compared with its own test."
+    value, low, high = (100 * found[end] for end in ENDS)
+    size = f"{abs(value):.1f} points {'lower' if value < 0 else 'higher'}" if abs(value) >= 0.05 else "as high"
+    verdict = "a difference is not shown" if low <= 0 <= high else "worse" if value < 0 else "better"
+    than = "than" if abs(value) >= 0.05 else "as"
+    return (
+        f"Accuracy is {size} {than} on the model's own {own['n_images']:,} test images "
+        f"({_estimate('accuracy', own['metrics']['accuracy'])}): {verdict} (95 % interval of the difference {low:+.1f} "
+        f"to {high:+.1f} points, {_p(found['p_value'])})."
+    )
+
+
+def _away(found: Json | None) -> str:
+    if found is None:
+        return "How far these images lie from the training images is not known: the model was saved without it."
+    n_far, m, high = found["n_far"], found["n_images"], found["expected_high"]
+    border = f"{found['n_nearer']:,} of the {found['n_validation']:,} validation images"
+    verdict = "more than chance explains: these images differ from those of training"
+    verdict = verdict if n_far > high else "no more than chance explains"
+    return (
+        f"{n_far:,} of the {m:,} new images lie further from the training images than {border}; by chance "
+        f"{found['expected']:.1f} are expected ({found['expected_low']:.0f} to {high:.0f}): {verdict}. "
+        f"Their median distance is {found['median']:.3g}, that of validation {found['validation_median']:.3g}."
+    )
+
+
+def _paired(found: Json) -> list[str]:
+    (first, second), accuracy = found["models"], found["paired"]["accuracy"]
+    value, low, high = (100 * accuracy[key] for key in ("difference", "low", "high"))
+    verdict = "a difference is not shown" if low <= 0 <= high else "better" if value > 0 else "worse"
+    return [
+        f"On the same images, the accuracy of {second['model']} minus that of {first['model']} is {value:+.1f} points "
+        f"({low:+.1f} to {high:+.1f}; {accuracy['method']}, {_p(accuracy['p_value'])}): {verdict}."
+    ]
+
+
+def _p(value: float) -> str:
+    return "p below 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _estimate(metric: str, found: Json | None) -> str:
+    """A metric with its interval, in one piece."""
+    if found is None:
+        return NONE
+    if metric in PERCENT:
+        return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * found[end] for end in ENDS))
+    return "{:.3f} ({:.3f} to {:.3f})".format(*(found[end] for end in ENDS))
+
+
+def _percent(found: Any) -> str:  # noqa: ANN401
+    return f"{100 * found:.1f} %" if isinstance(found, float) else _estimate("accuracy", found)
+
+
+def tables(one: Json) -> list[Table]:
+    """Everything about one model but its mistakes."""
+    names = [name for name in NAMES if one["metrics"].get(name)]
+    rows = [[NAMES[name], _estimate(name, one["metrics"][name])] for name in names]
+    columns = ["metric", "new images"]
+    if (rest := one["without_seen"]) is not None:
+        columns.append("without images seen in training")
+        rows = [[*row, _estimate(name, rest["metrics"].get(name))] for name, row in zip(names, rows, strict=True)]
+    if (own := one["own_test"]) is not None:
+        columns += ["its own test images", "difference"]
+        rows = [
+            [*row, _estimate(name, own["metrics"].get(name)), _difference(name, one["differences"].get(name))]
+            for name, row in zip(names, rows, strict=True)
+        ]
+    scaled = f"Scaled: at the temperature {one['temperature']:.3g}, which training fitted on validation."
+    found = [Table("Metrics", f"With 95 % intervals over units of images. {scaled}", columns, rows)]
+    by_class = [
+        [
+            row["class"],
+            f"{row['support']:,}",
+            _percent(row["recall"]),
+            _percent(row["precision"]),
+            f"{100 * row['f1']:.1f} %",
+        ]
+        for row in one["classes"]
+        if row["support"] or row["precision"]
+    ]
+    found.append(Table("Classes", "", ["class", "images", "recall", "precision", "F1"], by_class))
+    found.append(_confusion([row["class"] for row in one["classes"]], one["confusion"]))
+    for name, title in (("raw", "Calibration"), ("scaled", "Calibration, scaled")):
+        bins = [row for row in one["reliability"][name] if row["confidence"] is not None]
+        shown = [[_percent(row[key]) for key in ("confidence", "accuracy", "weight")] for row in bins]
+        caption = "Where confidence is above accuracy, the model is too sure."
+        found.append(Table(title, caption, ["mean confidence", "accuracy", "share of the images"], shown))
+    return found
+
+
+def _difference(metric: str, found: Json | None) -> str:
+    if found is None:
+        return NONE
+    scale, digits = (100, 1) if metric in PERCENT else (1, 3)
+    value, low, high = (f"{scale * found[end]:+.{digits}f}" for end in ENDS)
+    return f"{value} ({low} to {high})"
+
+
+def _confusion(names: list[str], counts: list[list[int]]) -> Table:
+    if len(names) <= MAX_MATRIX:
+        rows = [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, counts, strict=True) if sum(row)]
+        return Table("Confusion", "Rows: actual class; columns: predicted.", ["", *names], rows)
+    pairs = [(n, names[i], names[j]) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+    rows = [[own, other, f"{n:,}"] for n, own, other in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))]
+    return Table("Confusion", "The most frequent confusions.", ["actual", "predicted", "images"], rows[:N_LISTED])
+
+
+def paired_table(found: Json) -> Table:
+    """The second model minus the first."""
+    rows = [
+        [NAMES[name], _difference(name, one | {"value": one["difference"]}), _p(one["p_value"]), one["method"]]
+        for name, one in found["paired"].items()
+    ]
+    first, second = (one["model"] for one in found["models"])
+    caption = f"{second} minus {first}, on the same images."
+    return Table("Paired comparison", caption, ["metric", "difference", "p", "test"], rows)
+
+
+def as_markdown(found: Json) -> str:
+    """evaluation.md."""
+    lines = ["# Evaluation on new images", "", f"{_code(found['data']['directory'])}", ""]
+    lines += [line for sentence in found["summary"] for line in (_escaped(sentence), "")]
+    for table in [paired_table(found)] if found["paired"] else []:
+        lines += _markdown(table, "##")
+    for one in found["models"]:
+        lines += [f"## {_escaped(one['model'])}", ""]
+        for table in tables(one):
+            lines += _markdown(table, "###")
+        wrong = [
+            [row["image_id"], row["label"], row["predicted"], percent(row["probability"])]
+            for row in one["mistakes"][:N_LISTED]
+        ]
+        columns = ["image", "label", "predicted", "probability"]
+        lines += _markdown(Table("Worst mistakes", "The most probable wrong predictions.", columns, wrong), "###")
+    return "\n".join(lines)
+
+
+def _markdown(table: Table, level: str) -> list[str]:
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows] if table.rows else [["none"], ["---"]]
+    written = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
+    return [f"{level} {table.title}", "", *([_escaped(table.caption), ""] if table.caption else []), *written, ""]
+
+
+def _escaped(text: str) -> str:
+    """Text that is no markup, in one line."""
+    return (
+        "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in printable(text)) if text != "---" else text
+    )
+
+
+def _code(text: str) -> str:
+    return f"`{printable(text).replace('`', '')}`"
+
+
+def as_page(found: Json, album: Album) -> str:
+    """evaluation.html, with thumbnails of the worst mistakes."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    models = [
+        {
+            "name": one["model"],
+            "tables": tables(one),
+            "mistakes": [_example(row, album) for row in one["mistakes"][:N_PICTURES]],
+        }
+        for one in found["models"]
+    ]
+    return environment.get_template("evaluation.html.jinja").render(
+        data=found["data"],
+        summary=found["summary"],
+        paired=paired_table(found) if found["paired"] else None,
+        models=models,
+        palettes={"light": charts.LIGHT, "dark": charts.DARK},
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+    )
+
+
+def _example(row: Json, album: Album) -> Example:
+    lines = ("label", row["label"], ""), ("predicted", row["predicted"], percent(row["probability"]))
+    return Example(row["image_id"], album.thumbnail(row["image_id"]), lines)
