@@ -252,6 +252,8 @@ def _files(images: Sequence[str], run: Path, card: Card) -> tuple[list[Path], st
             raise ValueError(f"{lacks}; name some: --images FILE, DIRECTORY or PATTERN") from None
         files = [directory / names[row] for row in (*split.rows("val"), *split.rows("test"))]
         source = f"validation and test images of {root.name}"
+    if not any(path.is_file() for path in files):
+        raise ValueError(f"{files[0]}: not there, nor another of {len(files):,} images; name others by --images")
     if len(files) > N_CHECKED:
         chosen = np.random.default_rng(0).choice(len(files), N_CHECKED, replace=False)
         files, source = [files[i] for i in sorted(chosen)], f"a sample of {len(files):,} {source}"

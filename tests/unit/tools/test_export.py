@@ -355,6 +355,10 @@ def test_without_images_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest
         ValueError, match=r"none of 1 images can be read, first .*notes\.txt: .*name others by --images"
     ):
         export.show("run", output, [str(tmp_path / "notes.txt")], is_whole=False, opset=18)
+    with pytest.raises(ValueError, match=r"absent\.png: not there, nor another of 2 images; name others by --images"):
+        export.show(
+            "run", output, [str(tmp_path / name) for name in ("absent.png", "too.png")], is_whole=False, opset=18
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--images: no image in .*empty; expected files with the extensions"):
         export.show("run", output, [str(tmp_path / "empty")], is_whole=False, opset=18)
