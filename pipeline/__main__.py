@@ -142,14 +142,16 @@ def evaluate(
 @click.argument("run")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--full-image", "is_whole", is_flag=True, help="Resize and crop inside: the input is a whole image.")
-@click.option("--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="The version of ONNX.")
+@click.option(  # the first that can resize with antialias
+    "--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="The version of ONNX."
+)
 @click.option(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
-    help="A file or directory of images to check with; repeatable. Default: validation and test images.",
+    metavar="IMAGES",
+    help="A file, directory or pattern of images to check with; repeatable. Default: validation and test images.",
 )
-def export(run: str, output: Path, images: tuple[Path, ...], *, is_whole: bool, opset: int) -> None:
+def export(run: str, output: Path, images: tuple[str, ...], *, is_whole: bool, opset: int) -> None:
     """Write the saved run RUN as OUTPUT.onnx, from pixels to probabilities, and check it against predict."""
     from pipeline.tools import export
 

@@ -27,11 +27,10 @@ from pipeline.files import replacing
 from pipeline.logs import one_line, progress, raise_if_of_machine
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import PARAMS, load_params
-from pipeline.tools import model_card
+from pipeline.tools import inference, model_card, predict
 from pipeline.training import calibration, heads, models
 from pipeline.training.models import Card
 
-OPSETS = (18, 23)  # the first has Resize with antialias
 TOLERANCE = 1e-4  # of a probability; also, between two classes, a tie
 N_CHECKED = 256  # images
 AGREEMENT, FEW = 0.995, 200  # of the classes from whole images; of fewer images, one may differ
@@ -76,18 +75,18 @@ class Check:
         )
 
 
-def show(run: str, output: Path, images: Sequence[Path], *, is_whole: bool, opset: int) -> None:
+def show(run: str, output: Path, images: Sequence[str], *, is_whole: bool, opset: int) -> None:
     """Write the file `output`, and README.md beside it if there is none; print how well it agrees with predict.
 
     `run` as in predict. `is_whole`: the input is a whole image of any size, not pixels as the crop leaves them.
-    `images`: files and directories to check with; none: validation and test images of the repository of the run.
+    `images`: files, directories and patterns to check with; none: validation and test images of the run's repository.
     ValueError in one line, and no file, if the network cannot be exported or does not agree.
     """
     if output.suffix != ".onnx" or output.is_dir():
         raise ValueError(f"{output}: expected the name of a file that ends with .onnx")
     model_card.refuse_outputs(output.parent)
     _require_onnx()
-    path = Path(run.removesuffix(".safetensors").removesuffix(".json") + ".json")
+    path = inference.path_of(run)
     card = models.read_card(path)
     preprocessing = card.backbone.preprocessing
     if is_whole and preprocessing.interpolation not in RESIZE:
@@ -236,17 +235,12 @@ def _require_onnx() -> None:
         raise ValueError(f"{error}; run: pip install --requirement requirements-export.lock") from None
 
 
-def _files(images: Sequence[Path], run: Path, card: Card) -> tuple[list[Path], str]:
+def _files(images: Sequence[str], run: Path, card: Card) -> tuple[list[Path], str]:
     """The files to check with, a sample if there are many, and what they are."""
     if images:
-        endings = {ending for these in decoding.EXTENSIONS.values() for ending in these}
-        files = []
-        for given in images:
-            found = sorted(path for path in given.rglob("*") if path.suffix.lower() in endings and path.is_file())
-            if not found and not given.is_file():
-                raise ValueError(f"--images: {given}: no image there")
-            files += found or [given]
-        source = "named by --images"
+        files, source = predict.find(images), "named by --images"
+        if not files:
+            raise ValueError(f"--images: no image in {', '.join(images)}; expected files with the extensions of images")
     else:
         root = run.absolute().parents[2]
         try:
@@ -255,9 +249,11 @@ def _files(images: Sequence[Path], run: Path, card: Card) -> tuple[list[Path], s
             split = manifest.read_split(card.seed, names, root / manifest.SPLITS)
         except (OSError, ValueError, IndexError) as error:
             lacks = f"no images to check the file with ({one_line(error)})"
-            raise ValueError(f"{lacks}; name some: --images DIRECTORY, or --images FILE") from None
+            raise ValueError(f"{lacks}; name some: --images FILE, DIRECTORY or PATTERN") from None
         files = [directory / names[row] for row in (*split.rows("val"), *split.rows("test"))]
         source = f"validation and test images of {root.name}"
+    if not any(path.is_file() for path in files):
+        raise ValueError(f"{files[0]}: not there, nor another of {len(files):,} images; name others by --images")
     if len(files) > N_CHECKED:
         chosen = np.random.default_rng(0).choice(len(files), N_CHECKED, replace=False)
         files, source = [files[i] for i in sorted(chosen)], f"a sample of {len(files):,} {source}"

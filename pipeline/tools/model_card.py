@@ -24,6 +24,7 @@ from pipeline.files import write_text
 from pipeline.logs import one_line
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 from pipeline.report import provenance
+from pipeline.tools import inference
 from pipeline.training import models
 from pipeline.training.models import Card
 from pipeline.training.runs import MODELS, RUNS
@@ -66,7 +67,7 @@ class Known:
 def show(run: str, directory: Path) -> None:
     """Write README.md into `directory`; ValueError if there is one, or DVC keeps its outputs there."""
     refuse_outputs(directory)
-    path = Path(run.removesuffix(".safetensors").removesuffix(".json") + ".json")
+    path = inference.path_of(run)
     card = models.read_card(path)
     readme = directory / README
     if readme.exists():
