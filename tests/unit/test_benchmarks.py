@@ -16,7 +16,17 @@ from benchmarks import common, startup
 
 REPOSITORY = Path(__file__).parents[2]
 MEASURING = ["boundary", "busy", "extract", "head", "index", "photographs", "startup", "store"]
-BENCHMARKS = [*MEASURING, "decisions", "elpv", "error_rates", "gpu", "near_duplicates", "plain_loop", "scale"]
+BENCHMARKS = [
+    *MEASURING,
+    "decisions",
+    "elpv",
+    "error_rates",
+    "gpu",
+    "learning_curves",
+    "near_duplicates",
+    "plain_loop",
+    "scale",
+]
 RUN = 'if __name__ == "__main__":\n    {}\n'
 
 
