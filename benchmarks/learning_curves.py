@@ -11,7 +11,9 @@ by options. The prior and the misfit in pipeline/advice/curve.py were set on the
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -32,10 +34,10 @@ MISSED = 40  # 2 / 0.05
 METHODS = ("curve", "stays, cross-validated", "stays, validation")
 
 
-def plain(x: np.ndarray, label: np.ndarray) -> Data:
+def plain(x: Any, label: Any) -> Data:  # noqa: ANN401
     """Images or rows of equal weight, as vectors."""
     _, index = np.unique(label, return_inverse=True)
-    return x.reshape(len(x), -1).astype(np.float32), index, np.ones(len(x))
+    return np.asarray(x, np.float32).reshape(len(x), -1), index, np.ones(len(x))
 
 
 def tuning() -> Iterator[tuple[str, Data]]:
@@ -73,12 +75,13 @@ def reported(fashion: Path | None, folders: tuple[Path, ...]) -> Iterator[tuple[
         pictures = [np.asarray(Image.open(path).convert("L").resize((SIDE, SIDE))) for path in files]
         yield f"{folder.name} (pixels)", plain(np.stack(pictures), np.array([path.parent.name for path in files]))
     try:
-        from mnist1d.data import get_dataset_args, make_dataset
-    except ImportError:
+        mnist1d = import_module("mnist1d.data")
+    except ImportError as error:
+        print(f"without MNIST-1D: {error}; pip install mnist1d")
         return
-    arguments = get_dataset_args()
+    arguments = mnist1d.get_dataset_args()
     arguments.num_samples = 6000
-    made = make_dataset(arguments)
+    made = mnist1d.make_dataset(arguments)
     yield (
         "MNIST-1D (signals)",
         plain(np.concatenate([made["x"], made["x_test"]]), np.concatenate([made["y"], made["y_test"]])),

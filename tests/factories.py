@@ -552,7 +552,25 @@ def study_reports(labels: Labels) -> None:
     write_json(Path("reports/splits.json"), splits | {"n_leaks": 1, "leaks": leaks})
     write_json(Path("reports/timings/extract.json"), {"wall_seconds": 75.2, "peak_memory_bytes": 10**9})
     shutil.copytree(REPOSITORY / ".dvc/plots", ".dvc/plots", ignore=shutil.ignore_patterns("*.html"))
+    write_json(Path("reports/advice.json"), advice())
     study_lock()
+
+
+def advice() -> dict[str, Any]:
+    """reports/advice.json of two blocks, whose names are hostile."""
+    shares = [{"value": value, "low": value - 0.05, "high": value + 0.05} for value in (0.5, 0.7, 0.75, 0.8)]
+    cuts = (HOSTILE[0], "all")
+    return {
+        "words": [f"**Where the information sits.** After {HOSTILE[0]}.", "**Would more images help?** They may."],
+        "cannot_tell": "",
+        "images": 1200,
+        "majority_class": shares[0],
+        "blocks": [{"cut": cut, "linear": shares[1], "nearest": shares[0]} for cut in cuts],
+        "curve": {
+            "sizes": [{"images": 10 * 2**i, **share} for i, share in enumerate(shares)],
+            "expected": [{"images": 100 * 2**i, "times": 2**i, **share} for i, share in enumerate(shares[1:])],
+        },
+    }
 
 
 def study_lock() -> None:

@@ -172,11 +172,11 @@ class Probe:
 
     def of_strategy(self, name: str, plan: StrategyPlan) -> Estimate:
         """The time of its steps, of its validations, and of its activations, each from a few batches."""
-        recipe, base = plan.recipe, self.base
+        recipe, base, begin = plan.recipe, self.base, time.perf_counter()
         n_train, n_val, n_test = (len(self.split.rows(part)) for part in ("train", "val", "test"))
         backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
         prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, cuts.pools(base))
-        n_evaluation, n_rows, seconds = len(self.params.evaluation.views), 0, 0.0
+        n_evaluation, n_rows, seconds = len(self.params.evaluation.views), 0, time.perf_counter() - begin
         if plan.is_cached:
             n_rows = n_train * max(recipe.n_views, 1) + (n_val + n_test) * n_evaluation
             of_view, values = self.of_prefix(prefix)

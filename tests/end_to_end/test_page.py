@@ -160,9 +160,9 @@ def test_the_keyboard_reaches_the_parts_in_their_order(browser: webdriver.Chrome
         focused = browser.switch_to.active_element
         reached.append(focused.get_attribute("href") or focused.get_attribute("aria-label") or focused.text)
         outlines.append(focused.value_of_css_property("outline-style"))
-    parts = ["main", "answer", "evidence", "mistakes", "features", "cost", "data", "provenance"]
-    assert [str(link).rpartition("#")[2] for link in reached[:8]] == parts
-    assert reached[8] == "Comparison of the strategies"
+    parts = ["main", "advice", "answer", "evidence", "mistakes", "features", "cost", "data", "provenance"]
+    assert [str(link).rpartition("#")[2] for link in reached[:9]] == parts
+    assert reached[9] == "Comparison of the strategies"
     assert set(outlines) == {"solid"}
     browser.switch_to.active_element.send_keys(Keys.ENTER)
 

@@ -166,6 +166,9 @@ def test_every_section_is_there(root: Path):
         "validation, cross-fitted",
         "This is a result of this one run of each strategy",
         "extracting the features, which all strategies share, took 1.3 min",
+        "Advice before training",
+        "Accuracy by depth",
+        "expected with 1, 2 and 4 times the images",
     ):
         assert words in text, words
     assert "run: dvc repro" not in text
@@ -230,6 +233,10 @@ def _rewrite_features(shape: tuple[int, ...], made: hdf5.Provenance) -> None:
     hdf5.write_features(hdf5.FEATURES, [values], None, sha256, made)
 
 
+def without_advice() -> None:
+    Path("reports/advice.json").unlink()
+
+
 def maps_as_features() -> None:
     _rewrite_features((4, 3, 3), hdf5.read_features().provenance)
 
@@ -241,6 +248,7 @@ def maps_as_features() -> None:
         (one_strength, "there is nothing to select"),
         (maps_as_features, "Feature maps are averaged over their pixels"),
         (other_weights, "No feature maps: data/features.h5: made with other weights"),
+        (without_advice, "The answer"),
         (without("data/mine"), "No feature maps: the image files in data/mine are missing"),
         (without("reports/timings"), "reports/timings/ is empty"),
     ],
@@ -280,6 +288,10 @@ def test_an_output_that_is_missing_or_damaged_is_refused_in_one_line(root: Path,
 
 
 def test_an_output_of_another_version_is_refused(root: Path):
+    write_text(Path("reports/advice.json"), "{}")
+    with pytest.raises(ValueError, match=r"^reports/advice\.json: not the output that dvc\.lock lists"):
+        page.write()
+    without_advice()
     write_json(Path("reports/details.json"), {"strategies": {}})
     with pytest.raises(ValueError, match=r"^reports/details\.json: not the output that dvc\.lock lists"):
         page.write()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ def test_labels_of_test_images_change_nothing(labels: Labels):
     before = run()
     label, test = labels.label.copy(), np.flatnonzero(SPLIT == "test")
     label[test] = 1 - label[test]
-    manifest.write_labels(Labels(**vars(labels) | {"label": label}))
+    manifest.write_labels(replace(labels, label=label))
     assert run() == before
     label[np.flatnonzero(SPLIT == "val")] = 0
-    manifest.write_labels(Labels(**vars(labels) | {"label": label}))
+    manifest.write_labels(replace(labels, label=label))
     assert run() != before
 
 
@@ -168,5 +169,5 @@ def test_the_most_images_are_whole_units(caplog: pytest.LogCaptureFixture):
     assert (np.bincount(rows // 4)[np.unique(rows // 4)] == 4).all()
     assert (rows < 200).all()
     assert len(advise.choose_rows(labels, split, 5000)) == 200
-    weightless = Labels(**vars(labels) | {"weight": np.zeros(400)})
+    weightless = replace(labels, weight=np.zeros(400))
     assert len(advise.choose_rows(weightless, split, 50)) == 0
