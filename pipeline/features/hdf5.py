@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import h5py
 import numpy as np
@@ -126,7 +127,8 @@ class _Array:
 
 def write_shard(directory: Path, key: str, rows: Sequence[Row], values: np.ndarray, rounding: np.ndarray) -> Path:
     """Write a shard for the key `key`; its path. The same rows always give the same name and bytes."""
-    with h5py.File("shard", "w", driver="core", backing_store=False) as file:
+    # A name of its own: pixels and features are written by two threads, and HDF5 opens no name twice, even in memory
+    with h5py.File(uuid4().hex, "w", driver="core", backing_store=False) as file:
         file["features"] = values
         file["rounding"] = rounding
         file["sha256"] = np.array([name.encode() for name, _ in rows], "S64")

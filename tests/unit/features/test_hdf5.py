@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -36,6 +37,17 @@ def test_shard_is_read_as_it_was_written(shard: Path) -> None:
     assert (found.shape, found.dtype) == ((2, 2), np.float32)
     assert np.array_equal(found.rounding, ROUNDING)
     assert np.array_equal(np.memmap(shard, found.dtype, "r", found.offset, VALUES.shape), VALUES)
+
+
+def test_threads_write_shards_at_the_same_time(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(40, 500, 20)).astype(np.float32)
+
+    def write(number: int) -> Path:
+        rows = [(f"{number:032x}{row:032x}", 0) for row in range(500)]
+        return hdf5.write_shard(tmp_path, "key", rows, values[number], np.zeros(500, np.float32))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len({*pool.map(write, range(40))}) == 40
 
 
 def test_shard_is_named_by_its_bytes_which_its_rows_decide(shard: Path, tmp_path: Path) -> None:
