@@ -216,7 +216,7 @@ def test_the_example_of_the_docs_predicts_a_file_with_three_libraries_alone(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    page = (REPOSITORY / "docs/use.export.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs/export.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[number]
     file, _ = files(*[[], ["--full-image", "--opset", "20"]][number])
     (tmp_path / file.name).write_bytes(file.read_bytes())
