@@ -111,7 +111,7 @@ def _away(found: Json | None) -> str:
 
 def _paired(found: Json) -> list[str]:
     (first, second), accuracy = found["models"], found["paired"]["accuracy"]
-    value, low, high = (100 * accuracy[key] for key in ("difference", "low", "high"))
+    value, low, high = (round(100 * accuracy[key], 1) + 0.0 for key in ("difference", "low", "high"))  # no -0.0
     verdict = "a difference is not shown" if low <= 0 <= high else "better" if value > 0 else "worse"
     return [
         f"On the same images, the accuracy of {second['model']} minus that of {first['model']} is {value:+.1f} points "
@@ -177,7 +177,7 @@ def _difference(metric: str, found: Json | None) -> str:
     if found is None:
         return NONE
     scale, digits = (100, 1) if metric in PERCENT else (1, 3)
-    value, low, high = (f"{scale * found[end]:+.{digits}f}" for end in ENDS)
+    value, low, high = (f"{round(scale * found[end], digits) + 0.0:+.{digits}f}" for end in ENDS)
     return f"{value} ({low} to {high})"
 
 

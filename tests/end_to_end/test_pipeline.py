@@ -654,7 +654,7 @@ def test_saved_run_predicts_new_images_from_another_directory(base: Repository, 
     command = ("python", "-m", "pipeline", "predict", saved, *images)
     if run == "full_retrain":
         predicted = json.loads(base.run(*command, "--json", cwd=tmp_path))
-        assert all(entry.keys() == {"class", "probability", "path"} for entry in predicted)
+        assert all(entry.keys() == {"class", "probability", "probabilities", "path"} for entry in predicted)
     else:
         lines = [line.split() for line in base.run(*command, cwd=tmp_path).splitlines()]
         predicted = [{"class": name, "probability": float(text), "path": path} for name, text, path in lines]
