@@ -158,9 +158,14 @@ def test_run_that_does_not_exist_is_named(tmp_path: Path, photographs: list[Path
         predicted(tmp_path / "nowhere" / "seed_0.json", photographs)
 
 
-@pytest.mark.parametrize("ending", ["", ".json", ".safetensors"])
-@pytest.mark.parametrize("form", predict.FORMATS)
-@pytest.mark.parametrize("place", ["printed", "written"])
+@pytest.mark.parametrize(
+    ("place", "form", "ending"),
+    [
+        *(("printed", form, "") for form in predict.FORMATS),
+        *(("written", form, ".json") for form in predict.FORMATS),
+        ("printed", "table", ".safetensors"),
+    ],
+)
 def test_unreadable_images_are_failures_and_the_others_are_predicted(
     place: str,
     form: str,
