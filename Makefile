@@ -14,7 +14,7 @@ PYTEST := python -m pytest --numprocesses logical --dist loadgroup
 # DVC promises no order among independent stages: `plan` first, so that a wrong name fails in seconds, then the advice
 repro: venv
 	dvc repro plan
-	python -m pipeline advise
+	python -m pipeline advise --no-cost
 	dvc repro
 	python -m pipeline report
 

@@ -25,12 +25,17 @@ log = logging.getLogger("pipeline")
 def make() -> None:
     """Run every stage but fine-tuning there, write the page, print the advice, and say what to run next."""
     lay_out()
-    for arguments in (("dvc", "repro", "plan"), ("pipeline", "advise"), ("dvc", "repro"), ("pipeline", "report")):
+    for arguments in (
+        ("dvc", "repro", "plan"),
+        ("pipeline", "advise", "--no-cost"),
+        ("dvc", "repro"),
+        ("pipeline", "report"),
+    ):
         run(arguments)
     print(
         f"\nThe page: {PLACE / 'reports' / 'report.html'}\nNext: make repro, which also fine-tunes "
         f"{', '.join(load_params().fine_tune.run) or 'what fine_tune.run lists (nothing now)'}; what is computed is "
-        "not computed again. params.yaml is where to change things first."
+        "not computed again. python -m pipeline advise says how long that takes. params.yaml is where to change things."
     )
 
 

@@ -82,7 +82,7 @@ def test_commands_run_there_with_the_caches_of_this_directory(root: Path, monkey
     first_look.make()
     assert [command for command, _, _ in calls] == [
         ["dvc", "repro", "plan"],
-        ["pipeline", "advise"],
+        ["pipeline", "advise", "--no-cost"],
         ["dvc", "repro"],
         ["pipeline", "report"],
     ]
