@@ -120,8 +120,8 @@ def evaluate(
 ) -> None:
     """Evaluate the saved run RUN on new labelled images: does it hold on them?
 
-    DATA is a directory with a sub-directory per class, or with a labels.csv. A second run is compared with the first on
-    the same images. Writes evaluation.html, .md and .json.
+    DATA is a directory with a sub-directory per class or a labels.csv, or another such table. A second run is compared
+    with the first on the same images. Writes evaluation.html, .md and .json.
     """
     from pipeline.ingest.tree import OPTIONAL
     from pipeline.params import count_cores

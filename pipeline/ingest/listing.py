@@ -40,8 +40,9 @@ def find_images(
     exclude: Sequence[str] = (),
     columns: Mapping[str, str] = MappingProxyType({}),
     similar: str = "error",
+    table: str = TABLE,
 ) -> Listing:
-    """List a data set: its `labels.csv` decides; without one, each sub-directory is a class.
+    """List a data set: its `table`, a CSV file, decides; without one, each sub-directory is a class.
 
     If the sub-directories are train/ and val/ or test/ (also training/, valid/, validation/, testing/, in any case),
     the classes are below them, and `split` is train, val or test. A labels.csv may use the same names.
@@ -58,13 +59,14 @@ def find_images(
         advice = "; write the whole path, ~ is not replaced" if directory.parts[:1] == ("~",) else advice
         raise FileNotFoundError(f"params.yaml: dataset.path: {directory} is not a directory{advice}")
     try:
-        return _find_images(directory, exclude, columns, similar)
+        return _find_images(directory, exclude, columns, similar, directory / table)
     except ValueError as error:  # names of files can contain line breaks
         raise ValueError(printable(str(error))) from None
 
 
-def _find_images(directory: Path, exclude: Sequence[str], columns: Mapping[str, str], similar: str) -> Listing:
-    table = directory / TABLE
+def _find_images(
+    directory: Path, exclude: Sequence[str], columns: Mapping[str, str], similar: str, table: Path
+) -> Listing:
     is_table = os.path.lexists(table)
     if columns and not is_table:
         found = f"found {dict(columns)}, but {table} does not exist"

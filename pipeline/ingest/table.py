@@ -85,10 +85,14 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         of_class = f"of class {row['label']!r} " if rows else ""
         n_rows = sum(other["label"] == row["label"] or not rows for _, other, _ in lost)
         where = f"first row {number}: {row['path']!r} {problem}"
-        example = f"; expected paths below the directory, such as {min(files - {TABLE})!r}" if files - {TABLE} else ""
+        example = (
+            f"; expected paths below the directory, such as {min(files - {table.name})!r}"
+            if files - {table.name}
+            else ""
+        )
         raise ValueError(f"{table}: no row {of_class}can be used (of {n_rows}), {where}{example}")
     listed = {row["path"] for row in rows}
-    known = {TABLE, *listed, *(row["path"] for _, row, _ in rejected)}
+    known = {TABLE, table.name, *listed, *(row["path"] for _, row, _ in rejected)}
     n_unlisted = sum(what not in (HIDDEN, EXCLUDED, FOLDER) and path not in known for path, what in entries)
     skipped, warnings = left_out(directory, entries, exclude, listed)
     if n_unlisted:

@@ -27,7 +27,7 @@ from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.ingest import listing
 from pipeline.ingest.listing import Listing
-from pipeline.ingest.tree import IMAGE_EXTENSIONS, printable, shorten
+from pipeline.ingest.tree import IMAGE_EXTENSIONS, TABLE, printable, shorten
 from pipeline.report import evaluation
 from pipeline.report.pictures import Album
 from pipeline.tools import inference
@@ -70,20 +70,23 @@ class Data:
 
 def show(
     runs: Sequence[str],
-    directory: Path,
+    place: Path,
     output: Path | None,
     exclude: Sequence[str],
     columns: Mapping[str, str],
     workers: int,
 ) -> None:
-    """Evaluate one or two runs on the images in `directory`, write the reports, and print the answer in words.
+    """Evaluate one or two runs on the images of `place`, write the reports, and print the answer in words.
+
+    `place`: a directory, or a table in it that is read in place of its labels.csv.
 
     `output`: by default a directory below reports/evaluations/ with the names of the runs and of the data.
     """
     cards = [read_card(inference.path_of(run)) for run in runs]
     if len(cards) > 1 and {*cards[0].class_names} != {*cards[1].class_names}:
         raise ValueError(f"{runs[0]} and {runs[1]} have different classes; expected two models of the same classes")
-    listed = list_images(directory, exclude, columns, cards[0], runs[0])
+    directory, table = (place.parent, place.name) if place.suffix.lower() == ".csv" else (place, TABLE)
+    listed = list_images(directory, table, exclude, columns, cards[0], runs[0])
     models, answers = [], []
     for run in runs:
         model, found = _answer(run, directory, listed, workers)
@@ -102,13 +105,13 @@ def show(
     if len(models) > 1:
         assembled["paired"] = compare(predictions, data)
     assembled["summary"] = evaluation.summary(assembled)
-    place = output or EVALUATIONS / default_name(runs, directory)
+    written = output or EVALUATIONS / default_name(runs, directory)
     album = Album(directory, Images(data.labels.image_id, data.labels.sha256, [], []))
-    write_json(place / "evaluation.json", assembled)
-    write_text(place / "evaluation.md", evaluation.as_markdown(assembled))
-    write_text(place / "evaluation.html", evaluation.as_page(assembled, album))
+    write_json(written / "evaluation.json", assembled)
+    write_text(written / "evaluation.md", evaluation.as_markdown(assembled))
+    write_text(written / "evaluation.html", evaluation.as_page(assembled, album))
     print(*assembled["summary"], sep="\n")
-    logs.log.info("%s: evaluation.html, evaluation.md, evaluation.json", place)
+    logs.log.info("%s: evaluation.html, evaluation.md, evaluation.json", written)
 
 
 def default_name(runs: Sequence[str], directory: Path) -> str:
@@ -118,12 +121,16 @@ def default_name(runs: Sequence[str], directory: Path) -> str:
     return "_on_".join("".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in word) for word in words)
 
 
-def list_images(directory: Path, exclude: Sequence[str], columns: Mapping[str, str], card: Card, run: str) -> Listing:
+def list_images(
+    directory: Path, table: str, exclude: Sequence[str], columns: Mapping[str, str], card: Card, run: str
+) -> Listing:
     """List a data set as `index` does; ValueError for classes that the model does not know."""
+    if table != TABLE and not (directory / table).is_file():
+        raise FileNotFoundError(f"{printable(str(directory / table))}: no such file; expected a table or a directory")
     if not directory.is_dir():
         expected = "expected one with a sub-directory per class, or a labels.csv"
         raise FileNotFoundError(f"{printable(str(directory))} is not a directory; {expected}")
-    listed = listing.find_images(directory, exclude, columns, "keep")
+    listed = listing.find_images(directory, exclude, columns, "keep", table)
     if unknown := sorted({*listed.images["label"]} - {*card.class_names}):
         known, layout = shorten(card.class_names, 20), f"; {listed.layout}" if listed.layout else ""
         problem = f"classes that {run} does not know: {shorten(unknown, 20)}; it knows {known}"

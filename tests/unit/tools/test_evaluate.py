@@ -183,6 +183,9 @@ def test_a_table_gives_groups_and_weights_and_what_cannot_be_used_is_said(
     wrong = {row["image_id"] for row in one["mistakes"]}
     right = sum(weight for name, weight in zip(names, table["weight"], strict=False) if name not in wrong)
     assert one["metrics"]["accuracy"]["value"] == pytest.approx(right / (len(names) + 1))
+    Path("new/labels.csv").rename("new/march.csv")
+    other = evaluated(repository / HEAD, "new/march.csv", "--column", "path=file")
+    assert other["models"] == found["models"]
 
 
 def test_mistakes_of_the_user_are_one_line(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +195,7 @@ def test_mistakes_of_the_user_are_one_line(repository: Path, tmp_path: Path, mon
         Image.new("RGB", (30, 30)).save(f"new/{name}/1.png")
     for arguments, expected in (
         ((HEAD, "new"), r"classes that .*seed_0 does not know: purple\\nish; it knows blue, green, red"),
+        ((HEAD, "new/gone.csv"), "new/gone.csv: no such file; expected a table or a directory"),
         ((HEAD, "gone"), "gone is not a directory; expected one with a sub-directory per class"),
         (("models/none/seed_0", "new"), "no such run"),
     ):
