@@ -7,7 +7,8 @@ accuracy stays as it is: that of all images given, cross-validated, and that of 
 have. The truth is the mean accuracy, over all repeats, of heads on all images, on images that took part in nothing.
 
 Needs data/features.h5 of the default data; the other data sets come from scikit-learn, and from packages that are named
-by options. The prior and the misfit in pipeline/advice/curve.py were set on the data sets of `--tuning` alone.
+by options. The prior and the misfit in pipeline/advice/curve.py were set on the data sets of `--tuning`, and revised
+twice after looking at the others: docs/advice.md.
 """
 
 from collections.abc import Iterator

@@ -115,6 +115,7 @@ def describe_curve(measured: curve.Curve, sample: Sample, n_train: int) -> Json:
 
 
 def as_json(value: Interval | Difference) -> Json:
-    """The value, or difference, and its interval, as rounded fractions."""
-    middle = value.value if isinstance(value, Interval) else value.difference
-    return {name: round(float(each), 6) for name, each in (("value", middle), ("low", value.low), ("high", value.high))}
+    """The value, or difference, its interval, as rounded fractions, and of a difference the p-value."""
+    middle, p = (value.value, {}) if isinstance(value, Interval) else (value.difference, {"p": value.p_value})
+    numbers = {"value": middle, "low": value.low, "high": value.high} | p
+    return {name: round(float(each), 6) for name, each in numbers.items()}

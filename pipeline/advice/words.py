@@ -10,6 +10,7 @@ fine-grained data sets. So the text says what was measured beside what the textb
 
 from typing import Any
 
+from pipeline.comparison.intervals import CONFIDENCE
 from pipeline.params import AdviseOptions
 
 Json = dict[str, Any]
@@ -118,8 +119,9 @@ def measurement(found: Json, size: str, kind: str) -> str:
     if len(blocks) == 1:
         return "The blocks of this network cannot be compared."
     earlier = max(blocks[:-1], key=lambda block: block["linear"]["value"])
-    beats = earlier["minus_last"]["low"] > 0
-    line = f"The best earlier block, {earlier['cut']}, has {points(earlier['minus_last'])} against the last"
+    against, n = earlier["minus_last"], len(blocks) - 1
+    beats = against["value"] > 0 and n * against["p"] < 1 - CONFIDENCE  # Bonferroni: it is the best of so many
+    line = f"The best of {n} earlier blocks, {earlier['cut']}, has {points(against)} against the last"
     if kind == "similar":
         agrees = "which speaks for an earlier cut" if beats else "so the last features are a good place for the head"
     else:

@@ -63,7 +63,7 @@ def _leakage(one: Json) -> str:
     """Images that the model has seen."""
     seen = {name: n for name, n in one["seen"].items() if name in ("train", "val")}
     if not one["is_known"]:
-        return "Whether the model was trained on some of these images is not known: its data/labels.csv is not there."
+        return "Whether the model was trained on some of these images is not known: its labels and split are not there."
     if not seen:
         return ""
     names = {"train": "training", "val": "validation"}
@@ -79,8 +79,11 @@ def _against_own_test(one: Json, data: Json) -> str:
         return "The model's own test figures are not there to compare with."
     weighted = "the test" if own["has_weights"] else "the new"
     caution = f" Note: only {weighted} images have weights." if own["has_weights"] != data["has_weights"] else ""
-    if one["seen"].get("test", 0) == data["n_images"]:
+    n_tested = one["seen"].get("test", 0)
+    if n_tested == data["n_images"]:
         return f"All of these images are test images of the model.{caution}"
+    if n_tested:
+        caution += f" {n_tested:,} of the new images are test images of the model, and are left out of this comparison."
     if found is None:
         return "No image is new to the model, so nothing is compared with its own test."
     value, low, high = (100 * found[end] for end in ENDS)

@@ -26,7 +26,7 @@ LIBRARIES = (
 
 
 class Output(BaseModel):
-    """A file or directory that a stage wrote; `md5` as DVC computes it, see `digest`; `size` in bytes."""
+    """A file or directory that a stage wrote, or read; `md5` as DVC computes it, see `digest`; `size` in bytes."""
 
     path: str
     md5: str
@@ -37,6 +37,7 @@ class Stage(BaseModel):
     """What dvc.lock says of a stage; `params`: by file, values by dotted name."""
 
     outs: list[Output] = []
+    deps: list[Output] = []
     params: dict[str, dict[str, Any]] = {}
 
 
@@ -70,6 +71,19 @@ def check(stages: dict[str, Stage], paths: Iterable[str]) -> None:
             raise ValueError(f"{path}: not the output that {LOCK} lists, so damaged or out of date; run: dvc repro")
 
 
+def check_inputs(stages: dict[str, Stage], output: str, paths: Iterable[str]) -> None:
+    """ValueError if the stage that wrote `output` read others of these files and directories than are there now."""
+    read = {
+        dep.path: dep.md5
+        for stage in stages.values()
+        if output in {out.path for out in stage.outs}
+        for dep in stage.deps
+    }
+    for path in paths:
+        if read.get(path) != digest(Path(path)):
+            raise ValueError(f"{path}: changed since {output} was made; run: dvc repro")
+
+
 def digest(path: Path) -> str:
     """MD5 (hex) of a file; of a directory that of the list of its files, with the suffix .dir, as in dvc.lock."""
     if path.is_file():
@@ -86,7 +100,9 @@ def commit() -> dict[str, Any]:
     """
     try:
         found, date = git("show", "--no-patch", "--format=%H %cs", "HEAD").split()
-        n_changed = len(git("status", "--porcelain", "--", ".").splitlines())
+        # Of a directory that git ignores, such as first-look/, the files around it count
+        is_ignored = subprocess.run(["git", "check-ignore", "--quiet", "."], capture_output=True).returncode == 0
+        n_changed = len(git("status", "--porcelain", "--", ":/" if is_ignored else ".").splitlines())
     except ValueError as error:
         return {"hash": "", "date": "", "n_changed": 0, "missing": str(error)}
     return {"hash": found, "date": date, "n_changed": n_changed, "missing": ""}

@@ -29,6 +29,7 @@ from pipeline.features import extraction, store
 from pipeline.features.extraction import Share
 from pipeline.features.loading import open_loader
 from pipeline.files import digest, write_json
+from pipeline.logs import one_line
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone
 from pipeline.network.cuts import Pool, Prefix
@@ -58,7 +59,14 @@ def main() -> None:
     prefixes = [prefix_of(backbone, taps)]
     if plan.choice.weights != "random":
         prefixes.append(prefix_of(untrained(plan), taps[-1:]))
-    features, failure = compute(prefixes, names, paths, params)
+    try:
+        features, failure = compute(prefixes, names, paths, params)
+    except ValueError as error:
+        if len(taps) == 1 or not cannot_be_stored(error):
+            raise
+        taps, own = lay_out_end(backbone, plan)
+        remark = f"only the end of the network is looked at: {one_line(error)}"
+        features, failure = compute([prefix_of(backbone, taps), *prefixes[1:]], names, paths, params)
     ends = np.cumsum([tap.width for tap in taps])[:-1]
     blocks = dict(zip([tap.cut for tap in taps], np.split(features[0], ends, axis=1), strict=True))
     n_train = len(split.rows("train"))
@@ -70,20 +78,30 @@ def main() -> None:
     found |= {"remarks": [line for line in (remark, failure) if line], "data_sha256": digest_of(labels, rows)}
     n_all = sum(len(split.rows(part)) for part in ("train", "val"))
     found["left_out"] = n_all - len(rows)
+    if found["cannot_tell"] and found["left_out"]:
+        found["cannot_tell"] += f"; advise.images ({options.images:,}) left out {found['left_out']:,} images: raise it"
     write_json(ADVICE, found | {"words": words.paragraphs(found, options)})
     logs.log.info("%s: python -m pipeline advise prints it", ADVICE)
 
 
 def choose_rows(labels: Labels, split: Split, most: int) -> np.ndarray:
-    """Rows of train and val whose weight is above 0: of all units, or of so many at random that `most` are reached."""
+    """Rows of train and val whose weight is above 0: of all units, or of so many at random that `most` are reached.
+
+    Classes, each unit's being that of its first image, take turns, so that none is left out while there is room.
+    """
     rows = np.flatnonzero(np.isin(split.split, ["train", "val"]) & (labels.weight > 0))
-    unit = np.unique(unit_of(labels)[rows], return_inverse=True)[1] if len(rows) else rows
-    if len(rows) > most:
-        order = np.random.default_rng(0).permutation(unit.max() + 1)
-        place = np.empty_like(order)
-        place[order] = np.bincount(unit)[order].cumsum()
-        rows = rows[place[unit] <= max(most, place.min())]
-    return rows
+    if len(rows) <= most:
+        return rows
+    _, first, unit = np.unique(unit_of(labels)[rows], return_index=True, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(first))
+    label = labels.label[rows][first]
+    order = order[np.argsort(label[order], kind="stable")]
+    _, start, count = np.unique(label[order], return_index=True, return_counts=True)
+    turn = np.arange(len(order)) - np.repeat(start, count)  # in which each unit of its class is taken
+    order = order[np.argsort(turn, kind="stable")]
+    place = np.empty_like(order)
+    place[order] = np.bincount(unit)[order].cumsum()
+    return rows[place[unit] <= max(most, place.min())]
 
 
 def make_sample(labels: Labels, rows: np.ndarray) -> Sample:
@@ -104,8 +122,7 @@ def lay_out(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...], li
     Where blocks cannot be cut, or pooled, only the end of the network is left, and the remark says why.
     """
     own = [tap.cut for tap in plan.taps] or [plan.cut]
-    pool = next((each for each in (*(tap.pool for tap in plan.taps), plan.pool) if each in POOLED), "avg")
-    problem = ""
+    pool, problem = pool_of(plan), ""
     try:
         blocks = cuts.resolve_cuts(backbone, EVERY_BLOCK, pool)
     except ValueError as error:
@@ -119,7 +136,17 @@ def lay_out(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...], li
             continue
         kept = own if {*own} <= {*ordered} else [cuts.ALL]
         return taps, kept, f"not every block of {backbone.name} can be looked at: {problem}" if problem else ""
-    return cuts.lay_out(backbone, [cuts.ALL], pool), [cuts.ALL], f"only the end of the network is looked at: {problem}"
+    return *lay_out_end(backbone, plan), f"only the end of the network is looked at: {problem}"
+
+
+def lay_out_end(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...], list[str]]:
+    """The same with the end of the network alone."""
+    return cuts.lay_out(backbone, [cuts.ALL], pool_of(plan)), [cuts.ALL]
+
+
+def pool_of(plan: BackbonePlan) -> str:
+    """How features are pooled: as the plan does it, or else by their mean."""
+    return next((each for each in (*(tap.pool for tap in plan.taps), plan.pool) if each in POOLED), "avg")
 
 
 def sum_of(own: Sequence[str], taps: Sequence[Tap]) -> int:
@@ -158,10 +185,15 @@ def compute(
                 filled = extraction.fill(computation, loader, rows, runtime.store_max_gb, Share(0, 1))
                 found.append(filled.read(rows).astype(np.float32))
             except ValueError as error:
-                if not number or not any(part in str(error) for part in ("not finite", "cannot hold")):
+                if not number or not cannot_be_stored(error):
                     raise
                 failure = "the network with random weights gives features that are not finite: no comparison with it"
     return found, failure
+
+
+def cannot_be_stored(error: ValueError) -> bool:
+    """Whether features are not finite, or too large for `features.store_dtype`."""
+    return any(part in str(error) for part in ("not finite", "cannot hold"))
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ from pipeline.network.device import choose_device, place
 from pipeline.network.plans import NON_COMMERCIAL, BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, STORE_DTYPES, Params, Strategy, load_params
 from pipeline.tools import experiments
-from pipeline.training import fit, heads
+from pipeline.training import fit, heads, novelty
 from pipeline.training.fit import Batch, Task
 
 ADVICE = Path("reports/advice.json")
 WIDTH = 100  # of printed paragraphs
 STEPS = 5  # batches of training that are timed, the first of which is not counted
-VIEWS = 64  # that are predicted, in pieces, and go through a frozen prefix
+VIEWS = 256  # that are predicted, in pieces, and go through a frozen prefix; several pieces are under way at a time
 Json = dict[str, Any]
 log = logging.getLogger("pipeline")
 
@@ -130,9 +130,10 @@ def estimate(params: Params) -> dict[str, Estimate]:
         probe = Probe(params, base, images, labels, split, loader, device)
         row = np.prod(base.feature_shape) * np.dtype(STORE_DTYPES[params.features.store_dtype]).itemsize
         n = len(codes) * len(images.sha256)
-        found = {HEAD_ONLY: Estimate(n * probe.of_prefix(whole)[0], int(n * row))}
+        of_view, _ = probe.of_prefix(whole)
+        found = {HEAD_ONLY: Estimate(n * of_view, int(n * row))}
         for name in params.fine_tune.run:
-            found[name] = probe.of_strategy(name, plans.read_strategy(name))
+            found[name] = probe.of_strategy(plans.read_strategy(name), of_view)
     return found
 
 
@@ -170,13 +171,17 @@ class Probe:
         views = evaluation_views(self.params.evaluation.views)
         return [(int(row), view) for row in rows[: max(VIEWS // len(views), 1)] for view in views]
 
-    def of_strategy(self, name: str, plan: StrategyPlan) -> Estimate:
-        """The time of its steps, of its validations, and of its activations, each from a few batches."""
+    def of_strategy(self, plan: StrategyPlan, of_whole: float) -> Estimate:
+        """The time of its steps, of its validations, and of its activations, each from a few batches.
+
+        `of_whole`: seconds a view through the whole base, as which training and validation images pass at the end.
+        """
         recipe, base, begin = plan.recipe, self.base, time.perf_counter()
         n_train, n_val, n_test = (len(self.split.rows(part)) for part in ("train", "val", "test"))
         backbone = backbones.load_planned(base, str(plans.BACKBONE), recipe.drop_path)
         prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, cuts.pools(base))
         n_evaluation, n_rows, seconds = len(self.params.evaluation.views), 0, time.perf_counter() - begin
+        seconds += (min(n_train, novelty.MAX_IMAGES) + min(n_val, novelty.MAX_IMAGES)) * of_whole
         if plan.is_cached:
             n_rows = n_train * max(recipe.n_views, 1) + (n_val + n_test) * n_evaluation
             of_view, values = self.of_prefix(prefix)

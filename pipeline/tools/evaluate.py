@@ -5,6 +5,8 @@ Reads   a data set as `index` does (a directory per class, or labels.csv), and o
 Writes  evaluation.json, evaluation.md, evaluation.html     into a directory that the user names
 """
 
+import contextlib
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,19 +24,20 @@ from pipeline.comparison.intervals import Interval
 from pipeline.comparison.outcomes import Outcomes
 from pipeline.comparison.paired import Study
 from pipeline.dataset import manifest
-from pipeline.dataset.manifest import Images, Labels
+from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.ingest import listing
 from pipeline.ingest.listing import Listing
 from pipeline.ingest.tree import IMAGE_EXTENSIONS, TABLE, printable, shorten
-from pipeline.report import evaluation
+from pipeline.params import HEAD_ONLY
+from pipeline.report import evaluation, provenance
 from pipeline.report.pictures import Album
 from pipeline.tools import inference
 from pipeline.training import calibration
 from pipeline.training.models import Card, read_card
 from pipeline.training.novelty import Novelty
-from pipeline.training.runs import RUNS, Predictions, read_run
+from pipeline.training.runs import MODELS, RUNS, Predictions, read_run
 
 EVALUATIONS = Path("reports/evaluations")
 FAR = 0.99  # the share of the validation images that are nearer than what counts as far
@@ -105,7 +108,7 @@ def show(
     if len(models) > 1:
         assembled["paired"] = compare(predictions, data)
     assembled["summary"] = evaluation.summary(assembled)
-    written = output or EVALUATIONS / default_name(runs, directory)
+    written = output or EVALUATIONS / default_name(runs, place)
     album = Album(directory, Images(data.labels.image_id, data.labels.sha256, [], []))
     write_json(written / "evaluation.json", assembled)
     write_text(written / "evaluation.md", evaluation.as_markdown(assembled))
@@ -114,10 +117,14 @@ def show(
     logs.log.info("%s: evaluation.html, evaluation.md, evaluation.json", written)
 
 
-def default_name(runs: Sequence[str], directory: Path) -> str:
-    """A name of a directory: strategy and seed of each run, then the data, without signs that a path cannot have."""
+def default_name(runs: Sequence[str], place: Path) -> str:
+    """A name of a directory: strategy and seed of each run, then the data, without signs that a path cannot have.
+
+    It ends with a digest of where the data lie: `march/test` and `april/test` are two.
+    """
     parts = ["-".join(inference.path_of(run).with_suffix("").parts[-2:]) for run in runs]
-    words = ["_against_".join(parts), directory.resolve().name or "data"]
+    where = place.resolve()
+    words = ["_against_".join(parts), f"{where.stem or 'data'}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:6]}"]
     return "_on_".join("".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in word) for word in words)
 
 
@@ -130,12 +137,29 @@ def list_images(
     if not directory.is_dir():
         expected = "expected one with a sub-directory per class, or a labels.csv"
         raise FileNotFoundError(f"{printable(str(directory))} is not a directory; {expected}")
-    listed = listing.find_images(directory, exclude, columns, "keep", table)
+    try:
+        listed = listing.find_images(directory, exclude, columns, "keep", table)
+    except ValueError as error:
+        raise ValueError(_as_options(str(error))) from None
+    listed = replace(listed, warnings=[*map(_as_options, listed.warnings)])
     if unknown := sorted({*listed.images["label"]} - {*card.class_names}):
         known, layout = shorten(card.class_names, 20), f"; {listed.layout}" if listed.layout else ""
         problem = f"classes that {run} does not know: {shorten(unknown, 20)}; it knows {known}"
         raise ValueError(printable(f"{directory}: {problem}; rename or remove them (--exclude){layout}"))
     return listed
+
+
+def _as_options(text: str) -> str:
+    """A message of `index` that speaks of the options of this command in place of params.yaml."""
+    options = {
+        "params.yaml: ": "",
+        "dataset.columns.": "--column ",
+        "dataset.columns": "--column",
+        "dataset.exclude": "--exclude",
+    }
+    for ours, theirs in options.items():
+        text = text.replace(ours, theirs)
+    return text
 
 
 def _answer(run: str, directory: Path, listed: Listing, workers: int) -> tuple[Model, list[inference.Answer]]:
@@ -197,8 +221,11 @@ def describe(model: Model, data: Data, predictions: Predictions, distance: np.nd
     probability = calibration.scaled(predictions.log_probability, card.temperature)
     calibrated = replace(predictions, log_probability=np.log(np.maximum(probability, np.finfo(float).tiny)))
     scaled = outcomes.of_predictions(calibrated, labels.label)
-    own, seen = own_test(model), splits_of(model, labels.sha256)
+    known = trained_with(model)
+    own = None if known is None else own_test(model, known[0])
+    seen = [""] * len(labels.sha256) if known is None else splits_of(*known, labels.sha256)
     is_new = np.array([split not in ("train", "val") for split in seen])
+    is_other = is_new & (np.array(seen) != "test")  # than those of its own test, with which they are compared
     found = {
         "model": model.name,
         "strategy": card.strategy,
@@ -214,20 +241,24 @@ def describe(model: Model, data: Data, predictions: Predictions, distance: np.nd
         },
         "mistakes": mistakes(scaled, labels),
         "seen": {**Counter(split for split in seen if split)},
-        "is_known": any(seen) or own is not None,
+        "is_known": known is not None,
         "without_seen": None,
         "own_test": own,
         "differences": {},
         "distance": None if model.known is None else far_away(model.known, distance, data.unit),
     }
-    judged = found["metrics"]
     if 0 < is_new.sum() < len(is_new):
         judged = measure(raw[is_new], scaled[is_new], data)
         found["without_seen"] = {"n": int(is_new.sum()), "metrics": judged}
-    if own is not None and is_new.any():
+    if own is not None and is_other.any():
+        judged = found["metrics"] if is_other.all() else measure(raw[is_other], scaled[is_other], data)
         pairs = {name: (judged[name], own["metrics"][name]) for name in judged if own["metrics"].get(name)}
+        # Recall is not averaged over the same classes where some are absent
+        left_out = () if len(np.unique(labels.label[is_other])) == n_classes else ("balanced_accuracy",)
         found["differences"] = {
-            name: unpaired(*pair) for name, pair in pairs.items() if pair[0] and not name.startswith("ece")
+            name: unpaired(*pair)
+            for name, pair in pairs.items()
+            if pair[0] and not name.startswith("ece") and name not in left_out
         }
     return found
 
@@ -276,13 +307,40 @@ def mistakes(scaled: Outcomes, labels: Labels) -> list[Json]:
     ]
 
 
-def own_test(model: Model) -> Json | None:
+def trained_with(model: Model) -> tuple[Labels, Split] | None:
+    """Labels and split of the repository that holds the model; None where they are not there, or others by now.
+
+    A stage that only prepares data may have run since. dvc.lock says which ones the model was trained with.
+    """
+    card, root = model.card, _root(model)
+    own = (
+        f"{MODELS}/{card.strategy}" if card.strategy == HEAD_ONLY else f"{MODELS}/{card.strategy}/seed_{card.seed}.json"
+    )
+    used = manifest.SPLITS if card.strategy == HEAD_ONLY else manifest.SPLITS / f"seed_{card.seed}.csv"
+    try:
+        labels = manifest.read_labels(root / manifest.LABELS)
+        split = manifest.read_split(card.seed, labels.image_id, root / manifest.SPLITS)
+        if (root / provenance.LOCK).exists():
+            with contextlib.chdir(root):
+                stages = provenance.read_lock()
+                provenance.check_inputs(stages, own, [str(manifest.LABELS), str(used)])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logs.log.warning("%s: not compared with the data of the model (%s)", root, logs.one_line(error))
+        return None
+    return labels, split
+
+
+def own_test(model: Model, labels: Labels) -> Json | None:
     """Metrics of the model on its own test images, of the repository that holds it; None where they are not there."""
     root, card = _root(model), model.card
     try:
-        labels = manifest.read_labels(root / manifest.LABELS)
         run = read_run(card.strategy, card.seed, root / RUNS)
-        if run.cost != card.cost or tuple(labels.class_names) != card.class_names:
+        rows = run.val.rows
+        temperature = calibration.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
+        is_same = run.cost == card.cost and tuple(labels.class_names) == card.class_names
+        if not is_same or not np.isclose(temperature, card.temperature, rtol=1e-4):
             return None  # of another run than this model
         tested = outcomes.of_predictions(run.test, labels.label)
         probability = calibration.scaled(run.test.log_probability, card.temperature)
@@ -300,20 +358,14 @@ def own_test(model: Model) -> Json | None:
         return None
 
 
-def splits_of(model: Model, sha256: Sequence[str]) -> list[str]:
-    """The split of the model in which an image with the same bytes is; empty where there is none, or it is not known.
+def splits_of(labels: Labels, split: Split, sha256: Sequence[str]) -> list[str]:
+    """The split of the model in which an image with the same bytes is; empty where there is none.
 
     Of images that are there twice, the split that the model saw most of: train before val before test.
     """
-    root, card = _root(model), model.card
-    try:
-        labels = manifest.read_labels(root / manifest.LABELS)
-        split = manifest.read_split(card.seed, labels.image_id, root / manifest.SPLITS).split
-    except (OSError, ValueError):
-        return [""] * len(sha256)
     order = {name: i for i, name in enumerate(manifest.SPLIT_NAMES)}
     known: dict[str, str] = {}
-    for name, own in sorted(zip(labels.sha256, split.tolist(), strict=True), key=lambda pair: order[pair[1]]):
+    for name, own in sorted(zip(labels.sha256, split.split.tolist(), strict=True), key=lambda pair: order[pair[1]]):
         known.setdefault(name, own)
     return [known.get(name, "") for name in sha256]
 

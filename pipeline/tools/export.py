@@ -33,7 +33,8 @@ from pipeline.training.models import Card
 
 TOLERANCE = 1e-4  # of a probability; also, between two classes, a tie
 N_CHECKED = 256  # images
-AGREEMENT, FEW = 0.995, 200  # of the classes from whole images; of fewer images, one may differ
+# Of the classes from whole images; of fewer images, one may differ, of very few none
+AGREEMENT, FEW, VERY_FEW = 0.995, 200, 20
 LARGEST = 2**31 - 2**24  # bytes of weights: one file of protobuf holds 2 GiB
 BATCH = 8  # images that are checked together, after a first one alone
 RESIZE = {"bilinear": 'mode="linear"', "bicubic": 'mode="cubic", cubic_coeff_a=-0.5'}  # Pillow's bicubic has a = -0.5
@@ -218,7 +219,7 @@ def compare(file: Path, network: nn.Module, card: Card, images: Sequence[Path], 
 
 
 def _judge(check: Check, *, is_whole: bool) -> None:
-    allowed = max(int((1 - AGREEMENT) * check.n), check.n < FEW) if is_whole else 0
+    allowed = max(int((1 - AGREEMENT) * check.n), VERY_FEW <= check.n < FEW) if is_whole else 0
     if check.n_other > allowed or not check.largest <= (1 if is_whole else TOLERANCE):  # true for NaN, too
         limit = f"at most {allowed} of another class" if is_whole else f"at most {TOLERANCE:g} and the same classes"
         raise ValueError(
@@ -242,7 +243,8 @@ def _files(images: Sequence[str], run: Path, card: Card) -> tuple[list[Path], st
         if not files:
             raise ValueError(f"--images: no image in {', '.join(images)}; expected files with the extensions of images")
     else:
-        root = run.absolute().parents[2]
+        parents = run.absolute().parents
+        root = parents[min(2, len(parents) - 1)]
         try:
             directory = root / load_params(root / PARAMS).dataset.path
             names = manifest.read_images(root / manifest.IMAGES).image_id

@@ -54,7 +54,7 @@ def lay_out() -> None:
     for lock in Path().glob("requirements*.lock"):
         shutil.copyfile(lock, PLACE / lock)
     (PLACE / ".dvc").mkdir(exist_ok=True)
-    (PLACE / ".dvc" / "config").write_text(CONFIG.format(Path(".dvc", "cache").resolve()), encoding="utf-8")
+    (PLACE / ".dvc" / "config").write_text(CONFIG.format(cache_directory()), encoding="utf-8")
     yaml = YAML()
     yaml.width = 200
     document = yaml.load(PARAMS.read_text(encoding="utf-8"))
@@ -65,6 +65,14 @@ def lay_out() -> None:
         document["dataset"]["path"] = str(Path(params.dataset.path).absolute())
     with (PLACE / PARAMS).open("w", encoding="utf-8") as file:
         yaml.dump(document, file)
+
+
+def cache_directory() -> Path:
+    """DVC's cache, which may lie elsewhere (`dvc cache dir`)."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"dvc cache dir: {' '.join(done.stderr.split())}")
+    return Path(done.stdout.strip()).resolve()
 
 
 def link(source: str, target: str) -> None:

@@ -77,12 +77,13 @@ def show(run: str, directory: Path) -> None:
 
 
 def write_beside(run: Path, card: Card, exported: Path, verified: str, code: str) -> None:
-    """Write README.md beside an exported file, or say that there is one already.
+    """Write README.md beside an exported file, or say that there is one already that is not of this file.
 
     `verified`: how well the file agrees with predict; `code`: how to use it.
     """
     readme = exported.parent / README
-    if readme.exists():
+    own = f"SHA-256 of {plain(exported.name)}: "  # in a card that an export of the same file wrote
+    if readme.exists() and own not in readme.read_text(encoding="utf-8", errors="replace"):
         print(f"{readme}: is there already and stays as it is; for a new one: python -m pipeline model-card")
         return
     write_text(readme, as_markdown(run, card, exported, verified, code))
@@ -106,7 +107,7 @@ def as_markdown(run: Path, card: Card, exported: Path | None = None, verified: s
     sections = [
         f"---\n{_front_matter(title, card, known, is_onnx=exported is not None)}\n---",
         f"# {plain(title)}",
-        _about(card),
+        _about(card, known),
         *("## Data", _data(known)),
         *("## Training", _training(card, known)),
         *("## Results on the test images", _results(card, known)),
@@ -133,6 +134,9 @@ def find(run: Path, card: Card) -> Known | str:
             reports = ["reports/data", "reports/details.json", "reports/splits.json"]
             tables = [str(manifest.IMAGES), str(manifest.LABELS), str(manifest.SPLITS)]
             provenance.check(stages, [*outputs, *reports, *tables])
+            used = manifest.SPLITS if strategy == HEAD_ONLY else manifest.SPLITS / f"seed_{seed}.csv"
+            provenance.check_inputs(stages, outputs[0], [str(manifest.LABELS), str(used)])
+            provenance.check_inputs(stages, "reports/details.json", [str(manifest.LABELS), str(manifest.SPLITS)])
             details, splits, summary = (
                 json.loads(Path(f"reports/{name}.json").read_text(encoding="utf-8"))
                 for name in ("details", "splits", "data/summary")
@@ -215,17 +219,30 @@ def _front_matter(title: str, card: Card, known: Known | str, *, is_onnx: bool) 
         ]
         fields |= {"model_name": title, "metrics": [*shown.values()]}
         fields |= {"datasets": [known.name]} if re.fullmatch(r"[\w.-]+", known.name, re.ASCII) else {}
-    of = {"weights": card.backbone.licence, "data": known.licence if isinstance(known, Known) else None}
-    name = "-".join(f"{what}-{licence or 'unknown'}" for what, licence in of.items())
+    of = {
+        "weights": None if _is_from_scratch(known) else card.backbone.licence,
+        "data": known.licence if isinstance(known, Known) else None,
+    }
+    absent = {"weights": "random" if _is_from_scratch(known) else "unknown", "data": "unknown"}
+    name = "-".join(f"{what}-{licence or absent[what]}" for what, licence in of.items())
     # The hub wants one word; what the licence of the network itself is, its publisher decides
     fields |= {"license": "other", "license_name": re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")}
     return ModelCardData(tags=tags, **fields).to_yaml()
 
 
-def _about(card: Card) -> str:
+def _is_from_scratch(known: Known | str) -> bool | None:
+    """Whether training started from random weights; None if it is not known."""
+    return None if isinstance(known, str) else known.own["network"].get("recipe", {}).get("init") == "random"
+
+
+def _about(card: Card, known: Known | str) -> str:
     plan = card.backbone
     weights = {"bundled": "the bundled weights", "default": "the published weights", "random": "random weights"}
     source = weights.get(plan.choice.weights, f"the weights {plain(Path(plan.choice.weights).name)}")
+    if _is_from_scratch(known):
+        source = weights["random"]
+    elif _is_from_scratch(known) is None and card.strategy != HEAD_ONLY:
+        source += ", unless its recipe, which is not known, says random weights"
     return (
         f"Classifies an image as one of {len(card.class_names)} classes: "
         f"{', '.join(map(plain, card.class_names))}. The network is {plain(plan.choice.name)}, which started from "
@@ -304,7 +321,8 @@ def _results(card: Card, known: Known | str) -> str:
             for row, (key, (_, _, share)) in zip(figures, METRICS.items(), strict=True)
         ]
     about = f"{test['n_distinct_units']:,} test units; intervals are over them, and hold for the trained networks."
-    about += f" Means over the seeds {', '.join(map(str, seeds))}." if several else ""
+    what = "The folds' test images, pooled" if known.splitting["method"] == "folds" else "Means over the seeds"
+    about += f" {what} ({', '.join(map(str, seeds))})." if several else ""
     classes = [
         (plain(one["class"]), f"{one['support']:,}", *(_share(one[key]) for key in ("precision", "recall", "f1")))
         for one in test["classes"]
@@ -329,9 +347,9 @@ def _limits(card: Card, known: Known | str) -> str:
     points.append("It answers with one of its classes whatever the image shows.")
     if isinstance(known, Known):
         n_train = len(known.split.rows("train"))
-        points.append(f"It was trained on {n_train:,} images of one source, with one split and one seed ({card.seed}).")
+        points.append(f"It was trained on {n_train:,} images, with one split and one seed ({card.seed}).")
         points.append(
-            "Only test images of the same source were predicted; others, such as of another camera, were not."
+            f"Only test images of {plain(known.name)} were predicted; what is different there was not tested."
         )
         cut = float(np.mean(p.cut_away(known.images.width, known.images.height)))
         if cut:
@@ -363,6 +381,8 @@ def _licences(card: Card, known: Known | str) -> str:
     weights = plain(licence) if licence else "not known"
     if card.backbone.is_non_commercial:
         weights += " (excludes commercial use)"
+    if _is_from_scratch(known):
+        weights = "none; training started from random weights"
     data = "not known"
     if isinstance(known, Known):
         data = plain(known.licence) if known.licence else data
@@ -382,7 +402,7 @@ def _use(run: Path, card: Card, exported: Path | None, verified: str, code: str)
             f"```python\n{code}```",
             "Its metadata hold the classes, how an image becomes the input, and the card of the network.",
             f"Checked when it was exported: {verified}.",
-            f"SHA-256 of {plain(exported.name)}: `{digest}`",
+            f"SHA-256 of {plain(exported.name)}: `{digest}`",  # by which write_beside knows it again
         ]
     parts += [
         "In a checkout of the repository that trained it:",

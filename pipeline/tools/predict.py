@@ -52,7 +52,8 @@ def show(
     """
     paths = [*find(images), *(read_paths(table) if table else ())]
     if not paths:
-        raise ValueError(f"no image in {', '.join(images)}; expected files with the extensions of images")
+        where = ", ".join([*images, *([str(table)] if table else [])])
+        raise ValueError(f"no image in {printable(where)}; expected files with the extensions of images")
     network = inference.open_network(inference.path_of(run), len(paths))
     answers = logs.progress(inference.run(network, paths, workers), len(paths), "images", "predict")
     failures: list[str] = []
@@ -73,7 +74,7 @@ def find(images: Sequence[str]) -> list[Path]:
     """The files that arguments name: files as they are, the images in directories and below, what patterns fit.
 
     A name of a file that has the signs of a pattern in it is a file. Raises FileNotFoundError for a pattern that fits
-    nothing; files that are not there are errors of their own later.
+    nothing; files that are not there are errors of their own later. What is named twice is there once.
     """
     found: list[Path] = []
     for name in images:
@@ -84,7 +85,7 @@ def find(images: Sequence[str]) -> list[Path]:
                 raise FileNotFoundError(f"{printable(name)}: no file fits this pattern")
         for path in fitting:
             found += _images_below(Path(path)) if os.path.isdir(path) else [Path(path)]
-    return found
+    return [*dict.fromkeys(found)]
 
 
 def _images_below(directory: Path) -> list[Path]:

@@ -375,8 +375,8 @@ def test_images_that_cannot_be_read_are_counted_and_many_are_sampled(
     export.show("run", tmp_path / "model.onnx", [str(paths[0].parent)], is_whole=False, opset=18)
     printed = capsys.readouterr().out
     assert re.search(r"on (10|11) images.*; a sample of 12 named by --images", printed)
-    capsys.readouterr()
-    export.show("run", tmp_path / "model.onnx", [*map(str, paths[:2]), str(paths[1])], is_whole=True, opset=18)
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    export.show("run", tmp_path / "model.onnx", [*map(str, paths[:3]), str(paths[1])], is_whole=True, opset=18)
     printed = capsys.readouterr().out
     assert "on 2 images (1 more cannot be read): " in printed
     assert f"{tmp_path / 'README.md'}: is there already and stays as it is" in printed

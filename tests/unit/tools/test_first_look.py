@@ -78,6 +78,7 @@ def test_commands_run_there_with_the_caches_of_this_directory(root: Path, monkey
         return Done()
 
     monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(first_look, "cache_directory", lambda: root)
     monkeypatch.setattr(first_look.subprocess, "run", run)
     first_look.make()
     assert [command for command, _, _ in calls] == [

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -30,6 +31,8 @@ LISTED = (
     *("reports/splits.json", str(RUN), str(RUN.with_suffix(".safetensors")), f"reports/runs/{STRATEGY}/seed_0"),
 )
 
+READ = ("data/labels.csv", "data/splits", "data/splits/seed_0.csv")
+
 
 def lock(root: Path, path: str = "data/mine") -> None:
     """dvc.lock of the outputs as they are now."""
@@ -37,7 +40,9 @@ def lock(root: Path, path: str = "data/mine") -> None:
     splitting = {"method": "stratified", "seeds": [0, 1], "test_fraction": 0.25, "val_fraction": 0.25}
     params: dict[str, Any] = {"index": {"dataset.path": path}, "split": {"split": splitting}}
     stages = {name: {"outs": [], "params": {"params.yaml": values}} for name, values in params.items()}
-    write_text(root / "dvc.lock", json.dumps({"schema": "2.0", "stages": {**stages, "all": {"outs": outs}}}))
+    deps = [{"path": name, "md5": digest(root / name), "size": 1} for name in READ]
+    every = {"outs": outs, "deps": deps}
+    write_text(root / "dvc.lock", json.dumps({"schema": "2.0", "stages": {**stages, "all": every}}))
 
 
 def save(root: Path, **changes: Any) -> Card:
@@ -111,7 +116,7 @@ def test_card_states_what_the_reports_state(study: Path, tmp_path: Path) -> None
     assert "method stratified, seed 0" in data
     assert "The directory mine, 24 images" in data
     limits = section(text, "Limits")
-    assert "trained on 9 images of one source, with one split and one seed (0)" in limits
+    assert "trained on 9 images, with one split and one seed (0)" in limits
     assert "only 6 test units" in limits
     assert "Files of the data that could not be read, and are in no figure: 1." in limits
     assert "the middle of an image: on average 25.0 % of the area is cut away" in limits  # 40 x 30 px
@@ -170,6 +175,7 @@ def test_names_of_users_are_plain_text(study: Path, tmp_path: Path) -> None:
         ("edited reports", "reports/details.json: not the output that dvc.lock lists"),
         ("stale reports", "reports/details.json: of another training of this strategy"),
         ("other cost", "reports/details.json: of another training of this strategy"),
+        ("other data", "data/labels.csv: changed since models/partial\\_freeze/seed\\_0.json was made"),
     ],
 )
 def test_figures_of_another_network_are_left_out_with_the_reason(
@@ -184,6 +190,14 @@ def test_figures_of_another_network_are_left_out_with_the_reason(
     elif change == "edited reports":
         path = study / "reports/details.json"
         path.write_text(path.read_text(encoding="utf-8").replace("0.", "0.9", 1), encoding="utf-8")
+    elif change == "other data":  # a stage that prepares data ran, and nothing behind it
+        before = digest(study / "data/labels.csv")
+        table = pd.read_csv(study / "data/labels.csv", keep_default_na=False)
+        table.assign(weight=2.0).to_csv(study / "data/labels.csv", index=False)
+        lock(study)
+        listed = json.loads((study / "dvc.lock").read_text(encoding="utf-8"))
+        listed["stages"]["all"]["deps"][0]["md5"] = before
+        write_text(study / "dvc.lock", json.dumps(listed))
     else:
         save(study, **({"cost": factories.cost()} if change == "other cost" else {"temperature": 3.21}))
         if change != "other weights":  # trained again, but compare did not run
