@@ -192,8 +192,9 @@ def render(page: Json) -> str:
 
 
 def paragraphs(text: str) -> Markup:
-    """Paragraphs with **emphasis**, and nothing else of Markdown."""
-    parts = [re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(part))) for part in text.split("\n\n")]
+    """Paragraphs with **emphasis** and `code`, and nothing else of Markdown."""
+    strong = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text)))
+    parts = re.sub(r"`([^`]+)`", r"<code>\1</code>", strong).split("\n\n")
     return Markup("".join(f"<p>{part}</p>" for part in parts))
 
 

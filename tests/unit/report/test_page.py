@@ -321,3 +321,11 @@ def test_files_of_the_page_travel_with_the_package_and_the_page_is_not_committed
     for path in (REPOSITORY / "pipeline/report").glob("page.*"):
         assert path.suffix == ".py" or f'"{path.name}"' in project
     assert f"/{page.PAGE.as_posix()}" in (REPOSITORY / ".gitignore").read_text()
+
+
+def test_paragraphs_have_emphasis_and_code_and_no_html():
+    found = page.paragraphs("**So.** Set `a: b` <i>\n\nTwo `x` and `y`.")
+    assert (
+        found
+        == "<p><strong>So.</strong> Set <code>a: b</code> &lt;i&gt;</p><p>Two <code>x</code> and <code>y</code>.</p>"
+    )
