@@ -152,14 +152,14 @@ def _not_beaten(found: Recommendation, strategies: Mapping[str, Json], reference
 
 def _choice(found: Recommendation, strategies: Mapping[str, Json]) -> str:
     names = [name for name in strategies if name != HEAD_ALL_SEEDS]
-    own = f"{METRIC_NAMES[found.metric]} {_value(strategies[found.strategy], found.metric)}"
+    own = _value(strategies[found.strategy], found.metric)
     val = strategies[found.strategy]["val"]
     is_several = len(val["n"]) > 1
     n_val = f"{found.n_units:,} different validation units" if is_several else sampled({"": {"val": val}}, "val")
     if len(names) == 1:
         return (
             f"**Recommendation: {found.strategy}**, because nothing was compared with it: fine_tune.run is empty. "
-            f"Its {own} on the {n_val}."
+            f"Its {METRIC_NAMES[found.metric]} on the {n_val} is {own}."
         )
     cost = teraflops(strategies[found.strategy]["cost"]["train_flops"])
     state = "settled" if found.is_settled else "provisional"
