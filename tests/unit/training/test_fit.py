@@ -394,7 +394,7 @@ def test_cached_activations_give_the_losses_of_the_whole_network(batchnorm: str)
 
 def is_one_line_that_names_the_run(error: pytest.ExceptionInfo) -> bool:
     line = str(error.value)
-    return line.startswith("full_retrain-7: ") and "\n" not in line and "learning_rate_base" in line
+    return line.startswith("full_retrain-7: ") and "\n" not in line and "lower its learning rates" in line
 
 
 @pytest.mark.parametrize("batch_size", [8, len(TRAIN)])
