@@ -93,6 +93,9 @@ def scenario(found: Json, options: AdviseOptions) -> str:
     )
     avoided = found.get("errors_avoided")
     if avoided is None:
+        if "random_weights" in found:
+            easy = "A head on the same network with random weights makes no error, so these images need no pretraining"
+            return f"{text} {easy}, and how similar they are to the pretraining data cannot be told."
         known = "the network has random weights" if network["weights"] == "random" else "there is no comparison"
         return f"{text} How similar the images are to the pretraining data is not known: {known}."
     threshold = options.similar_errors_avoided

@@ -67,7 +67,7 @@ def _leakage(one: Json) -> str:
     if not seen:
         return ""
     names = {"train": "training", "val": "validation"}
-    listed = " and ".join(f"{n:,} {names[name]} images" for name, n in sorted(seen.items()))
+    listed = " and ".join(f"{n:,} {names[name]} image{'s' * (n != 1)}" for name, n in sorted(seen.items()))
     rest = one["without_seen"]
     without = f" Without them, accuracy is {_estimate('accuracy', rest['metrics']['accuracy'])}." if rest else ""
     return f"Byte-identical to {listed} of the model, so that the figures are too good.{without}"

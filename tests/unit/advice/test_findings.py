@@ -63,6 +63,12 @@ def test_an_early_block_that_knows_more_is_named():
     assert "`features.cut: every_block` uses them" in text
 
 
+def test_where_random_weights_make_no_error_that_is_said():
+    text = told(find(TWO, 4.0, 40.0, random=40.0))
+    assert "with random weights makes no error, so these images need no pretraining" in text
+    assert "there is no comparison" not in text
+
+
 def test_features_that_know_nothing_are_not_called_good():
     text = told(find(TWO, 0.0, 0.0))
     assert "not shown to be better than random ones" in text
