@@ -4,11 +4,13 @@ Each factory gives a plain record; keyword arguments replace its fields.
 """
 
 import contextlib
+import copy
 import io
 import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,23 @@ def photograph() -> Image.Image:
     return Image.fromarray(noise(7, 9, 3)).resize((36, 28), Image.Resampling.BICUBIC)
 
 
-# Options, as in params.yaml
+# params.yaml, and options as they are there
+
+
+@cache
+def _params_of_the_repository() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(REPOSITORY / "params.yaml")
+
+
+def params_document() -> dict[str, Any]:
+    """params.yaml of the repository, to be changed at will. It is parsed once: that takes longer than many tests."""
+    return copy.deepcopy(_params_of_the_repository())
+
+
+def write_params(document: dict[str, Any], path: Path = Path("params.yaml")) -> None:
+    """Write params.yaml, as JSON, which is YAML too."""
+    path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+
 
 PLAIN = Augmentation(
     seed=0,
@@ -452,8 +470,7 @@ def make_study(root: Path) -> None:
 
 def study_params(path: Path) -> None:
     """params.yaml of the repository, with a study of seconds."""
-    yaml = YAML()
-    document = yaml.load(REPOSITORY / "params.yaml")
+    document = params_document()
     document["dataset"].update({"fetch": [], "path": "data/mine"})
     document["split"]["seeds"] = [0, 1]
     document["backbone"].update({"name": CHOICE.name, "weights": CHOICE.weights})
@@ -461,7 +478,7 @@ def study_params(path: Path) -> None:
     document["evaluation"]["views"] = ["identity"]
     document["fine_tune"].update({"run": ["partial_freeze"], "seeds": [0]})
     document["compare"]["guard"] = {}
-    yaml.dump(document, path)
+    write_params(document, path)
 
 
 def study_dataset(directory: Path) -> Labels:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
 from pipeline.dataset import decoding, manifest
 from pipeline.dataset.manifest import Images, Labels, Split
@@ -46,8 +45,7 @@ def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Labels:
 
 
 def set_params(**features: Any) -> None:
-    yaml = YAML()
-    document = yaml.load(factories.REPOSITORY / "params.yaml")
+    document = factories.params_document()
     document["dataset"].update({"fetch": [], "path": "data/mine"})
     document["backbone"].update({"name": "timm/test_resnet", "weights": "random", "seed": 3})
     document["features"].update({"image_size": 64, "engine": "torch"} | features)
@@ -55,7 +53,7 @@ def set_params(**features: Any) -> None:
     document["compare"].update({"guard": {}})
     document["runtime"]["workers"] = 0
     document["threads"] = 1
-    yaml.dump(document, Path("params.yaml"))
+    factories.write_params(document)
 
 
 def run() -> bytes:

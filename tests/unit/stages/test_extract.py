@@ -1,5 +1,6 @@
 """The stage extract: features of training and evaluation views, of a network of seconds."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
 from pipeline.dataset.manifest import read_images
 from pipeline.features import extraction, hdf5, pixel_store
@@ -33,12 +33,11 @@ def _study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configure(**changes: Any) -> None:
-    yaml = YAML()
-    document = yaml.load(Path("params.yaml"))
+    document = json.loads(Path("params.yaml").read_text())
     for key, value in changes.items():
         document[key] = {**document[key], **value} if isinstance(value, dict) else value
     document["runtime"]["workers"] = 0
-    yaml.dump(document, Path("params.yaml"))
+    factories.write_params(document)
 
 
 def run(**changes: Any) -> hdf5.Features:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,8 +34,8 @@ from pipeline.tools import inference
 from pipeline.training import calibration, choice, fit, heads, models
 from pipeline.training.heads import Examples
 from pipeline.training.runs import Run, read_run
+from tests import factories
 
-REPOSITORY = Path(__file__).parents[3]
 SIZE = 32
 COLOURS = {"blue": (90, 100, 140), "green": (90, 140, 100), "red": (140, 100, 90)}
 N_IMAGES = 30
@@ -113,8 +112,7 @@ Tune = Callable[..., Run]
 
 def configure(name: str, **changes: Any) -> None:
     """params.yaml of the repository, with sizes for which the stages take seconds, and sections changed."""
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = factories.params_document()
     sections: dict[str, dict[str, Any]] = {
         "dataset": {"fetch": [], "path": "images"},
         "split": {"seeds": [0], "test_fraction": 0.2, "val_fraction": 0.2},
@@ -129,27 +127,53 @@ def configure(name: str, **changes: Any) -> None:
     for section, values in sections.items():
         params[section].update(values | changes.get(section, {}))
     params["threads"] = 1
-    yaml.dump(params, Path("params.yaml"))
+    factories.write_params(params)
+
+
+@pytest.fixture(scope="module")
+def heads_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Directories in which every stage before fine_tune has run, by the network and what params.yaml changes."""
+    made: dict[str, Path] = {}
+    yield made
+    for directory in made.values():
+        shutil.rmtree(directory)
 
 
 @pytest.fixture
-def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
-    """Run every stage up to fine_tune in a directory of its own, whatever was done before included."""
+def tune(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    heads_alone: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Tune:
+    """Run every stage up to fine_tune in a directory of its own, whatever was done before included.
+
+    What comes before fine_tune is run once for all tests with the same network and sections, and copied.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def run(name: str, strategy: dict[str, Any], **changes: Any) -> Run:
-        fine_tuning = {"strategies": {"tuned": STRATEGY | strategy}}
-        is_new = not Path("images").exists()
-        configure(name, **changes, fine_tune=fine_tuning)
+    def prepare(name: str) -> None:
+        make_images(Path("images"))
+        make_weights(name)
+        monkeypatch.setattr(sys, "argv", ["a stage"])
+        for stage in (index, split, plan, extract, train_head):
+            stage.main()
+
+    def run(name: str, strategy: dict[str, Any], *, is_copied: bool = True, **changes: Any) -> Run:
+        is_new, same = not Path("images").exists(), f"{name} {changes}"
+        if is_new and is_copied and same in heads_alone:
+            shutil.copytree(heads_alone[same], ".", dirs_exist_ok=True)
+            is_new = False
+        configure(name, **changes, fine_tune={"strategies": {"tuned": STRATEGY | strategy}})
         if is_new:
-            make_images(Path("images"))
-            make_weights(name)
-            monkeypatch.setattr(sys, "argv", ["a stage"])
-            for stage in (index, split, plan, extract, train_head):
-                stage.main()
-        plan.main()
+            prepare(name)
+            if is_copied and name in (TINY, VIT):  # of other networks, the weights are large
+                heads_alone[same] = tmp_path_factory.mktemp("heads_alone")
+                shutil.copytree(".", heads_alone[same], dirs_exist_ok=True)
+        else:
+            plan.main()
         monkeypatch.setattr(sys, "argv", ["fine_tune", "tuned", "0"])
         fine_tune.main()
         return read_run("tuned", 0)
@@ -157,12 +181,14 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
     return run
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 DENSENET = ("torchvision/densenet121", "features.norm0")  # with BatchNorm on both sides
 BOUNDARIES = [  # with a learning rate
-    ("torchvision/resnet18", "layer3", 1e-3),
-    ("timm/tf_efficientnet_lite0", "blocks.5", 3e-3),
-    (*DENSENET, 1e-3),
-    (MOBILENET, "features.9", 3e-4),  # with dropout behind
+    (TINY, "layer2", 3e-3),
+    slow("torchvision/resnet18", "layer3", 1e-3),
+    slow("timm/tf_efficientnet_lite0", "blocks.5", 3e-3),
+    slow(*DENSENET, 1e-3),
+    slow(MOBILENET, "features.9", 3e-4),  # with dropout behind
 ]
 
 
@@ -448,7 +474,7 @@ def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
     cut: str | list[str], tune: Tune, computed: list[Row]
 ) -> None:
     features = {"cut": cut, "pool": "none" if cut == "all" else "avg"}
-    first = tune(TINY, {"freeze_until": "all", "views": 1, "epochs": 1}, features=features)
+    first = tune(TINY, {"freeze_until": "all", "views": 1, "epochs": 1}, is_copied=False, features=features)
     extracted = [row for part in ("train", "val", "test") for row in rows_of(part, range(2))]
     assert sorted(computed) == sorted(extracted)  # by extract, and none by fine_tune
     assert first.cost.trainable_params == sum(parameter.numel() for parameter in head_of_run().parameters())
@@ -470,18 +496,18 @@ def head_of_run() -> nn.Module:
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"freeze_until": "layer2"}),
         (TINY, {"cut": 8, "pool": "flatten", "store_dtype": "fp16"}, {}, {"freeze_until": "all"}),
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
-        (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
+        slow(MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),
         (TINY, SEVERAL, {}, {"freeze_until": "layer1", "batchnorm": "train"}),
-        (TINY, SEVERAL | {"engine": "openvino", "store_dtype": "fp16"}, {}, {"freeze_until": "layer3"}),
+        slow(TINY, SEVERAL | {"engine": "openvino", "store_dtype": "fp16"}, {}, {"freeze_until": "layer3"}),
         (TINY, {"cut": ["layer1", "layer3"], "pool": "flatten"}, {}, {}),
         (TINY, {"cut": "every_block", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
         (TINY, SEVERAL, {"kind": "mlp", "hidden": [8]}, {"freeze_until": "all"}),
         (VIT, OF_VIT, {}, {"freeze_until": "blocks.2"}),
-        (VIT, OF_VIT | {"cut": "every_block", "engine": "openvino"}, {}, {"freeze_until": "blocks.4"}),
-        (SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
+        slow(VIT, OF_VIT | {"cut": "every_block", "engine": "openvino"}, {}, {"freeze_until": "blocks.4"}),
+        slow(SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
         (VIT, {"cut": "norm", "pool": "cls+avg", "resize": "squash"}, {}, {"freeze_until": "blocks.2"}),
         (VIT, {"cut": "norm", "pool": "avg", "resize": "pad"}, {}, {"init": "random", "batchnorm": "train"}),
-        (MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
+        slow(MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
     ],
 )
 def test_saved_runs_load_and_predict_what_they_predicted(
@@ -632,16 +658,16 @@ def test_the_store_lies_where_params_yaml_says(tune: Tune) -> None:
 def test_the_whole_network_trains_on_pixels_without_opening_an_image_file(tune: Tune) -> None:
     model, whole = Path("models/tuned/seed_0.safetensors"), {"freeze_until": "none"}
     augmentation = {"noise_std": 3.0}
-    tune(MOBILENET, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
+    tune(TINY, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
     expected = model.read_bytes()
-    tune(MOBILENET, whole, augmentation=augmentation)
+    tune(TINY, whole, augmentation=augmentation)
     assert model.read_bytes() == expected
     for path in Path("images").rglob("*.*"):
         path.unlink()
-    tune(MOBILENET, whole, augmentation=augmentation)
+    tune(TINY, whole, augmentation=augmentation)
     assert model.read_bytes() == expected
     with pytest.raises(ValueError, match="No such file"):
-        tune(MOBILENET, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
+        tune(TINY, whole, augmentation=augmentation, runtime={"pixel_cache": "off"})
 
 
 def test_cache_over_the_budget_is_refused_with_the_ways_out(tune: Tune, computed: list[Row]) -> None:
@@ -710,7 +736,9 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", OTHER_RUNS.values(), ids=OTHER_RUNS)
+@pytest.mark.parametrize(
+    "changes", [slow(each) if "features" in each else each for each in OTHER_RUNS.values()], ids=OTHER_RUNS
+)
 def test_checkpoint_of_another_run_is_not_used(
     changes: dict[str, Any], tune: Tune, steps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
 from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.params import load_params
 from pipeline.stages import index
+from tests import factories
 
-PARAMS = Path(__file__).parents[3] / "params.yaml"
 Index = Callable[..., None]
 
 
@@ -41,11 +40,10 @@ def index_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
         path.write_bytes(picture(number))
 
     def run(**dataset: Any) -> None:
-        yaml = YAML()
-        params = yaml.load(PARAMS)
+        params = factories.params_document()
         params["dataset"].update({"fetch": [], "path": "set"} | dataset)
         params["runtime"]["workers"] = 0
-        yaml.dump(params, Path("params.yaml"))
+        factories.write_params(params)
         index.main()
 
     return run

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 from sklearn.datasets import load_digits
 
 from pipeline.dataset import manifest
@@ -26,7 +25,6 @@ from pipeline.stages import label_suspects
 from pipeline.stages.label_suspects import Quality, Suspects
 from tests import factories
 
-REPOSITORY = Path(__file__).parents[3]
 CLASSES = ["birch, white", "oak", "yew"]
 CPU = torch.device("cpu")
 QUALITY = label_suspects.REPORT.with_suffix(".json")
@@ -36,10 +34,9 @@ QUALITY = label_suspects.REPORT.with_suffix(".json")
 def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Labels:
     """Sixty features around a point for each of three classes, image 7 with a wrong label; a single image of "yew"."""
     monkeypatch.chdir(tmp_path)
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = factories.params_document()
     params["threads"] = 1
-    yaml.dump(params, Path("params.yaml"))
+    factories.write_params(params)
     random, true = np.random.default_rng(0), np.arange(61) % 2
     features = (10 * np.eye(2, 4)[true][:, None] + random.normal(size=(61, 2, 4))).astype(np.float32)
     sha256 = [f"{row:064x}" for row in range(61)]

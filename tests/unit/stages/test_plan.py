@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice
 from pipeline.stages import plan
-from tests.factories import PREPROCESSING, REPOSITORY, backbone_plan
+from tests import factories
+from tests.factories import PREPROCESSING, backbone_plan
 
 SIZE = 32
 TINY, MOBILENET = "timm/test_resnet", "torchvision/mobilenet_v3_small"
@@ -29,8 +29,7 @@ def _empty_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def configure(strategies: dict[str, dict[str, Any]], name: str = TINY, **changes: dict[str, Any]) -> None:
     """params.yaml of the repository with a small network, these strategies, and sections changed."""
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = factories.params_document()
     sections: dict[str, dict[str, Any]] = {
         "backbone": {"name": name, "weights": "random"},
         "features": {"image_size": SIZE},
@@ -42,7 +41,7 @@ def configure(strategies: dict[str, dict[str, Any]], name: str = TINY, **changes
         params[section].update(values)
     for section, values in changes.items():
         params[section].update(values)
-    yaml.dump(params, Path("params.yaml"))
+    factories.write_params(params)
 
 
 def write_weights(seed: int) -> backbones.Backbone:
@@ -243,8 +242,8 @@ def test_flops_of_a_suffix_of_one_convolution_are_three_products_without_the_one
         ),
         (
             {"drop_path": 0.1},
-            {"backbone": {"name": "timm/vgg11"}},
-            "fine_tune.strategies.tuned.drop_path: timm/vgg11 has no stochastic depth; expected null",
+            {"backbone": {"name": "timm/dla46_c"}},
+            "fine_tune.strategies.tuned.drop_path: timm/dla46_c has no stochastic depth; expected null",
         ),
         (
             {"drop_path": 0.1},
@@ -349,10 +348,9 @@ def test_a_default_changes_the_plans_of_the_strategies_that_do_not_set_it_themse
     configure({"own": {"learning_rate_base": 1e-3}, "plain": {}})
     plan.main()
     before = written()
-    yaml = YAML()
-    params = yaml.load(Path("params.yaml"))
+    params = json.loads(Path("params.yaml").read_text())
     params["fine_tune"]["defaults"]["learning_rate_base"] = 7e-5
-    yaml.dump(params, Path("params.yaml"))
+    factories.write_params(params)
     plan.main()
     after = written()
     assert {name: after[name] == before[name] for name in after} == {

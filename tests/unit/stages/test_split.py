@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.stages import split
 from tests import factories
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +24,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
 
 
 def set_params(**changes: Any) -> None:
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = factories.params_document()
     params["split"].update({"seeds": [0, 1], **changes})
     params["fine_tune"].update({"seeds": [0], "run": []})
-    yaml.dump(params, Path("params.yaml"))
+    factories.write_params(params)
 
 
 def set_labels(n: int = 40, rare: int = 20, **columns: dict[int, str]) -> None:

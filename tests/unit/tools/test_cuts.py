@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline import logs
 from pipeline.__main__ import cli
+from tests import factories
 
 REPOSITORY = Path(__file__).parents[3]
 KEYS = {"name", "shape", "params_before", "weight_layers_before", "flops_before", "bytes_per_image"}
@@ -39,11 +39,10 @@ def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 
 def configure(folder: Path, size: int) -> None:
     """A repository that wants images of `size` pixels for TINY, stored in fp16."""
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = factories.params_document()
     params["backbone"].update({"name": TINY, "weights": "random"})
     params["features"].update({"image_size": size, "store_dtype": "fp16"})
-    yaml.dump(params, folder / "params.yaml")
+    factories.write_params(params, folder / "params.yaml")
 
 
 def test_json_lists_every_cut_point_with_these_keys(command: Callable[..., str]) -> None:
@@ -115,6 +114,7 @@ def test_unknown_name_is_one_line(name: str, expected: str, command: Callable[..
     assert "\n" not in str(caught.value.code)
 
 
+@pytest.mark.slow
 def test_module_runs_and_fails_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "cuts", "timm/nothing_like_it", "--json"]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,26 +27,39 @@ sys.exit(1)
 """
 
 
-@pytest.fixture(params=[".", "vision/study"])
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    """A DVC repository with two images that DVC tracks, and a file that git tracks.
+@pytest.fixture(scope="module", params=[".", "vision/study"])
+def example(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """A git repository, and the directory in it that is a DVC repository, which may be the same.
 
-    It is the git repository, or a directory in it.
+    It holds two images that DVC tracks, and a file that git tracks.
     """
-    folder = tmp_path / request.param
+    top = tmp_path_factory.mktemp("example")
+    folder = top / request.param
     (folder / "data/mine").mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    for name in ("a.png", "b.png"):
-        Path("data/mine", name).write_text(name)
-    Path("params.yaml").write_text("threads: 2\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("a.png", "b.png"):
+            Path("data/mine", name).write_text(name)
+        Path("params.yaml").write_text("threads: 2\n")
+        patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.mktemp("site")))
+        patch.setenv("DVC_NO_ANALYTICS", "1")
+        git("init", "--quiet", str(top))
+        experiments.dvc("init", "--quiet", *(["--subdir"] if request.param != "." else []), is_quiet=True)
+        experiments.dvc("add", "--quiet", "data/mine", is_quiet=True)
+        git("add", "--all")
+        git("commit", "--quiet", "--message", "m")
+    return top, request.param
+
+
+@pytest.fixture
+def project(example: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the example, in which the test runs."""
+    top, folder = example
+    shutil.copytree(top, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy" / folder)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    git("init", "--quiet", str(tmp_path))
-    experiments.dvc("init", "--quiet", *(["--subdir"] if request.param != "." else []), is_quiet=True)
-    experiments.dvc("add", "--quiet", "data/mine", is_quiet=True)
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "m")
-    return folder
+    return tmp_path / "copy" / folder
 
 
 def git(*arguments: str) -> None:
@@ -70,6 +84,7 @@ def test_files_of_git_and_of_dvc_are_read_at_a_revision(project: Path) -> None:
     assert experiments.names() == set()
 
 
+@pytest.mark.slow
 def test_images_that_a_copy_of_the_repository_lacks_are_one_line(project: Path) -> None:
     experiments.check_images("data/mine", [])
     Path("data/raw/digits").mkdir(parents=True)

@@ -192,6 +192,7 @@ def test_metadata_hold_classes_card_and_geometry_and_no_path_of_this_machine(
     assert not [path for path in (str(REPOSITORY), str(repository), "site-packages") if path.encode() in content]
 
 
+@pytest.mark.slow
 def test_a_whole_image_of_any_size_gives_nearly_what_predict_gives(
     repository: Path, files: Callable[..., tuple[Path, str]], tmp_path: Path
 ) -> None:
@@ -208,7 +209,7 @@ def test_a_whole_image_of_any_size_gives_nearly_what_predict_gives(
     assert {one.domain: one.version for one in onnx.load(file).opset_import}[""] == 20
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_example_of_the_docs_predicts_a_file_with_three_libraries_alone(
     number: int,
     repository: Path,
@@ -436,6 +437,7 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 MLP = LINEAR.model_copy(update={"kind": "mlp", "hidden": (6,), "dropout": 0.5})
 
 
+@pytest.mark.slow
 def test_an_mlp_on_several_cuts_of_a_transformer_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

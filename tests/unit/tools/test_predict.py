@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def photographs(tmp_path: Path) -> list[Path]:
         paths[-1].parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)).save(paths[-1])
     return paths
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved networks run in torch: what these tests look at is the same, and nothing has to be compiled."""
+    monkeypatch.setattr(inference, "open_network", partial(inference.open_network, engine_name="torch"))
 
 
 def save(
@@ -166,6 +173,7 @@ def test_run_that_does_not_exist_is_named(tmp_path: Path, photographs: list[Path
         ("printed", "table", ".safetensors"),
     ],
 )
+@pytest.mark.usefixtures("in_torch")
 def test_unreadable_images_are_failures_and_the_others_are_predicted(
     place: str,
     form: str,
@@ -220,6 +228,7 @@ def test_probabilities_are_at_the_temperature_of_the_card_and_the_most_probable_
         assert (after["class"], after["probability"]) == order[0]
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_what_is_below_the_confidence_is_undecided_and_not_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +248,7 @@ def test_what_is_below_the_confidence_is_undecided_and_not_left_out(
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 @pytest.mark.parametrize("form", predict.FORMATS)
+@pytest.mark.usefixtures("in_torch")
 def test_what_the_terminal_cannot_show_ends_nothing(
     form: str, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]
 ) -> None:
