@@ -178,7 +178,10 @@ def test_the_ece_of_answers_as_often_right_as_confident_may_be_0():
     assert n_covered / 200 == pytest.approx(0.975, abs=0.025)
 
 
-@pytest.mark.parametrize(("n_groups", "rho", "accuracy"), [(10, 0.5, 0.95), (33, 0.5, 0.85), (66, 0.2, 0.85)])
+@pytest.mark.parametrize(
+    ("n_groups", "rho", "accuracy"),
+    [(10, 0.5, 0.95), (33, 0.5, 0.85), pytest.param(66, 0.2, 0.85, marks=pytest.mark.slow)],
+)
 def test_intervals_cover_the_truth_where_images_come_in_groups(n_groups: int, rho: float, accuracy: float):
     # benchmarks.error_rates has all rows with many studies; this one holds with a probability of 99.9 % at 94 %
     random, n_studies, covered, as_images = np.random.default_rng(0), 200, 0, 0

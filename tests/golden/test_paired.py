@@ -93,8 +93,9 @@ def simulate(random: np.random.Generator, seeds: int, is_weighted: bool) -> tupl
     return runs, np.where((random.random(1200) < 0.5) & is_weighted, LIGHT[kind], 1.0)
 
 
-@pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.parametrize("seeds", [1, 4])
+@pytest.mark.parametrize(
+    ("seeds", "is_weighted"), [(1, False), (1, True), (4, False), pytest.param(4, True, marks=pytest.mark.slow)]
+)
 def test_equal_strategies_are_distinguished_as_often_as_announced(seeds: int, is_weighted: bool):
     random, n_trials = np.random.default_rng(10 * seeds + is_weighted), N_TRIALS
     mean_weight = SHARE * ((LIGHT + 1) / 2 if is_weighted else 1)

@@ -31,7 +31,7 @@ from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Normalize, Preprocessing
 from tests.factories import FLIPS, PREPROCESSING, feature_options, loader, provenance
 
-N_IMAGES = 9
+N_IMAGES = 6
 VIEWS = [0, 2, AUGMENTED + 1, AUGMENTED + 2]
 EVALUATION_VIEWS = [2, 0]
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ orders = st.permutations(range(N_IMAGES * len(VIEWS)))
 borders = st.lists(st.integers(0, N_IMAGES * len(VIEWS)), max_size=3).map(sorted)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(order=orders, borders=borders)
 def test_bytes_do_not_depend_on_order_and_instalments(
     images: dict[str, Path], expected: bytes, order: list[int], borders: list[int]
@@ -198,6 +198,7 @@ CHANGES = [*KEYED, *(f"view {name}" for name in OF_VIEWS)]
 NOTHING = ["nothing", "rename", "another order", "fewer images", "all images", "fewer views", "all views", "a new file"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(walk=st.lists(st.sampled_from([*CHANGES, *NOTHING]), min_size=1, max_size=8), random=st.randoms())
 def test_a_walk_over_changes_computes_what_is_new_and_never_returns_what_is_old(

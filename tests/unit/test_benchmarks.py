@@ -46,6 +46,7 @@ def test_start_up_is_measured_of_every_stage():
     assert list(startup.NEEDED) == list(stages)
 
 
+@pytest.mark.slow
 def test_scale_is_measured_of_any_size_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
     sizes = ["--images", "1500", "--views", "3", "--largest", "1000"]

@@ -259,6 +259,7 @@ def test_a_prepared_network_runs_as_often_as_is_asked(network: nn.Module, name: 
     assert np.array_equal(alone, first[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["features.engine", "features.extraction"])
 def test_openvino_sends_nothing_whichever_module_comes_first(first: str) -> None:
     code = f"import sys, pipeline.{first}; print(*(n for n in sys.modules if n.startswith('openvino_telemetry.')))"

@@ -153,10 +153,10 @@ def test_tracing_without_memory_is_not_called_untraceable(monkeypatch: pytest.Mo
         ("timm/test_resnet", SIZE),
         ("timm/test_vit", 96),
         ("timm/convnext_atto", SIZE),
-        ("timm/swin_tiny_patch4_window7_224", 224),  # which timm builds with stochastic depth
+        pytest.param("timm/swin_tiny_patch4_window7_224", 224, marks=pytest.mark.slow),  # built with stochastic depth
         ("torchvision/efficientnet_b0", SIZE),
         ("torchvision/convnext_tiny", SIZE),
-        ("torchvision/swin_t", SIZE),
+        pytest.param("torchvision/swin_t", SIZE, marks=pytest.mark.slow),
     ],
 )
 def test_stochastic_depth_changes_neither_weights_nor_cut_points_nor_what_is_predicted(name: str, size: int) -> None:
