@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,14 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _store_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATURE_STORE", "")  # a stage that is tested sets its own
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved networks run in torch, for tests that look at what is made of the predictions: nothing is compiled."""
+    from pipeline.tools import inference
+
+    monkeypatch.setattr(inference, "open_network", partial(inference.open_network, engine_name="torch"))
 
 
 @pytest.fixture

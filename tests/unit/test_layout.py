@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def covers(dep: str, module: str) -> bool:
     return module == dep or module.startswith(f"{dep}/")
 
 
-def imported_names(module: str) -> set[str]:
+@cache
+def imported_names(module: str) -> frozenset[str]:
     """What the file `module` imports, wherever in it, by its full name."""
     names: set[str] = set()
     for node in ast.walk(ast.parse((REPOSITORY / module).read_text(encoding="utf-8"))):
@@ -47,7 +49,7 @@ def imported_names(module: str) -> set[str]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def imports(module: str) -> set[str]:

@@ -31,14 +31,17 @@ def loaded_after(code: str) -> set[str]:
     [
         (("fetch", "index", "split"), set()),
         (("compare",), {"sklearn", "statsmodels"}),
-        (("advise",), {"sklearn", "statsmodels", "torch"}),
-        (("plan", "extract", "train_head", "fine_tune", "label_suspects"), {"torch"}),
+        pytest.param(("advise",), {"sklearn", "statsmodels", "torch"}, marks=pytest.mark.slow),
+        pytest.param(
+            ("plan", "extract", "train_head", "fine_tune", "label_suspects"), {"torch"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_stages_import_no_library_before_they_use_it(stages: tuple[str, ...], libraries: set[str]) -> None:
     assert loaded_after(f"import {', '.join(f'pipeline.stages.{stage}' for stage in stages)}") == libraries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "boundary", "engine", "libraries"),
     [

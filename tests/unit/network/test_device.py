@@ -88,6 +88,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_take_different_gpus(gpus: list[Any], tmp_path: Path) -> None:
     others: list[subprocess.Popen[str]] = []
     try:

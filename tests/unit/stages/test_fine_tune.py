@@ -505,8 +505,8 @@ def head_of_run() -> nn.Module:
         (VIT, OF_VIT, {}, {"freeze_until": "blocks.2"}),
         slow(VIT, OF_VIT | {"cut": "every_block", "engine": "openvino"}, {}, {"freeze_until": "blocks.4"}),
         slow(SWIN, {"cut": "all"}, {}, {"freeze_until": "layers.2"}),  # its graph holds constants
-        (VIT, {"cut": "norm", "pool": "cls+avg", "resize": "squash"}, {}, {"freeze_until": "blocks.2"}),
-        (VIT, {"cut": "norm", "pool": "avg", "resize": "pad"}, {}, {"init": "random", "batchnorm": "train"}),
+        slow(VIT, {"cut": "norm", "pool": "cls+avg", "resize": "squash"}, {}, {"freeze_until": "blocks.2"}),
+        slow(VIT, {"cut": "norm", "pool": "avg", "resize": "pad"}, {}, {"init": "random", "batchnorm": "train"}),
         slow(MOBILENET, {"cut": "flatten"}, PRETRAINED, {"init": "random", "batchnorm": "train"}),
     ],
 )

@@ -103,6 +103,7 @@ def test_on_its_own_test_images_a_model_is_what_its_run_says(
     assert {path.name for path in tmp_path.iterdir()} == {"new", "found"}
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_images_that_the_model_was_trained_on_are_counted_and_left_out_of_the_comparison(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_images_that_the_model_was_trained_on_are_counted_and_left_out_of_the_co
     assert any(f"{n['train']} training images" in sentence for sentence in found["summary"])
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_data_that_changed_since_training_are_not_those_of_the_model(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +144,7 @@ def test_data_that_changed_since_training_are_not_those_of_the_model(
     assert any("is not known: its labels and split are not there" in text for text in found["summary"])
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_own_test_images_among_new_ones_are_left_out_of_the_comparison_with_them(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ def test_own_test_images_among_new_ones_are_left_out_of_the_comparison_with_them
     assert any(text in sentence for sentence in found["summary"])
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_noise_is_far_away_and_the_model_is_worse_on_it_also_without_its_repository(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +194,7 @@ def test_noise_is_far_away_and_the_model_is_worse_on_it_also_without_its_reposit
     assert alone["distance"]["n_images"] == 24
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_two_models_are_compared_on_the_same_images(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +208,7 @@ def test_two_models_are_compared_on_the_same_images(
     assert (same["difference"], same["p_value"]) == (0, 1)
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_a_table_gives_groups_and_weights_and_what_cannot_be_used_is_said(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +259,7 @@ def test_mistakes_of_the_user_are_one_line(repository: Path, tmp_path: Path, mon
     assert not Path("reports").exists()
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_reports_that_are_damaged_or_of_another_run_are_not_compared_with(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,6 @@ def photographs(tmp_path: Path) -> list[Path]:
         paths[-1].parent.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)).save(paths[-1])
     return paths
-
-
-@pytest.fixture
-def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved networks run in torch: what these tests look at is the same, and nothing has to be compiled."""
-    monkeypatch.setattr(inference, "open_network", partial(inference.open_network, engine_name="torch"))
 
 
 def save(
