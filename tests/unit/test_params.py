@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from pipeline import params as module
 from pipeline.features.views import training_views
 from pipeline.params import PARAMS, Params, count_cores, load_params
+from tests.factories import params_document
 
 REPOSITORY = Path(__file__).parents[2]
 SCRATCH = "fine_tune.strategies.from_scratch"
@@ -25,7 +26,7 @@ PRETRAINED = {"head.kind": "pretrained", "head.standardize": False, "features.cu
 
 
 def document_with(changes: dict[str, Any]) -> dict[str, Any]:
-    document = YAML(typ="safe", pure=True).load((REPOSITORY / PARAMS).read_text(encoding="utf-8"))
+    document = params_document()
     for key, value in changes.items():
         *sections, last = key.split(".")
         section = document

@@ -1,6 +1,7 @@
 """The Markdown of a pull request, in a repository of two commits, and its guard."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -57,10 +58,23 @@ def set_params(guard: dict[str, float] | None = None, path: str = "data/raw/elpv
     yaml.dump(document, Path("params.yaml"))
 
 
-@pytest.fixture
-def branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`main` with one commit, and a branch with another on top of it, which trains longer and is better."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("example")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        commit_both()
+    return folder
+
+
+@pytest.fixture
+def branch(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the example, in which the test runs."""
+    monkeypatch.chdir(shutil.copytree(example, tmp_path, dirs_exist_ok=True))
+
+
+def commit_both() -> None:
     git("init", "-b", "main")
     Path(".dvc").mkdir()
     Path(".dvc/config").write_text("[core]\n    analytics = false\n")
