@@ -159,18 +159,22 @@ def example(name: str, preprocessing: Preprocessing, *, is_whole: bool) -> str:
         "pad": '[max(1, round(how["side"] * n / max(image.size))) for n in image.size]',
     }
     size = 'how["size"]' if how["size"] else scaled[how["geometry"]]
+    opaque = """image = ImageOps.exif_transpose(image)
+image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+opaque = Image.new("RGB", image.size, "white")  # what is transparent becomes white, as in training
+opaque.paste(image, mask=image if image.mode == "RGBA" else None)
+"""
     pixels = f"""how, classes = json.loads(meta["geometry"]), json.loads(meta["class_names"])
 image = Image.open("photo.jpg")
 image.draft(None, how["jpeg_draft"])  # a large JPEG is decoded at reduced size, as in training
-image = ImageOps.exif_transpose(image).convert("RGB")
-size = {size}
+{opaque}size = {size}
 corner = tuple(gap // 2 if gap > 0 else round(gap / 2) for gap in (how["crop"] - n for n in size))
 square = Image.new("RGB", (how["crop"], how["crop"]), tuple(how["fill"]))
-square.paste(image.resize(size, Image.Resampling[how["interpolation"].upper()]), corner)
+square.paste(opaque.resize(size, Image.Resampling[how["interpolation"].upper()]), corner)
 (probabilities,) = model.run(None, {{"pixels": np.asarray(square)[None]}})"""
-    whole = """classes = json.loads(meta["class_names"])
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-(probabilities,) = model.run(None, {"image": np.asarray(image)})"""
+    whole = f"""classes = json.loads(meta["class_names"])
+image = Image.open("photo.jpg")
+{opaque}(probabilities,) = model.run(None, {{"image": np.asarray(opaque)}})"""
     return f"""import json
 import numpy as np
 import onnxruntime

@@ -52,7 +52,7 @@ def test_recipes_are_compared_pair_by_pair(
     assert "| elpv | feature_extraction | whole | 2 | 100.0 | 0.105 | -0.405 (-0." in printed
     assert [one["split"]["seeds"] for one in asked] == [one["fine_tune"]["seeds"] for one in asked] == [seeds] * 2
     assert [one["fine_tune"]["run"] for one in asked] == [["full_retrain"]] * 2
-    assert [one["features"]["resize"] for one in asked] == ["crop", "squash"]
+    assert [one["features"]["resize"] for one in asked] == ["pad", "squash"]
 
 
 def test_an_unknown_name_is_one_line(asked: list[dict[str, Any]]):
