@@ -4,13 +4,14 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-import openvino
 import torch
 
 from benchmarks import boundary, busy, extract, head, index, photographs, predict, startup, store
 from benchmarks.common import Line, run
+from pipeline.features.engine import openvino_core
 from pipeline.files import write_json
 
 RESULTS = Path("reports/benchmarks.json")
@@ -19,12 +20,12 @@ PARTS = (startup, index, extract, predict, photographs, store, head, boundary, b
 
 def machine() -> str:
     """Processor, cores, memory, and the libraries that do the work."""
-    core = openvino.Core()
+    core = openvino_core()
     cpu, abilities = (core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     bf16 = "bf16" if "BF16" in abilities else "no bf16"
-    versions = f"torch {torch.__version__}, OpenVINO {openvino.__version__}"
+    versions = f"torch {torch.__version__}, OpenVINO {version('openvino')}"
     cores = len(os.sched_getaffinity(0))
     return f"{cpu}, {cores} cores, {bf16}, {gigabytes:.0f} GB, {gpu}, {platform.platform()}, {versions}"
 

@@ -124,6 +124,12 @@ COLUMNS = ("path", "label", "weight", "group", "stratum", "subset", "split")  # 
 Symmetry = Literal[
     "identity", "flip_horizontal", "flip_vertical", "rotate_180", "rotate_90", "rotate_270", "transpose", "transverse"
 ]  # fmt: skip
+FLIPS = {  # what augmentation.flips makes of view 0
+    "none": ("identity",),
+    "horizontal": ("identity", "flip_horizontal"),
+    "vertical": ("identity", "flip_vertical"),
+    "both": ("identity", "flip_horizontal", "flip_vertical", "rotate_180"),
+}
 Pooling = Literal["none", "avg", "flatten", "cls", "cls+avg"]
 Geometry = Literal["crop", "squash", "pad"]
 JpegDecoding = Literal["fast", "exact"]
@@ -493,8 +499,16 @@ def load_params(path: Path = PARAMS) -> Params:
 def _with_defaults(document: Any) -> Any:  # noqa: ANN401
     """The document with `fine_tune.defaults` merged into each strategy, and `augmentation` into that of fine-tuning.
 
-    The strategy's own keys win.
+    The strategy's own keys win. `evaluation.views: auto` becomes the flips of `augmentation`.
     """
+    match document:
+        case {"evaluation": {"views": "auto"}}:
+            match document.get("augmentation"):
+                case {"flips": "none" | "horizontal" | "vertical" | "both" as flips}:
+                    views = FLIPS[flips]
+                case _:  # an error of its own
+                    views = FLIPS["none"]
+            document = document | {"evaluation": document["evaluation"] | {"views": [*views]}}
     match document:
         case {"fine_tune": dict(fine_tune)}:
             base = document.get("augmentation")

@@ -64,7 +64,7 @@ def where(found: Json) -> str:
         number = next(i for i, block in enumerate(blocks) if block["linear"]["value"] - base >= MOST * (best - base))
         text += (
             f" Most of what there is to separate ({MOST:.0%} of the gain over the largest class)".replace("%", " %")
-            + f" is there after {blocks[number]['cut']}, number {number + 1} of {len(blocks)}: "
+            + f" is there {after(blocks[number]['cut'])}, number {number + 1} of {len(blocks)}: "
             f"{percent(blocks[number]['linear'])}."
         )
     added, together = found["last_minus_before"], found["together_minus_last"]
@@ -74,6 +74,11 @@ def where(found: Json) -> str:
     text += f" All blocks together {word} the last: {points(together)}"
     better = together["low"] > 0
     return text + ("; `features.cut: every_block` uses them, with `features.pool: avg`." if better else ".")
+
+
+def after(cut: str) -> str:
+    """Where a cut is."""
+    return "at the end of the network" if cut == "all" else f"after {cut}"
 
 
 def verdict(difference: Json, above: str, below: str, unclear: str) -> str:

@@ -4,6 +4,7 @@ Fractions, never percent. Values are means over the seeds; runs with identical p
 intervals.py) are over test images, conditional on the trained runs.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -185,14 +186,15 @@ def describe(judged: Sequence[Judged], data: Data) -> Json:
 def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
     """Test metrics without the images that have a near-duplicate in train or validation; None if there are none.
 
-    `n` and `n_twins` are numbers of images, means over the seeds, and sums over folds.
+    `n` and `n_twins` are numbers of images, means over the seeds (of `n_twins` rounded up), and sums over folds.
     """
     is_twin = [data.twins[one.run.seed][one.test.rows] for one in judged]
     clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
     n_twins = sum(map(np.count_nonzero, is_twin))
     if not n_twins:
         return None
-    counts = {"n": round(np.mean([len(one.rows) for one in clean])), "n_twins": round(n_twins / len(clean))}
+    n = [len(one.rows) for one in clean]
+    counts = {"n": math.floor(np.mean(n)), "n_twins": math.ceil(n_twins / len(clean))}
     if not (kept := [one for one in clean if len(one.rows)]):
         return {**counts, "metrics": {}}
     labels, n_classes = data.labels, len(data.labels.class_names)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from pipeline.dataset.manifest import Labels
 from pipeline.training.runs import Run
 
 VEGA_LITE = "6.4"  # of the templates in .dvc/plots/
@@ -11,24 +14,32 @@ Json = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 
-def curves(runs: Mapping[str, Sequence[Run]], strategies: Mapping[str, Json]) -> Rows:
-    """Learning curves, a row per epoch; a strategy without epochs is a horizontal line at its validation loss.
+def curves(runs: Mapping[str, Sequence[Run]], labels: Labels) -> Rows:
+    """Learning curves, a row per epoch; a strategy without epochs is a horizontal line.
 
-    `is_selected` marks the epoch that validation selected. `not_chosen` names learning rates that it did not choose,
-    and is empty otherwise. DVC draws rows only if all have the same fields.
+    The line is at the validation loss of what validation chose, so that epoch 0 of a strategy that starts from it is on
+    the line. `is_selected` marks the epoch that validation selected. `not_chosen` names learning rates that it did not
+    choose, and is empty otherwise. DVC draws rows only if all have the same fields.
     """
     last = max((line["epoch"] for these in runs.values() for run in these for line in run.curve), default=1)
     rows: Rows = []
     for name, these in runs.items():
-        for run, result in zip(these, strategies[name]["runs"], strict=True):
-            found = {"val_loss": result["val"]["nll"], "val_accuracy": result["val"]["accuracy"]}
-            curve = run.curve or [{"epoch": epoch, **found} for epoch in (0, last)]
+        for run in these:
+            curve = run.curve or [{"epoch": epoch, **_chosen(run, labels)} for epoch in (0, last)]
             for rates, lines in {"": curve, **run.other_curves}.items():
                 for line in lines:
                     is_selected = bool(run.curve) and not rates and line["epoch"] == run.chosen.get("epoch")
                     figures = {key: line.get(key) for key in CURVE} | {"is_selected": is_selected}
                     rows.append({"strategy": name, "seed": run.seed, "not_chosen": rates, **figures})
     return rows
+
+
+def _chosen(run: Run, labels: Labels) -> Json:
+    """Validation loss (nats) and accuracy of the candidate that validation chose."""
+    label, weight = labels.label[run.val.rows], labels.weight[run.val.rows]
+    losses = run.candidates.nll(weight)
+    hits = run.candidates.predicted[int(np.argmin(losses))] == label
+    return {"val_loss": min(losses), "val_accuracy": float(np.average(hits, weights=weight))}
 
 
 def confusion(name: str, strategy: Json, class_names: Sequence[str]) -> Rows:

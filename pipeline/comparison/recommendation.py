@@ -146,7 +146,7 @@ def _not_beaten(found: Recommendation, strategies: Mapping[str, Json], reference
     return (
         f"**First: {found.strategy} is not shown to beat what costs nothing beyond the cached features.** On "
         f"validation it has {own}; the reference classifiers have: {listed}. Where one of them is good enough, train "
-        "nothing."
+        "nothing. The recommendation is among what is trained."
     )
 
 

@@ -43,7 +43,7 @@ def check_precision(key: str, precision: str, device: torch.device) -> None:
             raise ValueError(f"params.yaml: {key}: this GPU ({name}) has no {precision}; expected fp32")
     elif precision == "tf32":
         raise ValueError(f"params.yaml: {key}: tf32 needs a GPU, and this runs on a CPU; expected fp32 or bf16")
-    elif "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    elif "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise ValueError(f"params.yaml: {key}: this CPU has no bf16; expected fp32")
 
 
@@ -55,7 +55,7 @@ def machine(engine: str, device: torch.device) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
     if engine == "openvino":
-        found["openvino"] = sorted(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        found["openvino"] = sorted(openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
     return found
@@ -232,7 +232,7 @@ def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable
 
 
 @cache
-def _core() -> openvino.Core:
+def openvino_core() -> openvino.Core:
     """Import OpenVINO, and make the one core of this process.
 
     Each core installs a signal stack and, when it is deleted, restores the one that was there before. With several
@@ -246,7 +246,7 @@ def _core() -> openvino.Core:
 
 
 def _compile(module: nn.Module, example: torch.Tensor, precision: str) -> openvino.CompiledModel:
-    core = _core()
+    core = openvino_core()
     import openvino
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 

@@ -18,7 +18,7 @@ from pipeline.dataset.decoding import sha256
 from pipeline.features import pixels
 from pipeline.features.pixels import Kind
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.params import Augmentation
+from pipeline.params import FLIPS, Augmentation
 
 Transform = Callable[[Image.Image], Image.Image]
 SYMMETRIES = {  # flipped left to right or not, and then turned counter-clockwise by so many right angles
@@ -32,12 +32,6 @@ SYMMETRIES = {  # flipped left to right or not, and then turned counter-clockwis
     "transverse": (True, 3),
 }
 AUGMENTED = len(SYMMETRIES)
-FLIPS = {
-    "none": ("identity",),
-    "horizontal": ("identity", "flip_horizontal"),
-    "vertical": ("identity", "flip_vertical"),
-    "both": ("identity", "flip_horizontal", "flip_vertical", "rotate_180"),
-}
 
 
 def training_views(augmentation: Augmentation, n: int) -> list[int]:

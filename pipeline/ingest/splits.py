@@ -16,7 +16,7 @@ from pipeline.dataset.manifest import Labels, Split
 from pipeline.dataset.units import count_units, make_units, ties_of
 from pipeline.params import Splitting
 
-UNTIED = "add images, raise split.test_fraction and split.val_fraction, or have fewer folds"
+UNTIED = "add images, raise split.test_fraction and split.val_fraction (of folds: have fewer)"
 TIED = "a class needs three groups (by group, equal bytes or near-duplicates), one for each split: add other groups"
 RANKED = ("test", "val", "train")  # where tied images disagree, the first of these counts
 
@@ -225,7 +225,10 @@ def check_classes(split: Split, labels: Labels, needed: Sequence[str] = ("train"
         advice.add(TIED if is_tied else UNTIED)
     if problems:
         listed = "; ".join([*problems, *sorted(advice)])
-        raise ValueError(f"split, seed {split.seed}: {listed}; or merge the class with another, or leave it out")
+        raise ValueError(
+            f"split, seed {split.seed}: {listed}; or merge the class with another, or leave it out "
+            "(dataset.min_class_size, with small_classes: drop)"
+        )
 
 
 def small_classes(splits: Sequence[Split], labels: Labels, least: int) -> dict[str, int]:

@@ -151,8 +151,8 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
     if not runs:
         return Figure("Learning curves", "No strategy was fine-tuned (fine_tune.run is empty), so there is no curve.")
     caption = (
-        f"{_n(len(runs), 'run')}. Solid: validation, cross-fitted where there are no epochs. Dotted: training. Dot: "
-        f"the epoch that validation selected.{others}"
+        f"{_n(len(runs), 'run')}. Solid: validation; a level line: a head without epochs. Dotted: training. Dot: the "
+        f"epoch that validation selected.{others}"
     )
     return Figure("Learning curves", caption, charts.from_template("curves", rows, names), numbered(names))
 

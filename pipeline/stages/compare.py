@@ -59,7 +59,7 @@ def main() -> None:
     write_json(REPORTS / "details.json", found)
     write_text(REPORTS / "comparison.md", table)
     write_json(REPORTS / "outcomes.json", tested_images.encode({**runs, HEAD_ALL_SEEDS: every_head}, data))
-    write_json(REPORTS / "curves.json", details.round_floats(plots.curves(runs, compared)))
+    write_json(REPORTS / "curves.json", details.round_floats(plots.curves(runs, labels)))
     write_json(REPORTS / "reliability.json", plots.reliability(compared))
     write_json(REPORTS / "cost.json", plots.cost(compared))
     for directory in (METRICS, CONFUSION):  # where a run by hand would leave files of strategies no longer listed

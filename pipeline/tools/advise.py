@@ -29,6 +29,7 @@ from pipeline.network.device import choose_device, place
 from pipeline.network.plans import NON_COMMERCIAL, BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, STORE_DTYPES, Params, Strategy, load_params
 from pipeline.tools import experiments
+from pipeline.tools.first_look import check_images
 from pipeline.training import fit, heads, novelty
 from pipeline.training.fit import Batch, Task
 
@@ -43,6 +44,7 @@ log = logging.getLogger("pipeline")
 def show(*, is_timed: bool) -> None:
     """Run what is missing of the stage, and print its words and tables."""
     params = load_params()
+    check_images(params.dataset)
     experiments.dvc("repro", "advise")
     found = json.loads(ADVICE.read_text(encoding="utf-8"))
     print(as_text(found["words"]), end="\n\n")
@@ -62,7 +64,7 @@ def as_table(found: Json) -> str:
     lines = ["| features after | width | linear head (95 % interval) | nearest neighbours |", "|---|---|---|---|"]
     rows = [(block["cut"], block["width"], block["linear"], block["nearest"]) for block in found["blocks"]]
     if "together" in found:
-        rows.append(("all of them", sum(block["width"] for block in found["blocks"]), found["together"], None))
+        rows.append(("all blocks together", sum(block["width"] for block in found["blocks"]), found["together"], None))
     if "random_weights" in found:
         width = found["blocks"][-1]["width"]
         rows.append((f"{found['blocks'][-1]['cut']}, random weights", width, found["random_weights"], None))

@@ -5,6 +5,7 @@ fine-tuned. It shares DVC's cache, the feature store and the image files with th
 these caches.
 """
 
+import difflib
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline.params import HEAD_ONLY, PARAMS, load_params
+from pipeline.params import HEAD_ONLY, PARAMS, Dataset, load_params
 
 PLACE = Path("first-look")
 COPIED = ("dvc.yaml", ".dvcignore", "pipeline", ".dvc/plots", "data/weights")
@@ -24,7 +25,9 @@ log = logging.getLogger("pipeline")
 
 def make() -> None:
     """Run every stage but fine-tuning there, write the page, print the advice, and say what to run next."""
+    check_images(load_params().dataset)
     lay_out()
+    print(f"Everything is made in {PLACE}/, and the paths in the next lines are relative to it.", flush=True)
     for arguments in (
         ("dvc", "repro", "plan"),
         ("pipeline", "advise", "--no-cost"),
@@ -60,11 +63,29 @@ def lay_out() -> None:
     document = yaml.load(PARAMS.read_text(encoding="utf-8"))
     document["fine_tune"]["run"] = []
     document["compare"]["baseline"] = HEAD_ONLY
-    fetched = [Path("data/raw", name) for name in params.dataset.fetch]  # there, too
-    if not any(path in (Path(params.dataset.path), *Path(params.dataset.path).parents) for path in fetched):
+    if not is_fetched(params.dataset):  # else it is fetched there, too
         document["dataset"]["path"] = str(Path(params.dataset.path).absolute())
     with (PLACE / PARAMS).open("w", encoding="utf-8") as file:
         yaml.dump(document, file)
+
+
+def is_fetched(dataset: Dataset) -> bool:
+    """Whether the stage `fetch` makes the images."""
+    path = Path(dataset.path)
+    return any(Path("data/raw", name) in (path, *path.parents) for name in dataset.fetch)
+
+
+def check_images(dataset: Dataset) -> None:
+    """Raise FileNotFoundError, before DVC does in fewer words, if the images are neither there nor fetched."""
+    path = Path(dataset.path)
+    if path.exists() or is_fetched(dataset):
+        return
+    beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside)]
+    raise FileNotFoundError(
+        f"params.yaml: dataset.path: {path} is not there; expected a directory of images, or one below data/raw/ that "
+        f"dataset.fetch names" + (f"; near: {', '.join(near)}" if near else "")
+    )
 
 
 def cache_directory() -> Path:
@@ -89,4 +110,4 @@ def run(arguments: tuple[str, ...]) -> None:
     environment["PYTHONPATH"] = str(PLACE.resolve())
     done = subprocess.run([sys.executable, "-m", *arguments], cwd=PLACE, env=environment)
     if done.returncode:
-        raise ValueError(f"{PLACE}: {' '.join(arguments)} failed; see above")
+        raise ValueError(f"{PLACE}: {' '.join(arguments)} failed; see above, where paths are relative to {PLACE}/")

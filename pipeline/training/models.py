@@ -65,11 +65,14 @@ def save_model(card: Card, head: nn.Module, base: nn.Module | None, known: Novel
 def read_card(path: Path) -> Card:
     """Read seed_<s>.json and check the tensors beside it; ValueError if they do not belong together."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such run; expected e.g. {MODELS / 'full_retrain' / 'seed_0'}")
+        there = ", ".join(str(card.with_suffix("")) for card in sorted(MODELS.glob("*/seed_*.json"))[:6])
+        raise FileNotFoundError(f"{path}: no such run; " + (f"there are {there}" if there else f"{MODELS}/ has none"))
     try:
         card = Card.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a run saved by this version ({one_line(error)})") from None
+    if not path.with_suffix(".safetensors").is_file():
+        raise FileNotFoundError(f"{path.with_suffix('.safetensors')}: not found; it holds the weights of {path.name}")
     if card.sha256 != _sha256(path.with_suffix(".safetensors")):
         raise ValueError(f"{path}: {path.stem}.safetensors beside it is damaged, or of another run")
     return card

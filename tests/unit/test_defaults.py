@@ -56,7 +56,7 @@ def test_recipes_are_compared_pair_by_pair(
 
 
 def test_an_unknown_name_is_one_line(asked: list[dict[str, Any]]):
-    with pytest.raises(ValueError, match=r"recipes: found \['best'\], expected some of now, whole"):
+    with pytest.raises(ValueError, match=r"recipes: found \['best'\], expected some of before, now, whole"):
         CliRunner().invoke(defaults.compare, ["elpv", "--recipe", "best"], catch_exceptions=False)
     assert not asked
 

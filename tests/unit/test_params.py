@@ -344,6 +344,31 @@ def test_features_may_come_from_several_cuts(where: str | list[str | int], tmp_p
     assert not load(document_with({}), tmp_path).features.has_several_cuts
 
 
+@pytest.mark.parametrize(
+    ("flips", "expected"),
+    [
+        ("none", ["identity"]),
+        ("horizontal", ["identity", "flip_horizontal"]),
+        ("vertical", ["identity", "flip_vertical"]),
+        ("both", ["identity", "flip_horizontal", "flip_vertical", "rotate_180"]),
+    ],
+)
+def test_what_is_predicted_is_averaged_over_the_flips_that_training_sees(
+    flips: str, expected: list[str], tmp_path: Path
+):
+    changes = {"augmentation.flips": flips, "evaluation.views": "auto"}
+    assert load(document_with(changes), tmp_path).evaluation.views == tuple(expected)
+    chosen = load(document_with(changes | {"evaluation.views": ["transpose"]}), tmp_path)
+    assert chosen.evaluation.views == ("transpose",)
+
+
+def test_auto_hides_no_mistake(tmp_path: Path):
+    for flips in ("all", 3, None):
+        with pytest.raises(ValueError, match=r"augmentation\.flips: found [^\n]*$") as caught:
+            load(document_with({"augmentation.flips": flips, "evaluation.views": "auto"}), tmp_path)
+        assert "evaluation" not in str(caught.value)
+
+
 def test_a_number_of_layers_in_quotes_is_a_name(tmp_path: Path):
     assert load(document_with({"features.cut": "8"}), tmp_path).features.cut == "8"
 

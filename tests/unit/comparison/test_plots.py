@@ -2,16 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import vl_convert
 from ruamel.yaml import YAML
 
 from pipeline.comparison import plots
 from pipeline.comparison.plots import VEGA_LITE
-from tests.factories import HEAD_RUNS, forty_details, run_wrong_on
+from pipeline.training.runs import Candidates
+from tests.factories import FORTY, forty_details, run_wrong_on
 
 TEMPLATES = Path(".dvc/plots")
 STAGE = YAML(typ="safe", pure=True).load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]["compare"]
@@ -79,13 +82,18 @@ def test_the_name_of_a_class_cannot_end_a_script():
 def test_curves_are_those_of_every_strategy_and_a_line_where_there_are_no_epochs():
     line = {"epoch": 0, "train_loss": None, "val_loss": 0.5}
     tuned = run_wrong_on("full", 0, [8], curve=[line, {**line, "epoch": 3, "val_loss": 0.4}])
-    runs = {"feature_extraction": HEAD_RUNS[:1], "full": [tuned]}
-    strategies = {"feature_extraction": {"runs": [{"val": {"nll": 0.6, "accuracy": 0.7}}]}}
-    strategies["full"] = {"runs": [{"val": {"nll": 0.4, "accuracy": 0.8}}]}
-    rows = plots.curves(runs, strategies)
+    head = run_wrong_on("feature_extraction", 0, [1, 8, 9])
+    worse = run_wrong_on("feature_extraction", 0, [1, 2, 3, 8, 9]).candidates
+    both = [[*vars(worse).values()][1:], [*vars(head.candidates).values()][1:]]
+    head = replace(head, candidates=Candidates(["0.1", "0.3"], *map(np.concatenate, zip(*both, strict=True))))
+    rows = plots.curves({"feature_extraction": [head], "full": [tuned]}, FORTY)
+    wrong = np.average(np.isin(head.val.rows, [1, 8, 9]), weights=FORTY.weight[head.val.rows])
+    assert 0 < wrong < 1
+    assert rows[0]["val_loss"] == pytest.approx(-np.log([0.9, 0.1]) @ (1 - wrong, wrong), rel=1e-6)
+    assert rows[0]["val_accuracy"] == pytest.approx(1 - wrong)
     assert [(row["strategy"], row["seed"], row["epoch"], row["val_loss"]) for row in rows] == [
-        ("feature_extraction", 0, 0, 0.6),
-        ("feature_extraction", 0, 3, 0.6),
+        ("feature_extraction", 0, 0, rows[0]["val_loss"]),
+        ("feature_extraction", 0, 3, rows[0]["val_loss"]),
         ("full", 0, 0, 0.5),
         ("full", 0, 3, 0.4),
     ]

@@ -105,7 +105,7 @@ def test_bf16_is_refused_on_a_cpu_without_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: list[str], is_able: bool
 ) -> None:
     core = SimpleNamespace(get_property=lambda *_: capabilities)
-    monkeypatch.setattr(engine, "_core", lambda: core)
+    monkeypatch.setattr(engine, "openvino_core", lambda: core)
     engine.check_precision("features.precision", "fp32", CPU)
     if is_able:
         engine.check_precision("features.precision", "bf16", CPU)
@@ -216,7 +216,7 @@ def test_auto_takes_openvino_on_a_cpu_and_torch_is_taken_where_it_is_asked_for(n
         engine.prepare("openvino", network, inputs(2), "fp32", GPU)
 
 
-@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.features.engine._core"])
+@pytest.mark.parametrize("failing", ["openvino.convert_model", "pipeline.features.engine.openvino_core"])
 def test_network_that_openvino_cannot_run_runs_in_torch_with_a_warning(
     network: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:

@@ -101,7 +101,7 @@ def test_tables_are_markdown_and_words_fit_a_terminal():
     assert max(map(len, text.splitlines())) <= advise.WIDTH
     table = advise.as_table(ADVICE)
     assert "| layer1 | 64 | 80.0 % (75.0 % to 85.0 %) | 80.0 % |" in table
-    assert "| all of them | 576 |" in table
+    assert "| all blocks together | 576 |" in table
     assert "| full | 2.0 | 0.5 |" in advise.as_costs({"full": Estimate(120.0, 500_000_000)})
 
 

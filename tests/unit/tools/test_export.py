@@ -216,7 +216,7 @@ def test_a_whole_image_of_any_size_gives_nearly_what_predict_gives(
 )
 def test_the_example_of_the_docs_predicts_a_file_with_three_libraries_alone(
     number: int,
-    is_transparent: bool,  # noqa: FBT001
+    is_transparent: bool,
     repository: Path,
     files: Callable[..., tuple[Path, str]],
     tmp_path: Path,

@@ -51,6 +51,18 @@ def test_nothing_is_fine_tuned_there_and_images_are_found(root: Path, fetch: lis
     )
 
 
+def test_a_wrong_path_of_the_images_is_one_line_with_what_is_near(root: Path):
+    Path("data/mine").mkdir()
+    given = load_params().dataset
+    for fetch, path in (((), "data/mine"), (("elpv",), "data/raw/elpv"), (("digits",), "data/raw/digits/part")):
+        first_look.check_images(given.model_copy(update={"fetch": fetch, "path": path}))
+    set_params(fetch=["elpv"], path="data/mien")
+    expected = r"^params.yaml: dataset.path: data/mien is not there; expected a directory .*; near: data/mine$"
+    with pytest.raises(FileNotFoundError, match=expected):
+        first_look.make()
+    assert not Path("first-look").exists()
+
+
 def test_the_code_is_copied_anew_and_results_and_weights_stay(root: Path):
     first_look.lay_out()
     place = root / "first-look"
