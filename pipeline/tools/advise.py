@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ruamel.yaml import YAML
 from torch import nn
 
 from pipeline.advice.words import percent
@@ -27,7 +28,8 @@ from pipeline.features.views import evaluation_views, training_views
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device, place
 from pipeline.network.plans import NON_COMMERCIAL, BackbonePlan, StrategyPlan
-from pipeline.params import HEAD_ONLY, STORE_DTYPES, Params, Strategy, load_params
+from pipeline.params import HEAD_ONLY, PARAMS, STORE_DTYPES, Params, Strategy, load_params
+from pipeline.report import provenance
 from pipeline.tools import experiments
 from pipeline.tools.first_look import check_images
 from pipeline.training import fit, heads, novelty
@@ -37,6 +39,10 @@ ADVICE = Path("reports/advice.json")
 WIDTH = 100  # of printed paragraphs
 STEPS = 5  # batches of training that are timed, the first of which is not counted
 VIEWS = 256  # that are predicted, in pieces, and go through a frozen prefix; several pieces are under way at a time
+HERE = "(this directory)"
+SETTINGS = ("dataset", "split", "backbone", "features", "advise")  # sections of params.yaml
+IN_TABLE = ("backbone.name", "backbone.weights", "features.image_size", "features.cut")
+MOST_NAMES = 3  # of experiments with the same advice
 Json = dict[str, Any]
 log = logging.getLogger("pipeline")
 
@@ -244,46 +250,93 @@ def trained_epochs(recipe: Strategy) -> float:
 def show_networks() -> None:
     """Print one table of the networks whose advice is of the same images: of this directory, and of experiments."""
     found: dict[str, Json] = {}
+    settings: dict[str, Json] = {}
     if ADVICE.exists():
-        found["(this directory)"] = json.loads(ADVICE.read_text(encoding="utf-8"))
-    for name in sorted(experiments.names()):
+        found[HERE] = json.loads(ADVICE.read_text(encoding="utf-8"))
+        settings[HERE] = own_settings()
+    states = experiments.states()
+    for name in sorted(name for name, state in states.items() if state == experiments.FINISHED):
         try:
             with experiments.reading(name) as read:
                 found[name] = json.loads(read(ADVICE))
+                settings[name] = settings_of(read(provenance.LOCK))
         except ValueError as error:
+            found.pop(name, None)
             log.info("%s: left out: %s", name, error)
     known = {name: advice for name, advice in found.items() if not advice["cannot_tell"]}
+    lacking = unfinished(states)
     if not known:
         raise ValueError(
-            "no advice is there; run: dvc exp run --queue -S backbone.name=NAME,NAME -S backbone.weights=default "
-            "advise, and then: dvc queue start"
+            f"no advice is there{f' ({lacking})' if lacking else ''}; run: dvc exp run --queue -S 'fine_tune.run=[]' "
+            "-S backbone.weights=default -S backbone.name=NAME,NAME advise, and then: dvc exp run --run-all"
         )
     first = next(iter(known.values()))
     same = {name: advice for name, advice in known.items() if advice["data_sha256"] == first["data_sha256"]}
-    print(as_networks(same))
+    print(as_networks(same, settings))
     if others := [name for name in known if name not in same]:
         print(f"\nOf other images or labels, so left out: {', '.join(others)}.")
+    if lacking:
+        print(f"\nNot in the table: {lacking}.")
 
 
-def as_networks(found: dict[str, Json]) -> str:
-    """Markdown: each network once, the best head first."""
-    lines = [
-        "| network | cut | linear head (95 % interval) | GFLOPs a view | parameters | licence | experiment |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    seen = set()
-    for name, advice in sorted(found.items(), key=lambda item: -item[1]["head"]["value"]):
+def unfinished(states: dict[str, str]) -> str:
+    """How many experiments run, wait and failed, with their names and a command; "" if none."""
+    ways = {"queued": "; to run: dvc exp run --run-all", "failed": "; why: dvc queue logs NAME"}
+    named = {state: sorted(name for name in states if states[name] == state) for state in sorted({*states.values()})}
+    named.pop(experiments.FINISHED, None)
+    found = [(len(each), state, ", ".join(each) + ways.get(state, "")) for state, each in named.items()]
+    return ", ".join(f"{n} {state} ({which})" for n, state, which in found)
+
+
+def own_settings() -> Json:
+    """Those of the advice of this directory; none, and a warning, if dvc.lock is not of this advice."""
+    try:
+        provenance.check(provenance.read_lock(), [str(ADVICE)])
+    except ValueError as error:
+        log.warning("the settings of %s are not known: %s", ADVICE, error)
+        return {}
+    return settings_of(provenance.LOCK.read_bytes())
+
+
+def settings_of(lock: bytes) -> Json:
+    """The parameters that dvc.lock has of an advice, by dotted name, but for those that the table shows anyway."""
+    stages, found = YAML(typ="safe", pure=True).load(lock)["stages"], {}
+    for stage in ("index", "split", "plan", "advise"):
+        for key, value in stages.get(stage, {}).get("params", {}).get(str(PARAMS), {}).items():
+            found |= {f"{key}.{part}": one for part, one in value.items()} if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in found.items() if key.partition(".")[0] in SETTINGS and key not in IN_TABLE}
+
+
+def as_networks(found: dict[str, Json], settings: dict[str, Json]) -> str:
+    """Markdown: a row for each network and its settings, the best head first; of settings, those that differ."""
+    rows: dict[str, list[str]] = {}  # the same advice by several names is one row
+    for name, advice in found.items():
+        rows.setdefault(json.dumps([advice["network"], advice["head"], settings[name]]), []).append(name)
+    values: dict[str, set[str]] = {}
+    for own in (settings[name] for name in found):
+        for key, value in own.items():
+            values.setdefault(key, set()).add(as_cell(value))
+    differing = sorted(key for key in values if len(values[key]) > 1)
+    columns = ["network", "cut", *differing, "linear head (95 % interval)", "GFLOPs a view", "parameters", "licence"]
+    lines = [f"| {' | '.join([*columns, 'experiment'])} |", "|---" * (len(columns) + 1) + "|"]
+    for names in sorted(rows.values(), key=lambda names: -found[names[0]]["head"]["value"]):
+        advice, own = found[names[0]], settings[names[0]]
         network = advice["network"]
-        key = json.dumps(network)
-        if key in seen:
-            continue
-        seen.add(key)
         licence = network["licence"] or ("none" if network["weights"] == "random" else "unknown")
         licence += ", excludes commercial use" if NON_COMMERCIAL.search(licence) else ""
         what = f"{network['name']} ({network['weights']}, {network['image_size']} px)"
-        lines.append(
-            f"| {what} | {', '.join(network['cuts'])} | {percent(advice['head'])} "
-            f"| {network['flops_per_image'] / 1e9:.2f} | {network['parameters']:,} | {licence} | {name} |"
-        )
+        cells = [
+            what,
+            ", ".join(network["cuts"]),
+            *(as_cell(own[key]) if key in own else "not known" for key in differing),
+        ]
+        cells += [percent(advice["head"]), f"{network['flops_per_image'] / 1e9:.2f}", f"{network['parameters']:,}"]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        lines.append(f"| {' | '.join([*cells, licence, ', '.join(names[:MOST_NAMES]) + more])} |")
     any_one = next(iter(found.values()))
     return f"Cross-validated heads on the same {any_one['images']:,} images.\n\n" + "\n".join(lines)
+
+
+def as_cell(value: object) -> str:
+    """A value of params.yaml."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -20,6 +20,7 @@ from pipeline.logs import STAGES, one_line
 from pipeline.report.provenance import git
 
 Read = Callable[[Path], bytes]
+FINISHED = "finished"
 log = logging.getLogger("pipeline")
 
 
@@ -60,11 +61,19 @@ def has(path: str) -> bool:
 
 def names() -> set[str]:
     """The names of the finished experiments that started from HEAD."""
+    return {name for name, state in states().items() if state == FINISHED}
+
+
+def states() -> dict[str, str]:
+    """By name, whether an experiment that started from HEAD is finished, running, queued or failed."""
     from dvc.api import exp_show
 
     with _dvc_errors():
         rows = exp_show()
-    return {row["Experiment"] for row in rows if row.get("Experiment") and row.get("State") in (None, "Success")}
+    found = {row["Experiment"]: str(row.get("State") or FINISHED).lower() for row in rows if row.get("Experiment")}
+    # A name of which one run failed and another one finished has a result; DVC's word for the latter is "Success"
+    done = {row["Experiment"] for row in rows if row.get("State") in (None, "Success")}
+    return {name: FINISHED if name in done else state for name, state in found.items()}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.params import load_params
-from pipeline.tools import advise
+from pipeline.report import provenance
+from pipeline.tools import advise, experiments
 from pipeline.tools.advise import Clock, Estimate, Probe
 from tests import factories
 
@@ -50,28 +52,65 @@ def of(name: str, value: float, **changes: Any) -> dict[str, Any]:
 def test_networks_are_listed_once_the_best_first():
     found = {"one": of("timm/a", 0.8), "two": of("timm/b", 0.9), "three": of("timm/a", 0.8)}
     found["two"]["network"]["licence"] = None
-    lines = advise.as_networks(found).splitlines()[4:]
+    lines = advise.as_networks(found, {name: {"features.resize": "crop"} for name in found}).splitlines()[4:]
     assert len(lines) == 2
+    assert lines[1].endswith("| one, three |")
     assert lines[0].startswith(
         "| timm/b (default, 224 px) | all | 90.0 % (75.0 % to 85.0 %) | 3.60 | 11,000,000 | unknown"
     )
     assert "cc-by-nc-4.0, excludes commercial use" in lines[1]
 
 
+def test_settings_that_differ_are_columns_and_every_setting_has_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.chdir(tmp_path)
+    found = {name: json.dumps(of("timm/a", value)).encode() for name, value in (("squash", 0.7), ("pad", 0.9))}
+    Path("reports").mkdir()
+    Path("reports/advice.json").write_text(json.dumps(of("timm/a", 0.8)))
+    outs = [{"path": "reports/advice.json", "md5": provenance.digest(advise.ADVICE), "size": 1}]
+    Path("dvc.lock").write_bytes(lock_of("crop", outs))
+    monkeypatch.setattr(advise, "experiments", Experiments(found))
+    advise.show_networks()
+    title, _, *lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert title[1:4] == ["cut", "features.resize", "linear head (95 % interval)"]
+    assert [(line[2], line[-1]) for line in lines] == [
+        ("pad", "pad |"),
+        ("crop", "(this directory) |"),
+        ("squash", "squash |"),
+    ]
+    Path("dvc.lock").write_bytes(lock_of("crop", []))
+    advise.show_networks()
+    assert "| not known | 80.0 %" in capsys.readouterr().out
+    assert "the settings of reports/advice.json are not known: reports/advice.json: not the output" in caplog.text
+
+
+def lock_of(resize: str, outs: Sequence[dict] = ()) -> bytes:
+    """dvc.lock of an advice."""
+    params = {"advise": {"folds": 5}, "features": {"resize": resize, "cut": "all", "batch_size": {"cpu": 8}}}
+    stages = {"advise": {"params": {"params.yaml": params | {"threads": 2}}, "outs": [*outs]}}
+    return json.dumps({"schema": "2.0", "stages": stages}).encode()
+
+
 class Experiments:
-    """Experiments whose advice is at hand; one has none."""
+    """Experiments whose advice is at hand; one has none. They resize as their names say, else by cropping."""
 
-    def __init__(self, found: dict[str, bytes]) -> None:
-        self.found = found
+    FINISHED = experiments.FINISHED
 
-    def names(self) -> set[str]:
-        return {*self.found}
+    def __init__(self, found: dict[str, bytes], **others: str) -> None:
+        self.found, self.others = found, others
+
+    def states(self) -> dict[str, str]:
+        return dict.fromkeys(self.found, self.FINISHED) | self.others
 
     def reading(self, name: str) -> Any:
-        def read(_: object) -> bytes:
+        def read(path: Path) -> bytes:
             if not self.found[name]:
                 raise ValueError("reports/advice.json is not in DVC's cache")
-            return self.found[name]
+            return self.found[name] if path == advise.ADVICE else lock_of(name if len(name) > 1 else "crop")
 
         return contextlib.nullcontext(read)
 
@@ -83,15 +122,21 @@ def test_experiments_on_other_images_or_without_advice_are_left_out(
     advices = {"a": of("timm/a", 0.8), "b": of("timm/b", 0.9), "c": of("timm/c", 0.9, data_sha256="other")}
     advices["d"] = of("timm/d", 0.9, cannot_tell="too few")
     found = {name: json.dumps(each).encode() for name, each in advices.items()} | {"e": b""}
-    monkeypatch.setattr(advise, "experiments", Experiments(found))
+    monkeypatch.setattr(advise, "experiments", Experiments(found, f="failed", q="queued", r="running", p="queued"))
     advise.show_networks()
     printed = capsys.readouterr().out
+    failed, queued = "1 failed (f; why: dvc queue logs NAME)", "2 queued (p, q; to run: dvc exp run --run-all)"
+    assert printed.endswith(f"Not in the table: {failed}, {queued}, 1 running (r).\n")
+    assert "features." not in printed
     assert "timm/a" in printed
     assert "timm/b" in printed
     assert "timm/c" not in printed
     assert "left out: c." in printed
-    monkeypatch.setattr(advise, "experiments", Experiments({"e": b""}))
-    with pytest.raises(ValueError, match="dvc exp run --queue -S backbone"):
+    monkeypatch.setattr(advise, "experiments", Experiments({"e": b""}, f="failed"))
+    way_out = (
+        r"\(1 failed \(f; why: dvc queue logs NAME\)\); run: dvc exp run --queue -S 'fine_tune.run=\[\]' -S backbone"
+    )
+    with pytest.raises(ValueError, match=way_out):
         advise.show_networks()
 
 

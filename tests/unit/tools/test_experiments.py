@@ -82,6 +82,17 @@ def test_files_of_git_and_of_dvc_are_read_at_a_revision(project: Path) -> None:
     ):
         read(Path("params.yaml"))
     assert experiments.names() == set()
+    experiments.dvc("exp", "run", "--queue", "--name", "waits", "--set-param", "threads=4", is_quiet=True)
+    assert experiments.states() == {"waits": "queued"}
+    assert experiments.names() == set()
+
+
+def test_an_experiment_that_failed_once_and_then_finished_has_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [("", None), ("a", "Success"), ("a", "Failed"), ("b", "Failed"), ("c", "Running"), ("d", None)]
+    rows = [{"Experiment": name, "State": state} for name, state in found]
+    monkeypatch.setattr("dvc.api.exp_show", lambda: rows)
+    assert experiments.states() == {"a": "finished", "b": "failed", "c": "running", "d": "finished"}
+    assert experiments.names() == {"a", "d"}
 
 
 @pytest.mark.slow
