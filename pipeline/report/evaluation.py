@@ -215,7 +215,7 @@ def as_markdown(found: Json) -> str:
         for table in tables(one):
             lines += _markdown(table, "###")
         wrong = [
-            [row["image_id"], row["label"], row["predicted"], percent(row["probability"])]
+            [row["image_id"], row["label"], row["predicted"], percent(row["probability"]).replace("\u2009", " ")]
             for row in one["mistakes"][:N_LISTED]
         ]
         columns = ["image", "label", "predicted", "probability"]

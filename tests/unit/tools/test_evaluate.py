@@ -73,6 +73,7 @@ def evaluated(*arguments: str | Path, output: str = "found") -> dict[str, Any]:
         assert page.count("<img ") + page.count('class="gone"') >= min(len(one["mistakes"]), 24)
         assert all(row["image_id"].rsplit("/", 1)[-1] in page for row in one["mistakes"][:24])
     assert text.startswith("# Evaluation on new images")
+    assert "u2009" not in text, "no escape of a sign that we wrote"
     return found
 
 
