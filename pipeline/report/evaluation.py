@@ -1,5 +1,7 @@
 """What `evaluate` found, in words, as Markdown, and as a page that loads nothing from a network."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ Json = dict[str, Any]
 HERE = Path(__file__).parent
 NAMES = METRICS | {"nll_scaled": "NLL (nats), scaled", "brier_scaled": "Brier score, scaled"}
 MAX_MATRIX = 20  # classes of a confusion matrix; of more, the most frequent confusions are listed
-N_LISTED, N_PICTURES = 20, 24
+N_NAMED, N_LISTED, N_PICTURES = 3, 20, 24
 ENDS = ("value", "low", "high")
 
 
@@ -61,16 +63,36 @@ def summary(found: Json) -> list[str]:
 
 def _leakage(one: Json) -> str:
     """Images that the model has seen."""
-    seen = {name: n for name, n in one["seen"].items() if name in ("train", "val")}
     if not one["is_known"]:
         return "Whether the model was trained on some of these images is not known: its labels and split are not there."
-    if not seen:
-        return ""
-    names = {"train": "training", "val": "validation"}
-    listed = " and ".join(f"{n:,} {names[name]} image{'s' * (n != 1)}" for name, n in sorted(seen.items()))
-    rest = one["without_seen"]
-    without = f" Without them, accuracy is {_estimate('accuracy', rest['metrics']['accuracy'])}." if rest else ""
-    return f"Byte-identical to {listed} of the model, so that the figures are too good.{without}"
+    other, rest, sentences = one["relabelled"], one["without_seen"], []
+    splits = Counter(row["split"] for row in other)
+    seen = {name: n - splits[name] for name, n in one["seen"].items() if name in ("train", "val") and n > splits[name]}
+    if seen:
+        sentences.append(f"{_images_of_model(seen)} (the same bytes), so that the figures are too good.")
+    if other:
+        named = "; ".join(
+            f"{row['image_id']} ({row['label']}; there {row['image_of_model']}: {row['label_of_model']})"
+            for row in other[:N_NAMED]
+        )
+        more = f"; and {len(other) - N_NAMED:,} more" if len(other) > N_NAMED else ""
+        sentences.append(f"{_images_of_model(splits, ' with another label')}: {named}{more}.")
+        sentences.append("At least one of the two labels is wrong.")
+    if rest:
+        without = "Without training and validation images of the model, accuracy is"
+        sentences.append(f"{without} {_estimate('accuracy', rest['metrics']['accuracy'])}.")
+    return " ".join(sentences)
+
+
+def _images_of_model(splits: Mapping[str, int], more: str = "") -> str:
+    """How many new images lie in each split of the model."""
+    names = {"train": "training", "val": "validation", "unused": "left-out"}
+    parts = []
+    for split, n in sorted(splits.items()):
+        name = names.get(split, split)
+        own = f"new image is a {name} image" if n == 1 else f"new images are {name} images"
+        parts.append(f"{n:,} {own} of the model{more}")
+    return " and ".join(parts)
 
 
 def _against_own_test(one: Json, data: Json) -> str:

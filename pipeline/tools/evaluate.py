@@ -242,6 +242,7 @@ def describe(model: Model, data: Data, predictions: Predictions, distance: np.nd
         "mistakes": mistakes(scaled, labels),
         "seen": {**Counter(split for split in seen if split)},
         "is_known": known is not None,
+        "relabelled": [] if known is None else relabelled(known[0], seen, labels),
         "without_seen": None,
         "own_test": own,
         "differences": {},
@@ -368,6 +369,21 @@ def splits_of(labels: Labels, split: Split, sha256: Sequence[str]) -> list[str]:
     for name, own in sorted(zip(labels.sha256, split.split.tolist(), strict=True), key=lambda pair: order[pair[1]]):
         known.setdefault(name, own)
     return [known.get(name, "") for name in sha256]
+
+
+def relabelled(known: Labels, seen: Sequence[str], labels: Labels) -> list[Json]:
+    """The new images that the model's repository has with another label; `seen`: their splits there."""
+    theirs: dict[str, dict[str, str]] = {}  # by SHA-256, an image for each label
+    for name, image_id, label in zip(known.sha256, known.image_id, known.label.tolist(), strict=True):
+        theirs.setdefault(name, {}).setdefault(known.class_names[label], image_id)
+    own = [labels.class_names[label] for label in labels.label.tolist()]
+    found = []
+    for i, name in enumerate(labels.sha256):
+        if name in theirs and own[i] not in theirs[name]:
+            label, image_id = next(iter(theirs[name].items()))
+            new = {"image_id": labels.image_id[i], "label": own[i], "split": seen[i]}
+            found.append(new | {"image_of_model": image_id, "label_of_model": label})
+    return found
 
 
 def _root(model: Model) -> Path:

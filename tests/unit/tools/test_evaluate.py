@@ -116,7 +116,41 @@ def test_images_that_the_model_was_trained_on_are_counted_and_left_out_of_the_co
     assert one["without_seen"]["n"] == n["test"]
     assert one["without_seen"]["metrics"]["accuracy"] == pytest.approx(one["own_test"]["metrics"]["accuracy"])
     assert one["differences"] == {}
-    assert any(f"{n['train']} training images" in sentence for sentence in found["summary"])
+    rest = "so that the figures are too good. Without training and validation images of the model, accuracy is "
+    assert any(
+        f"{n['train']} new images are training images of the model (the same bytes), {rest}" in sentence
+        for sentence in found["summary"]
+    )
+    assert one["relabelled"] == []
+
+
+@pytest.mark.parametrize("with_others", [True, False])
+def test_a_training_image_with_another_label_is_named_and_makes_nothing_too_good(
+    with_others: bool, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    n = len(copy_split(repository, "train", 0, tmp_path / "train"))
+    copy_split(repository, "test", 0, tmp_path / "new")
+    first = min(Path("train/red").iterdir())
+    first.rename(Path("new/blue/other.png"))
+    if with_others:
+        shutil.copytree("train", "new", dirs_exist_ok=True)
+    found = evaluated(repository / HEAD, "new")
+    (one,) = found["models"]
+    (listed,) = one["relabelled"]
+    assert listed == {
+        "image_id": "blue/other.png",
+        "label": "blue",
+        "split": "train",
+        "image_of_model": f"red/{first.name}",
+        "label_of_model": "red",
+    }
+    (sentence,) = [text for text in found["summary"] if "another label" in text]
+    named = f"blue/other.png (blue; there red/{first.name}: red)"
+    assert f"1 new image is a training image of the model with another label: {named}. At least one" in sentence
+    assert ("too good" in sentence) == with_others
+    if with_others:
+        assert sentence.startswith(f"{n - 1} new images are training images of the model (the same bytes), so that ")
 
 
 @pytest.mark.usefixtures("in_torch")
