@@ -66,7 +66,10 @@ def gc(days: float, *, yes: bool) -> None:
 @click.argument("images", nargs=-1)
 @click.option("--paths", metavar="FILE", type=click.Path(path_type=Path), help="CSV file whose column path has more.")
 @click.option(
-    "--format", "form", type=click.Choice(["table", "json", "jsonl", "csv"]), default="table", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "jsonl", "csv"]),
+    help="Default: what the ending of --output names, or table.",
 )
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Show the K most probable classes, instead of all.")
@@ -81,7 +84,7 @@ def predict(
     images: tuple[str, ...],
     *,
     paths: Path | None,
-    form: str,
+    form: str | None,
     top: int | None,
     is_raw: bool,
     min_confidence: float,
@@ -98,7 +101,7 @@ def predict(
 
     if not images and paths is None:
         raise click.UsageError("expected IMAGES, or --paths FILE")
-    options = predict.Options(form, top, is_raw, min_confidence)
+    options = predict.Options(form or predict.form_of(output), top, is_raw, min_confidence)
     predict.show(run, images, paths, options, output, count_cores() if workers is None else workers)
 
 

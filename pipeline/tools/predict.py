@@ -54,6 +54,11 @@ def show(
     if not paths:
         where = ", ".join([*images, *([str(table)] if table else [])])
         raise ValueError(f"no image in {printable(where)}; expected files with the extensions of images")
+    if not any(map(os.path.exists, paths)):  # one that is missing among others is a failure of its own
+        others = f", nor another of {len(paths):,} images" if len(paths) > 1 else ""
+        raise FileNotFoundError(
+            f"{printable(str(paths[0]))}: not there{others}; expected files, directories or patterns"
+        )
     network = inference.open_network(inference.path_of(run), len(paths))
     answers = logs.progress(inference.run(network, paths, workers), len(paths), "images", "predict")
     failures: list[str] = []
@@ -68,6 +73,12 @@ def show(
         more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
         found = f"{len(failures)} of {len(paths)} images cannot be read"
         raise ValueError(f"{found}: {'; '.join(failures[:SHOWN])}{more}")
+
+
+def form_of(output: Path | None) -> str:
+    """The format of FORMATS that the ending of a file names, or a table."""
+    ending = "" if output is None else output.suffix.lower().removeprefix(".")
+    return ending if ending in FORMATS else "table"
 
 
 def find(images: Sequence[str]) -> list[Path]:
@@ -97,15 +108,17 @@ def _images_below(directory: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error
 
-    found, n_others = [], 0
+    found, others = [], []
     for folder, folders, names in os.walk(directory, onerror=fail):
         folders[:] = sorted(name for name in folders if not is_system(name))
-        seen = [name for name in sorted(names) if not is_system(name)]
-        chosen = [Path(folder, name) for name in seen if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
-        n_others += len(seen) - len(chosen)
-        found += chosen
-    if n_others:
-        logs.log.info("%s: %d files without an extension of images were left out", printable(str(directory)), n_others)
+        for name in sorted(name for name in names if not is_system(name)):
+            is_image = os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+            (found if is_image else others).append(Path(folder, name))
+    if others:
+        is_one = len(others) == 1
+        what = "1 file" if is_one else f"{len(others):,} files"
+        was = "was left out:" if is_one else "were left out, first"
+        logs.log.info("%s", printable(f"{directory}: {what} without an extension of images {was} {others[0]}"))
     return found
 
 
@@ -156,12 +169,13 @@ def _noted(rows: Iterable[Json], failures: list[str]) -> Iterator[Json]:
 
 
 def _table(rows: Iterable[Json], card: Card, options: Options, _file: TextIO) -> Iterator[str]:
-    """Class, probability and path; with `top`, the most probable classes between them."""
+    """Class, probability and path; with `top`, the next most probable classes between them, of an undecided one all."""
     width = max(len(name) for name in (*card.class_names, UNDECIDED))
     for row in rows:
         if row["error"]:
             continue
         ranked = [f"{name} {p:.4f}" for name, p in row["probabilities"].items()] if options.top else []
+        ranked = ranked if row["class"] is None else ranked[1:]
         name = UNDECIDED if row["class"] is None else row["class"]
         shown = [f"{printable(name):<{width}}", f"{row['probability']:.4f}", *map(printable, ranked)]
         yield "  ".join([*shown, printable(row["path"])]) + "\n"

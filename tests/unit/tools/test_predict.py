@@ -195,6 +195,39 @@ def test_unreadable_images_are_failures_and_the_others_are_predicted(
         assert entry.get("error") or 0 < float(entry["probability"]) <= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ([], "table"),
+        (["--output", "found.CSV"], "csv"),
+        (["--output", "found.json"], "json"),
+        (["--output", "found.jsonl"], "jsonl"),
+        (["--output", "found.txt"], "table"),
+        (["--output", "found.csv", "--format", "jsonl"], "jsonl"),
+        (["--output", "found.csv", "--format", "table"], "table"),
+        (["--output", "found.csv", "--json"], "json"),
+    ],
+)
+def test_the_ending_of_the_output_chooses_the_format_unless_one_is_given(
+    options: list[str], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Options] = []
+    monkeypatch.setattr(predict, "show", lambda *arguments: asked.append(arguments[3]))
+    cli(["predict", "run", "photo.png", *options], standalone_mode=False)
+    assert [one.form for one in asked] == [form]
+
+
+def test_nothing_is_loaded_where_all_that_was_named_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "open_network", lambda *_: pytest.fail("loaded"))
+    for names, expected in (
+        (["photoz"], "^photoz: not there; expected files, directories or patterns$"),
+        (["a.png", "b.png"], "^a.png: not there, nor another of 2 images; expected files, directories or patterns$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=expected):
+            cli(["predict", "run", *names], standalone_mode=False)
+
+
 def read_rows(text: str, form: str) -> list[dict]:
     """What was printed in one of FORMATS."""
     if form == "table":
@@ -237,6 +270,14 @@ def test_what_is_below_the_confidence_is_undecided_and_not_left_out(
     assert [row["probability"] for row in rows] == pytest.approx([0.9, 0.5, 0.75, 0.74, 0.55], abs=1e-5)
     cli(command, standalone_mode=False)
     assert sum(line.startswith("undecided ") for line in capsys.readouterr().out.splitlines()) == 3
+    for top, least, expected in (
+        ("1", "0", f"{CLASSES[2]}  0.5000"),
+        ("2", "0", f"{CLASSES[2]}  0.5000  dog 0.4500"),
+        ("2", "0.75", f"{'undecided':<{len(CLASSES[2])}}  0.5000  {CLASSES[2]} 0.5000  dog 0.4500"),
+    ):
+        monkeypatch.setattr(inference, "run", lambda *_: iter(found[1:2]))
+        cli([*command, "--top", top, "--min-confidence", least], standalone_mode=False)
+        assert capsys.readouterr().out == f"{expected}  {photographs[1]}\n", "no class twice"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
@@ -262,7 +303,7 @@ def test_what_the_terminal_cannot_show_ends_nothing(
 
 
 def test_arguments_are_files_directories_patterns_and_a_table_of_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     below = tmp_path / "new" / "sub" / "deep.JPG"
     for path in (below, tmp_path / "new" / ".hidden.png", tmp_path / "new" / "note.txt", tmp_path / "new" / "[x].png"):
@@ -271,7 +312,14 @@ def test_arguments_are_files_directories_patterns_and_a_table_of_paths(
     monkeypatch.chdir(tmp_path)
     plain = [Path("new", path.name) for path in photographs]
     everything = [*plain, Path("new/[x].png"), Path("new/sub/deep.JPG")]
-    assert predict.find(["new"]) == everything
+    with caplog.at_level("INFO"):
+        assert predict.find(["new"]) == everything
+        Path("new/a.txt").write_bytes(b"")
+        predict.find(["new"])
+    one, two = caplog.messages
+    assert one == "new: 1 file without an extension of images was left out: new/note.txt"
+    assert two == "new: 2 files without an extension of images were left out, first new/a.txt"
+    Path("new/a.txt").unlink()
     assert predict.find(["new/[0-9].png", "new/3.png"]) == plain, "each once"
     assert sorted(predict.find(["new/**"])) == sorted([*everything, Path("new/note.txt")])
     assert predict.find(["new/[x].png", "new/s*"]) == everything[-2:]  # a file of this name; a directory that fits
