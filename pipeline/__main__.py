@@ -124,7 +124,8 @@ def evaluate(
     """Evaluate the saved run RUN on new labelled images: does it hold on them?
 
     DATA is a directory with a sub-directory per class or a labels.csv, or another such table. A second run is compared
-    with the first on the same images. Writes evaluation.html, .md and .json.
+    with the first on the same images. Writes evaluation.html, .md and .json. Files that cannot be read are left out,
+    with exit code 1.
     """
     from pipeline.ingest.tree import OPTIONAL
     from pipeline.params import count_cores

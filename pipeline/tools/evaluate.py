@@ -81,6 +81,8 @@ def show(
 ) -> None:
     """Evaluate one or two runs on the images of `place`, write the reports, and print the answer in words.
 
+    ValueError at the end if an image cannot be read, as `predict` does it: the reports are of the others.
+
     `place`: a directory, or a table in it that is read in place of its labels.csv.
 
     `output`: by default a directory below reports/evaluations/ with the names of the runs and of the data.
@@ -115,6 +117,10 @@ def show(
     write_text(written / "evaluation.html", evaluation.as_page(assembled, album))
     print(*assembled["summary"], sep="\n")
     logs.log.info("%s: evaluation.html, evaluation.md, evaluation.json", written)
+    if n := data.about["n_unreadable"]:
+        path, reason = data.about["unreadable"][0]
+        way_out = "the figures are of the others; repair or remove them, or leave them out (--exclude)"
+        raise ValueError(f"{n:,} image{'s' * (n != 1)} cannot be read, first {path} ({reason}); {way_out}")
 
 
 def default_name(runs: Sequence[str], place: Path) -> str:
