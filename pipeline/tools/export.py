@@ -77,7 +77,7 @@ class Check:
 
 
 def show(run: str, output: Path, images: Sequence[str], *, is_whole: bool, opset: int) -> None:
-    """Write the file `output`, and README.md beside it if there is none; print how well it agrees with predict.
+    """Write the file `output`, and a model card beside it if there is room; print how well it agrees with predict.
 
     `run` as in predict. `is_whole`: the input is a whole image of any size, not pixels as the crop leaves them.
     `images`: files, directories and patterns to check with; none: validation and test images of the run's repository.
@@ -257,7 +257,7 @@ def _files(images: Sequence[str], run: Path, card: Card) -> tuple[list[Path], st
             lacks = f"no images to check the file with ({one_line(error)})"
             raise ValueError(f"{lacks}; name some: --images FILE, DIRECTORY or PATTERN") from None
         files = [directory / names[row] for row in (*split.rows("val"), *split.rows("test"))]
-        source = f"validation and test images of {root.name}"
+        source = f"validation and test images of {directory.name}"
     if not any(path.is_file() for path in files):
         raise ValueError(f"{files[0]}: not there, nor another of {len(files):,} images; name others by --images")
     if len(files) > N_CHECKED:
@@ -332,10 +332,11 @@ def _whole_image(preprocessing: Preprocessing, ir_version: int, opset: int) -> s
             front_size = Max (front_round_, front_one)""",
     }
     size = f"front_size = Constant <value = int64[2] {{{how['size'][1]}, {how['size'][0]}}}> ()" if how["size"] else ""
+    one = "int64[1] front_one = {1}, " if how["geometry"] == "pad" else ""  # onnxruntime warns of what is not used
     fill, crop = ", ".join(str(value + 1) for value in how["fill"]), how["crop"]
     return f"""<ir_version: {ir_version}, opset_import: ["": {opset}]>
     front (uint8[height, width, 3] image) => (uint8[1, {crop}, {crop}, 3] front_pixels)
-    <int64[1] front_zero = {{0}}, int64[1] front_one = {{1}}, int64[1] front_two = {{2}},
+    <int64[1] front_zero = {{0}}, {one}int64[1] front_two = {{2}},
      int64[1] front_crop = {{{crop}}},
      int64[2] front_axes = {{2, 3}}, int64[2] front_none = {{0, 0}}, int64[2] front_rgb = {{1, 3}},
      int64[1] front_side = {{{how["side"]}}}, double[1] front_half = {{0.5}}, int32[1] front_level = {{1}},

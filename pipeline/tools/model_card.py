@@ -77,17 +77,22 @@ def show(run: str, directory: Path) -> None:
 
 
 def write_beside(run: Path, card: Card, exported: Path, verified: str, code: str) -> None:
-    """Write README.md beside an exported file, or say that there is one already that is not of this file.
+    """Write README.md beside an exported file, or <its name>.md if README.md is not of this file, or say why not.
 
     `verified`: how well the file agrees with predict; `code`: how to use it.
     """
-    readme = exported.parent / README
+    readme, beside = exported.parent / README, exported.with_suffix(".md")
     own = f"SHA-256 of {plain(exported.name)}: "  # in a card that an export of the same file wrote
-    if readme.exists() and own not in readme.read_text(encoding="utf-8", errors="replace"):
-        print(f"{readme}: is there already and stays as it is; for a new one: python -m pipeline model-card")
+    there = [path for path in (readme, beside) if path.exists()]
+    written = [path for path in there if own in path.read_text(encoding="utf-8", errors="replace")]
+    written += [path for path in (readme, beside) if path not in there]
+    if not written:
+        way_out = "for a model card of this file, export it into another directory"
+        print(f"{readme} and {beside.name}: are there already and stay as they are; {way_out}")
         return
-    write_text(readme, as_markdown(run, card, exported, verified, code))
-    print(f"{readme}: the model card")
+    write_text(written[0], as_markdown(run, card, exported, verified, code))
+    other = f"; {README} there is not of this file" if written[0] != readme and readme in there else ""
+    print(f"{written[0]}: the model card{other}")
 
 
 def refuse_outputs(directory: Path) -> None:
@@ -290,7 +295,7 @@ def _training(card: Card, known: Known | str) -> str:
     )
     text += f" Trained parameters: {card.cost.trainable_params:,}; training {card.cost.train_flops / 1e12:,.1f} TFLOPs."
     if isinstance(known, Known):
-        text += f" Chosen on validation: {plain(json.dumps(_chosen(known.own['chosen'])))}."
+        text += f" Chosen on validation: {_chosen(known.own['chosen'])}."
         recipe = known.own["network"].get("recipe", {})
     else:
         text += f" The recipe is not known: {plain(known)}."
@@ -302,9 +307,17 @@ def _training(card: Card, known: Known | str) -> str:
     return f"{text}\n\n{_table(('parameter', 'value'), rows)}"
 
 
-def _chosen(chosen: Json) -> Json:
-    """Without the scores of what was not chosen."""
-    return {key: value for key, value in chosen.items() if not isinstance(value, dict | list)}
+def _chosen(chosen: Json) -> str:
+    """What validation selected, in words."""
+    parts = []
+    if (epoch := chosen.get("epoch")) is not None:
+        parts.append(f"epoch {epoch}" + ("" if epoch else " (the network before training)"))
+    if (strength := chosen.get("strength")) is not None:
+        end = f" (the {chosen['at_end']} that was tried)" if chosen.get("at_end") else ""
+        parts.append(f"regularization strength {strength:g}{end}")
+    if rates := chosen.get("learning_rates"):
+        parts.append("learning rates {:g} (base) and {:g} (head)".format(*rates))
+    return ", ".join(parts)
 
 
 def _results(card: Card, known: Known | str) -> str:
@@ -401,7 +414,7 @@ def _use(run: Path, card: Card, exported: Path | None, verified: str, code: str)
             f"{plain(exported.name)} needs numpy, Pillow and onnxruntime:",
             f"```python\n{code}```",
             "Its metadata hold the classes, how an image becomes the input, and the card of the network.",
-            f"Checked when it was exported: {verified}.",
+            f"Checked when it was exported: {plain(verified)}.",
             f"SHA-256 of {plain(exported.name)}: `{digest}`",  # by which write_beside knows it again
         ]
     parts += [

@@ -158,7 +158,7 @@ def test_the_file_gives_what_predict_gives_for_any_number_of_images(
     assert len(set(right.argmax(axis=1))) > 1
     assert np.ptp(right[:, 0]) > 0.05, "images differ by more than the tolerance"
     assert "against predict on 16 images: largest probability difference" in printed
-    assert "; another class for 0; validation and test images of" in printed
+    assert "; another class for 0; validation and test images of mine\n" in printed
     assert len([line for line in printed.splitlines() if line.strip()]) == 3, "the exporter is silent"
 
 
@@ -254,12 +254,13 @@ GEOMETRIES = [
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("kind", "resize", "crop"), GEOMETRIES)
 def test_a_whole_image_becomes_the_pixels_that_pillow_makes_and_so_does_the_example(
-    kind: Any, resize: tuple[int, ...], crop: int, interpolation: str, tmp_path: Path
+    kind: Any, resize: tuple[int, ...], crop: int, interpolation: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"geometry": kind, "resize": resize, "crop": crop, "interpolation": interpolation, "mean": (0.1, 0.5, 1)}
     preprocessing = PREPROCESSING.model_copy(update=changes)
     model = onnx.parser.parse_model(export._whole_image(preprocessing, 10, 18))
     runner: Any = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == "", "onnxruntime finds nothing that is not used"
     example = export.example("", preprocessing, is_whole=False)
     made = example[example.index("image = image.convert") : example.index("(probabilities,)")]
     for number, (width, height) in enumerate(
@@ -389,7 +390,18 @@ def test_images_that_cannot_be_read_are_counted_and_many_are_sampled(
     export.show("run", tmp_path / "model.onnx", [*map(str, paths[:3]), str(paths[1])], is_whole=True, opset=18)
     printed = capsys.readouterr().out
     assert "on 2 images (1 more cannot be read): " in printed
-    assert f"{tmp_path / 'README.md'}: is there already and stays as it is" in printed
+    beside = tmp_path / "model.md"
+    assert f"{beside}: the model card; README.md there is not of this file" in printed
+    assert "SHA-256 of model.onnx: " in beside.read_text(encoding="utf-8")
+    (tmp_path / "README.md").unlink()
+    export.show("run", tmp_path / "model.onnx", [str(paths[1])], is_whole=True, opset=18)
+    assert f"{beside}: the model card\n" in capsys.readouterr().out, "not a second card"
+    for path in (tmp_path / "README.md", beside):
+        path.write_text("mine", encoding="utf-8")
+    export.show("run", tmp_path / "model.onnx", [str(paths[1])], is_whole=True, opset=18)
+    way_out = "are there already and stay as they are; for a model card of this file, export it into another directory"
+    assert f"{tmp_path / 'README.md'} and model.md: {way_out}" in capsys.readouterr().out
+    assert beside.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "lanczos", "box", "hamming"])

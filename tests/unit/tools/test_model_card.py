@@ -111,6 +111,7 @@ def test_card_states_what_the_reports_state(study: Path, tmp_path: Path) -> None
     before, after = (f"{100 * run[key]:.1f} %" for key in ("ece", "ece_scaled"))
     assert f"{before} before, {after} after" in section(text, "Calibration")
     assert f"temperature {test['temperature'][0]:.4g}" in section(text, "Calibration")
+    assert "Chosen on validation: epoch 2." in section(text, "Training")
     data = section(text, "Data")
     assert ["all", "9", "9", "6"] in cells(data)
     assert "method stratified, seed 0" in data
@@ -220,6 +221,22 @@ def test_a_card_of_a_head_with_a_seed_of_its_own_has_the_figures_of_all_seeds(st
     strategy, own = model_card._own_part(details, card)
     assert strategy == every
     assert own["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (
+            {"strength": 0.1, "at_end": None, "val_nll": {"0.1": 0.6}, "not_converged": []},
+            "regularization strength 0.1",
+        ),
+        ({"strength": 3.0, "at_end": "strongest"}, "regularization strength 3 (the strongest that was tried)"),
+        ({"epoch": 0}, "epoch 0 (the network before training)"),
+        ({"epoch": 5, "learning_rates": [1e-4, 0.001]}, "epoch 5, learning rates 0.0001 (base) and 0.001 (head)"),
+    ],
+)
+def test_what_validation_chose_is_said_in_words(chosen: dict[str, Any], expected: str) -> None:
+    assert model_card._chosen(chosen) == expected
 
 
 def test_no_file_is_replaced_and_nothing_written_beside_outputs(study: Path, tmp_path: Path) -> None:
