@@ -67,7 +67,7 @@ def test_plan_of_the_backbone_is_what_one_measures() -> None:
     assert (found.choice.name, found.choice.weights, found.image_size) == (TINY, "own.safetensors", SIZE)
     assert (found.weights_sha256, found.feature_dim) == (backbone.weights_sha256, backbone.feature_dim)
     assert (found.cut, found.pool, found.feature_shape) == (cuts.resolve(backbone, "layer3"), "avg", (maps.shape[1],))
-    assert found.preprocessing == backbone.with_inputs("crop", "fast").preprocessing
+    assert found.preprocessing == backbone.with_inputs("pad", "fast").preprocessing
     assert found.parameters == sum(parameter.numel() for parameter in base.parameters())
     assert found.flops_per_image == counter.get_total_flops()
     assert found.licence is None, "nobody states the licence of a file"
