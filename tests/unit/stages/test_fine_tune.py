@@ -203,7 +203,7 @@ def test_cache_gives_the_losses_of_the_whole_network_at_every_step(
     computed.clear()
     cached = tune(name, strategy | {"boundary_cache": "on"})
     assert len(steps) == len(expected) == 3 * 3  # epochs, batches of 6 of 18 images
-    assert abs(whole.curve[3]["val_loss"] - whole.curve[0]["val_loss"]) > 0.01, "nothing is learnt"
+    assert abs(whole.curve[3]["val_loss"] - whole.curve[0]["val_loss"]) > 5e-3, "nothing is learnt"
     np.testing.assert_allclose(steps, expected, rtol=1e-3)
     assert cached.chosen == whole.chosen
     for key in ("train_loss", "val_loss"):
