@@ -69,6 +69,12 @@ def _views(number: object) -> object:
     return number
 
 
+def _listed(views: object) -> tuple[object, ...]:
+    if not isinstance(views, list | tuple):
+        raise ValueError("expected auto, or a list, e.g. [identity, flip_horizontal]")
+    return tuple(views)
+
+
 def _pair(rate: object) -> tuple[object, ...]:
     pair = tuple(rate) if isinstance(rate, list | tuple) else (rate, rate)
     if len(pair) != 2 or not {*map(type, pair)} <= {int, float}:
@@ -255,7 +261,7 @@ class Augmentation(Record):
 class Evaluation(Record):
     """How a run selects and predicts: the symmetries of view 0 over which probabilities are averaged."""
 
-    views: Annotated[tuple[Symmetry, ...], AfterValidator(_distinct), Field(min_length=1)]
+    views: Annotated[tuple[Symmetry, ...], BeforeValidator(_listed), AfterValidator(_distinct), Field(min_length=1)]
 
 
 class HeadOptions(Record):

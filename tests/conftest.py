@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,10 +20,6 @@ from pipeline.features import extraction
 from pipeline.features.extraction import Computation
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
-
-# As pipeline.features.engine does before it imports OpenVINO. A test imports benchmarks, which imports OpenVINO at
-# once; with this package, each network that is compiled would fork this large process to send statistics.
-sys.modules["openvino_telemetry"] = None  # pyright: ignore[reportArgumentType]
 
 # The processes of pytest-xdist ignore Ctrl-C, and so would all that they start
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -97,7 +97,8 @@ def test_params_are_frozen(tmp_path: Path):
         ({"features.views": 2.5}, "features.views: found 2.5; expected it to be a valid integer"),
         ({"features.views": True}, "features.views: found true; expected it to be a valid integer"),
         ({"features.views": 0}, "features.views: found 0; expected it to be greater than or equal to 1"),
-        ({"evaluation.views": 4}, "evaluation.views: found 4; expected a list"),
+        ({"evaluation.views": 4}, "evaluation.views: found 4; expected auto, or a list"),
+        ({"evaluation.views": "flips"}, 'evaluation.views: found "flips"; expected auto, or a list, e.g. [identity, '),
         ({"evaluation.views": []}, "evaluation.views: found []; expected at least one entry"),
         ({"evaluation.views": ["flip"]}, """evaluation.views.0: found "flip"; expected it to be 'identity', 'flip_h"""),
         (
