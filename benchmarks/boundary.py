@@ -20,11 +20,11 @@ from benchmarks.common import LITE, Line, choose, run
 from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.features.loading import open_loader
+from pipeline.fine_tuning import fit
+from pipeline.fine_tuning.fit import Task
 from pipeline.network import backbones, cuts
 from pipeline.params import Strategy, load_params
 from pipeline.stages import fine_tune
-from pipeline.training import fit
-from pipeline.training.fit import Task
 
 RESNET = "torchvision/resnet18"
 LEAST = {RESNET: {"layer1": 1, "layer2": 1, "layer3": 2}, LITE: {"blocks.3": 1, "blocks.4": 1, "blocks.5": 4}}

@@ -29,7 +29,7 @@ from pipeline.network.device import choose_device
 from pipeline.network.plans import BackbonePlan
 from pipeline.params import HEAD_ONLY, load_params
 from pipeline.tools import inference
-from pipeline.training import heads, models
+from pipeline.training import heads, saved_networks
 from pipeline.training.runs import Cost
 
 VIEWS = ("identity", "flip_horizontal", "flip_vertical", "rotate_180")
@@ -59,7 +59,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             flops_per_image=0,
         )
         options = params.head.model_copy(update={"kind": "linear"})
-        card = models.Card(
+        card = saved_networks.Card(
             strategy=HEAD_ONLY,
             seed=0,
             class_names=("one", "other"),
@@ -71,7 +71,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             cost=Cost(trainable_params=0, train_flops=0, base_passes=0, cached_bytes=0),
             temperature=1.0,
         )
-        models.save_model(card, heads.build(plan.feature_shape, 2, options, nn.Identity()), None)
+        saved_networks.save_model(card, heads.build(plan.feature_shape, 2, options, nn.Identity()), None)
         network = inference.open_network(Path("models", HEAD_ONLY, "seed_0.json"), n)
         computation = extraction.prepare(prefix, params.augmentation, params.features, device)
         paths, rows = extraction.locate(images, folder), [(name, code) for name in images.sha256 for code in codes]

@@ -106,7 +106,7 @@ def fill(chosen: argparse.Namespace) -> dict:
 
 def open_store(chosen: argparse.Namespace) -> dict:
     """Seconds to open the store, and to list and stat its shards."""
-    from pipeline.features.index import SAVED
+    from pipeline.features.shard_index import SAVED
     from pipeline.features.store import Store, root
 
     key = key_of("large")

@@ -16,7 +16,7 @@ from benchmarks.common import REPOSITORY
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.features import extraction
-from pipeline.features.code import digest_of_code
+from pipeline.features.code_digest import digest_of_code
 from pipeline.files import digest, write_text
 from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
@@ -28,7 +28,10 @@ FIRST_VALIDATION_SEED = 100  # seeds from here on choose parameters; those below
 FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on; but not the seeds of folds
 USED = (
     "files.py",
-    *(f"{package}/*.py" for package in ("dataset", "ingest", "network", "features", "training", "stages")),
+    *(
+        f"{package}/*.py"
+        for package in ("dataset", "ingest", "network", "features", "training", "fine_tuning", "stages")
+    ),
 )
 Step = Callable[[], None]
 

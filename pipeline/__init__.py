@@ -7,7 +7,8 @@ Start with dvc.yaml, then stages/, then the packages from the top down: each imp
     ingest                  how data come in: sources, listing, indexing, duplicates, splits
     network                 the pretrained network: weights, cut points, cost, device
     features                views of images, engines, the feature store, features.h5
-    training                heads, the fit loop, saved networks and runs
+    training                heads, saved networks and runs: what every strategy has
+    fine_tuning             the fit loop behind the freeze boundary, its learning rates and checkpoints
     comparison              metrics, intervals, tests, the recommendation, the tables
     advice                  what frozen features say before anything is trained
     report                  reports/report.html

@@ -44,8 +44,8 @@ from pipeline.params import (
     Margins,
     Strategy,
 )
-from pipeline.training.models import Card
 from pipeline.training.runs import Candidates, Cost, Predictions, Run, make_candidates, save_run
+from pipeline.training.saved_networks import Card
 
 REPOSITORY = Path(__file__).parents[1]
 CARRIED = (  # by a copy of the repository in which dvc repro runs

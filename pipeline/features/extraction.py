@@ -21,7 +21,7 @@ import torch
 
 from pipeline.dataset.manifest import Images
 from pipeline.features import engine, hdf5, pixel_store
-from pipeline.features.code import digest_of_code
+from pipeline.features.code_digest import digest_of_code
 from pipeline.features.hdf5 import Provenance, Row
 from pipeline.features.loading import Loader
 from pipeline.features.store import SHARD_BYTES, Key, Store

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import features as pillow
 
 from pipeline.features import pixels
-from pipeline.features.code import digest_of_code
+from pipeline.features.code_digest import digest_of_code
 from pipeline.features.pixels import Kind
 from pipeline.features.store import SHARD_BYTES, Key, Place, Store
 from pipeline.features.views import kind_of

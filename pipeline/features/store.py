@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row, Shard
-from pipeline.features.index import Index
+from pipeline.features.shard_index import Index
 from pipeline.features.views import AUGMENTED
 from pipeline.files import digest, shared_directory, write_json
 from pipeline.params import STORE_DTYPES, Augmentation

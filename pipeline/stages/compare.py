@@ -21,7 +21,7 @@ from pipeline.comparison import details, plots, tables, tested_images
 from pipeline.comparison.details import Data
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Split
-from pipeline.dataset.twins import find_twins
+from pipeline.dataset.near_duplicates import find_twins
 from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, REFERENCES, load_params

@@ -26,18 +26,19 @@ from pipeline.features import engine, extraction, store
 from pipeline.features.extraction import Computation, Share
 from pipeline.features.loading import Loader, open_loader
 from pipeline.features.views import evaluation_views, training_views
+from pipeline.fine_tuning import checkpoints, fit, learning_rates
+from pipeline.fine_tuning.fit import Batch, Load, Task
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.backbones import Backbone, count_parameters
 from pipeline.network.device import choose_device, place
 from pipeline.network.flops import flops_per_image
 from pipeline.network.plans import BackbonePlan, StrategyPlan
 from pipeline.params import HEAD_ONLY, HeadOptions, Params, Strategy, load_params
-from pipeline.training import calibration, checkpoints, choice, fit, heads, novelty
-from pipeline.training.fit import Batch, Load, Task
+from pipeline.training import calibration, heads, novelty
 from pipeline.training.heads import Examples
-from pipeline.training.models import Card, load_head, read_card, save_model
 from pipeline.training.novelty import Novelty
 from pipeline.training.runs import MODELS, Cost, Predictions, Run, save_run
+from pipeline.training.saved_networks import Card, load_head, read_card, save_model
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     train, val, test = (split.rows(part) for part in ("train", "val", "test"))
     card, backbone, head = start(base, recipe, seed, labels.class_names)
     prefix, suffix = cuts.prefix_and_suffix(backbone, plan.boundary, cuts.pools(base))
-    aside = choice.set_aside(recipe, train, labels.label, unit_of(labels), seed)
+    aside = learning_rates.set_aside(recipe, train, labels.label, unit_of(labels), seed)
     train_views = training_views(recipe.augmentation, recipe.n_views + 1)[1:] or [0]
     cached_views = list(dict.fromkeys(train_views))
     paths, codes = extraction.locate(images, params.dataset.path), [*cached_views, *eval_views]
@@ -87,7 +88,7 @@ def main() -> None:
             return refit_head(network[:-1], one.to(device), part, card.head, params.features.views, recipe.precision)
 
         given = refit if recipe.init == "cached_head" else None
-        trained = choice.train(network, task, recipe, seed, f"{name}-{seed}", aside, locate, given)
+        trained = learning_rates.train(network, task, recipe, seed, f"{name}-{seed}", aside, locate, given)
         val_predictions, test_predictions = (
             Predictions(rows, fit.predict(network, task, rows, recipe.precision)) for rows in (val, test)
         )

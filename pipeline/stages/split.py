@@ -18,7 +18,7 @@ import pandas as pd
 from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import SPLIT_NAMES, Labels, Split
-from pipeline.dataset.twins import find_twins
+from pipeline.dataset.near_duplicates import find_twins
 from pipeline.dataset.units import FEW_UNITS, make_units
 from pipeline.files import write_json
 from pipeline.ingest import splits

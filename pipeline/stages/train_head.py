@@ -21,9 +21,9 @@ from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, Params, load_params
 from pipeline.training import calibration, heads, novelty
 from pipeline.training.heads import Examples, Selection
-from pipeline.training.models import Card, save_model
 from pipeline.training.novelty import Novelty
 from pipeline.training.runs import Cost, Predictions, Run, save_run
+from pipeline.training.saved_networks import Card, save_model
 
 CHUNK = 1024  # images whose features pass through a head at a time
 

@@ -25,6 +25,8 @@ from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.features import engine, extraction, store
 from pipeline.features.loading import Loader, open_loader
 from pipeline.features.views import evaluation_views, training_views
+from pipeline.fine_tuning import fit
+from pipeline.fine_tuning.fit import Batch, Task
 from pipeline.network import backbones, cuts, plans
 from pipeline.network.device import choose_device, place
 from pipeline.network.plans import NON_COMMERCIAL, BackbonePlan, StrategyPlan
@@ -32,8 +34,7 @@ from pipeline.params import HEAD_ONLY, PARAMS, STORE_DTYPES, Params, Strategy, l
 from pipeline.report import provenance
 from pipeline.tools import experiments
 from pipeline.tools.first_look import check_images
-from pipeline.training import fit, heads, novelty
-from pipeline.training.fit import Batch, Task
+from pipeline.training import heads, novelty
 
 ADVICE = Path("reports/advice.json")
 WIDTH = 100  # of printed paragraphs

@@ -35,9 +35,9 @@ from pipeline.report import evaluation, provenance
 from pipeline.report.pictures import Album
 from pipeline.tools import inference
 from pipeline.training import calibration
-from pipeline.training.models import Card, read_card
 from pipeline.training.novelty import Novelty
 from pipeline.training.runs import MODELS, RUNS, Predictions, read_run
+from pipeline.training.saved_networks import Card, read_card
 
 EVALUATIONS = Path("reports/evaluations")
 FAR = 0.99  # the share of the validation images that are nearer than what counts as far

@@ -28,8 +28,8 @@ from pipeline.logs import one_line, progress, raise_if_of_machine
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import PARAMS, load_params
 from pipeline.tools import inference, model_card, predict
-from pipeline.training import calibration, heads, models
-from pipeline.training.models import Card
+from pipeline.training import calibration, heads, saved_networks
+from pipeline.training.saved_networks import Card
 
 TOLERANCE = 1e-4  # of a probability; also, between two classes, a tie
 N_CHECKED = 256  # images
@@ -88,7 +88,7 @@ def show(run: str, output: Path, images: Sequence[str], *, is_whole: bool, opset
     model_card.refuse_outputs(output.parent)
     _require_onnx()
     path = inference.path_of(run)
-    card = models.read_card(path)
+    card = saved_networks.read_card(path)
     preprocessing = card.backbone.preprocessing
     if is_whole and preprocessing.interpolation not in RESIZE:
         raise ValueError(
@@ -96,7 +96,7 @@ def show(run: str, output: Path, images: Sequence[str], *, is_whole: bool, opset
             "export without --full-image, and resize with Pillow"
         )
     files, source = _files(images, path, card)
-    network, card = models.load_network(path)
+    network, card = saved_networks.load_network(path)
     exported = _to_onnx(network, card, opset, is_whole=is_whole)
     with replacing(output) as temporary:
         temporary.write_bytes(exported)

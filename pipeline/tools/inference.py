@@ -23,9 +23,9 @@ from pipeline.logs import leave_signals
 from pipeline.network.device import choose_device
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import Augmentation
-from pipeline.training import heads, models, novelty
-from pipeline.training.models import Card
+from pipeline.training import heads, novelty, saved_networks
 from pipeline.training.novelty import Novelty
+from pipeline.training.saved_networks import Card
 
 BATCH = {"cpu": 8, "cuda": 256}  # views that the network gets at a time, as features.batch_size
 PREFETCHED = 4  # batches for each worker
@@ -89,9 +89,9 @@ def path_of(run: str) -> Path:
 
 
 def open_network(run: Path, n_images: int, *, has_distances: bool = False, engine_name: str = "auto") -> Network:
-    """Load the run `run` (.json) and make it ready for about `n_images`; raises as models.load_network does."""
-    network, card = models.load_network(run)
-    known = models.load_novelty(run) if has_distances else None
+    """Load the run `run` (.json) and make it ready for about `n_images`; raises as saved_networks.load_network does."""
+    network, card = saved_networks.load_network(run)
+    known = saved_networks.load_novelty(run) if has_distances else None
     device, n_views = choose_device("auto"), len(card.evaluation_views)
     size = n_views * max(1, min(BATCH[device.type] // n_views, n_images))
     shape = size, *[card.backbone.preprocessing.crop] * 2, 3

@@ -25,9 +25,9 @@ from pipeline.logs import one_line
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY
 from pipeline.report import provenance
 from pipeline.tools import inference
-from pipeline.training import models
-from pipeline.training.models import Card
+from pipeline.training import saved_networks
 from pipeline.training.runs import MODELS, RUNS
+from pipeline.training.saved_networks import Card
 
 README = "README.md"
 OUTPUTS = ("data", "models", "reports")  # directories of a repository whose files DVC lists
@@ -68,7 +68,7 @@ def show(run: str, directory: Path) -> None:
     """Write README.md into `directory`; ValueError if there is one, or DVC keeps its outputs there."""
     refuse_outputs(directory)
     path = inference.path_of(run)
-    card = models.read_card(path)
+    card = saved_networks.read_card(path)
     readme = directory / README
     if readme.exists():
         raise ValueError(f"{readme}: is there already; remove it, or name another directory")

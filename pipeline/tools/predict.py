@@ -21,7 +21,7 @@ from pipeline.ingest.tree import IMAGE_EXTENSIONS, is_system, printable
 from pipeline.tools import inference
 from pipeline.tools.inference import Answer
 from pipeline.training import calibration
-from pipeline.training.models import Card
+from pipeline.training.saved_networks import Card
 
 FORMATS = ("table", "json", "jsonl", "csv")
 SHOWN = 20  # files that cannot be read, in the last line

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.features import hdf5, index, store
+from pipeline.features import hdf5, shard_index, store
 from pipeline.features.store import read_shards
 from pipeline.files import digest, shared
 from pipeline.training.runs import CHECKPOINTS
@@ -143,7 +143,7 @@ def verify() -> None:
             elif found.key != directory.path.name:
                 damaged.append(f"{path}: it belongs to the key {found.key}")
         if len(damaged) > n_before:  # or a run would trust what it remembers
-            (directory.path / index.VERIFIED).unlink(missing_ok=True)
+            (directory.path / shard_index.VERIFIED).unlink(missing_ok=True)
     print("\n".join([*damaged, f"{store.root()}: {n_shards} shards, {len(damaged)} damaged"]))
     if damaged:
         raise ValueError(f"{len(damaged)} damaged shards; the next run that uses them computes their rows again")

@@ -1,4 +1,4 @@
-"""What is trained, and what is saved of it: heads, the fit loop, saved networks, runs.
+"""What every strategy has: a head, what it says of images unlike the training images, a saved network, a run.
 
-Figures that judge a run are in comparison.
+The training of what lies before the head is in fine_tuning; figures that judge a run are in comparison.
 """

@@ -17,7 +17,7 @@ from pipeline.files import replacing, write_json
 from pipeline.params import Record
 
 RUNS = Path("reports/runs")
-MODELS = Path("models")  # the networks of the runs, see models.py
+MODELS = Path("models")  # the networks of the runs, see saved_networks.py
 CHECKPOINTS = ".checkpoints"  # in the directory that all experiments share, see checkpoints.py
 
 

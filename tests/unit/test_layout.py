@@ -13,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import pipeline
+from benchmarks.studies import USED
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = re.findall(r"^    (\S+(?:, \S+)*)   ", str(pipeline.__doc__), re.MULTILINE)
@@ -131,6 +132,14 @@ def test_deps_are_there_and_of_use(stage: str):
         assert any(covers(dep, module) for module in needed), dep
         assert not any(covers(other, dep) for other in deps(stage) - {dep}), dep
     assert not any(covers(dep, module) for dep in deps(stage) for module in IN_NO_DEPS)
+
+
+@pytest.mark.parametrize("stage", COMPUTING)
+def test_a_study_of_the_benchmarks_is_run_again_after_a_change_of_any_file_that_its_stages_load(stage: str):
+    digested = {
+        path.relative_to(REPOSITORY).as_posix() for name in USED for path in (REPOSITORY / "pipeline").glob(name)
+    }
+    assert loaded(f"pipeline/stages/{stage}.py") - IN_NO_DEPS - digested == set()
 
 
 @pytest.mark.parametrize("stage", COMPUTING)

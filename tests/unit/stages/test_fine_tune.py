@@ -27,11 +27,12 @@ from pipeline.features import hdf5
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
 from pipeline.features.views import AUGMENTED
+from pipeline.fine_tuning import fit, learning_rates
 from pipeline.network import backbones, cuts, plans
 from pipeline.params import BackboneChoice, HeadOptions
 from pipeline.stages import extract, fine_tune, index, plan, split, train_head
 from pipeline.tools import inference
-from pipeline.training import calibration, choice, fit, heads, models
+from pipeline.training import calibration, heads, saved_networks
 from pipeline.training.heads import Examples
 from pipeline.training.runs import Run, read_run
 from tests import factories
@@ -275,7 +276,7 @@ def test_what_is_dropped_in_training_leaves_the_network_before_it_alone(
     assert dropping.curve[0] == plain.curve[0]
     assert not is_same_run(dropping, plain)
     assert is_same_run(dropping, tune(name, strategy | recipe))
-    network, card = models.load_network(Path("models/tuned/seed_0.json"))
+    network, card = saved_networks.load_network(Path("models/tuned/seed_0.json"))
     assert not backbones.has_drop_path(network), "a saved network drops nothing"
     assert card.augmentation.flips == "both"
 
@@ -358,7 +359,7 @@ def test_halving_starts_from_a_head_that_has_not_seen_what_is_set_aside(
     labels, features = manifest.read_labels(), hdf5.read_features()
     rows = manifest.read_split(0, labels.image_id).rows("train")
     recipe = plans.read_strategy("tuned").recipe
-    aside = choice.set_aside(recipe, rows, labels.label, unit_of(labels), 0)
+    aside = learning_rates.set_aside(recipe, rows, labels.label, unit_of(labels), 0)
     ((one, other),) = given
     assert np.array_equal(one.label, labels.label[np.setdiff1d(rows, aside)])
     assert np.array_equal(other.label, labels.label[aside])
@@ -484,7 +485,7 @@ def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
 
 
 def head_of_run() -> nn.Module:
-    network, _ = models.load_network(Path("models/tuned/seed_0.json"))
+    network, _ = saved_networks.load_network(Path("models/tuned/seed_0.json"))
     return network[1]
 
 

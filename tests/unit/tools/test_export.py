@@ -30,8 +30,8 @@ from pipeline.network.plans import BackbonePlan
 from pipeline.network.preprocessing import Normalize, Preprocessing
 from pipeline.params import BackboneChoice
 from pipeline.tools import export
-from pipeline.training import calibration, heads, models
-from pipeline.training.models import Card
+from pipeline.training import calibration, heads, saved_networks
+from pipeline.training.saved_networks import Card
 from tests import factories
 from tests.factories import HOSTILE, LINEAR, PLAIN, PREPROCESSING, backbone_plan
 
@@ -90,12 +90,12 @@ def save(plan: BackbonePlan, **changes: Any) -> None:
             features = prefix.module(torch.from_numpy(rows))
         head[0].mean.copy_(features.mean(0))  # pyright: ignore[reportCallIssue]
         head[0].deviation.copy_(features.std(0) + 1e-6)  # pyright: ignore[reportCallIssue]
-    models.save_model(card, head, base)
+    saved_networks.save_model(card, head, base)
 
 
 def expected(run: Path, paths: list[Path]) -> tuple[np.ndarray, Card]:
     """The probabilities that predict gives, (n, n_classes)."""
-    network, card = models.load_network(run)
+    network, card = saved_networks.load_network(run)
     views, found = evaluation_views(card.evaluation_views), []
     for content in (path.read_bytes() for path in paths):
         made = make_views(content, sha256(content), views, card.backbone.preprocessing, card.augmentation)
@@ -165,7 +165,7 @@ def test_the_file_gives_what_predict_gives_for_any_number_of_images(
 def test_views_and_temperature_are_inside(repository: Path, files: Callable[..., tuple[Path, str]]) -> None:
     file, _ = files()
     random = np.random.default_rng(5).integers(0, 256, (1, SIZE, SIZE, 3), np.uint8)
-    network, card = models.load_network(repository / RUN)
+    network, card = saved_networks.load_network(repository / RUN)
     turned = np.stack([np.rot90(random[0][:, ::-1] if flip else random[0], k) for flip, k in SYMMETRIES.values()])
     with torch.inference_mode():
         probability = network(torch.from_numpy(turned)).double().softmax(1)
@@ -183,7 +183,7 @@ def test_metadata_hold_classes_card_and_geometry_and_no_path_of_this_machine(
     file, _ = files()
     meta = session(file).get_modelmeta().custom_metadata_map
     assert json.loads(meta["class_names"]) == [*CLASSES]
-    assert Card.model_validate_json(meta["card"]) == models.read_card(repository / RUN)
+    assert Card.model_validate_json(meta["card"]) == saved_networks.read_card(repository / RUN)
     assert json.loads(meta["geometry"])["crop"] == SIZE
     assert f"uint8 (n, {SIZE}, {SIZE}, 3)" in meta["input"]
     (given,), (made,) = session(file).get_inputs(), session(file).get_outputs()
@@ -297,8 +297,8 @@ def small_file(interpolation: str, is_whole: bool) -> bytes:
 def fake_run(monkeypatch: pytest.MonkeyPatch, preprocessing: Preprocessing = PREPROCESSING) -> nn.Sequential:
     """Whatever the run, it is `small`; its file is made once."""
     network, card = small(preprocessing)
-    monkeypatch.setattr(models, "read_card", lambda _: card)
-    monkeypatch.setattr(models, "load_network", lambda _: (network, card))
+    monkeypatch.setattr(saved_networks, "read_card", lambda _: card)
+    monkeypatch.setattr(saved_networks, "load_network", lambda _: (network, card))
     monkeypatch.setattr(export, "_to_onnx", lambda *_, is_whole: small_file(preprocessing.interpolation, is_whole))
     return network
 

@@ -18,8 +18,8 @@ from pipeline.__main__ import cli
 from pipeline.files import write_text
 from pipeline.report.provenance import digest
 from pipeline.tools import model_card
-from pipeline.training import heads, models
-from pipeline.training.models import Card
+from pipeline.training import heads, saved_networks
+from pipeline.training.saved_networks import Card
 from tests import factories
 from tests.factories import HOSTILE, LINEAR, backbone_plan
 
@@ -61,8 +61,8 @@ def save(root: Path, **changes: Any) -> Card:
         patch.chdir(root)
         torch.manual_seed(0)
         head = heads.build(card.backbone.feature_shape, len(card.class_names), LINEAR, nn.Identity())
-        models.save_model(card, head, None)
-        return models.read_card(RUN)
+        saved_networks.save_model(card, head, None)
+        return saved_networks.read_card(RUN)
 
 
 @pytest.fixture(scope="module")

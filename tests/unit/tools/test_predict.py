@@ -24,8 +24,8 @@ from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 from pipeline.tools import inference, predict
 from pipeline.tools.predict import Options
-from pipeline.training import heads, models
-from pipeline.training.models import Card
+from pipeline.training import heads, saved_networks
+from pipeline.training.saved_networks import Card
 from tests import factories
 from tests.factories import LINEAR, PLAIN, backbone_plan
 
@@ -75,7 +75,7 @@ def save(
         augmentation=AUGMENTATION,
         head=HEAD,
     )
-    models.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
+    saved_networks.save_model(card, head, None if strategy == "feature_extraction" else backbone.module)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     base = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
@@ -110,7 +110,7 @@ def test_saved_run_predicts_what_the_network_predicts_from_another_directory(
 
 def test_loaded_network_is_the_saved_one_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, network, card = save("full_retrain", tmp_path, monkeypatch)
-    loaded, read = models.load_network(run)
+    loaded, read = saved_networks.load_network(run)
     assert read.model_copy(update={"sha256": ""}) == card
     ours, theirs = loaded.state_dict(), network.state_dict()
     assert ours.keys() == theirs.keys()

@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from pipeline.features.code import MODULES, digest_of_code
+from pipeline.features.code_digest import MODULES, digest_of_code
 from pipeline.files import digest, replacing, shared
 from pipeline.logs import one_line
 from pipeline.network.backbones import state_sha256
 from pipeline.training.runs import CHECKPOINTS, Candidates, join_candidates
 
-STORE = ("features/hdf5.py", "features/index.py", "features/store.py")
-TRAINING = (*MODULES, *STORE, "training/*.py", "stages/fine_tune.py")
+STORE = ("features/hdf5.py", "features/shard_index.py", "features/store.py")
+TRAINING = (*MODULES, *STORE, "training/*.py", "fine_tuning/*.py", "stages/fine_tune.py")
 ARRAYS = ("predicted", "true_log_probability", "positive_log_probability")  # of candidates
 log = logging.getLogger("pipeline")
 

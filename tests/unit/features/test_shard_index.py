@@ -15,7 +15,7 @@ import pytest
 from pipeline.features import hdf5
 from pipeline.features import store as feature_store
 from pipeline.features.hdf5 import Row
-from pipeline.features.index import FACTORS, SAVED, VERIFIED, Index, _hashes
+from pipeline.features.shard_index import FACTORS, SAVED, VERIFIED, Index, _hashes
 from pipeline.features.store import Store
 from pipeline.features.views import AUGMENTED
 from tests.factories import STORE_ROWS as ROWS

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.features import engine
+from pipeline.fine_tuning import checkpoints
+from pipeline.fine_tuning.checkpoints import Training
+from pipeline.fine_tuning.resident import Batch, Load, Resident
 from pipeline.logs import progress
 from pipeline.network.device import arithmetic, autocast, upload
 from pipeline.params import Strategy
-from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Training
 from pipeline.training.heads import loss_weight, mean_log_probability
-from pipeline.training.resident import Batch, Load, Resident
 from pipeline.training.runs import Candidates, join_candidates, make_candidates
 
 if TYPE_CHECKING:

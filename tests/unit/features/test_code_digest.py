@@ -1,4 +1,4 @@
-"""code: the digest changes with whatever can change a row, and with no word for a reader."""
+"""code_digest: the digest changes with whatever can change a row, and with no word for a reader."""
 
 import ast
 import shutil
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.features import code
-from pipeline.features.code import MODULES, PIPELINE, digest_of_code
+from pipeline.features import code_digest
+from pipeline.features.code_digest import MODULES, PIPELINE, digest_of_code
 
 DIGESTED = sorted(path.relative_to(PIPELINE).as_posix() for pattern in MODULES for path in PIPELINE.glob(pattern))
 
@@ -63,7 +63,7 @@ def test_a_constant_or_a_step_changes_the_digest(package: Path, module: str, old
     "module",
     [
         *("params.py", "logs.py", "files.py", "network/weights.py"),
-        *("features/store.py", "features/index.py", "features/hdf5.py"),
+        *("features/store.py", "features/shard_index.py", "features/hdf5.py"),
     ],
 )
 def test_what_computes_no_row_does_not_count(package: Path, module: str) -> None:
@@ -116,6 +116,6 @@ def test_words_that_are_added_change_nothing(package: Path) -> None:
 
 @pytest.mark.parametrize("name", DIGESTED)
 def test_no_message_is_digested(name: str) -> None:
-    tree = code._Wordless().visit(ast.parse((PIPELINE / name).read_text(encoding="utf-8")))
+    tree = code_digest._Wordless().visit(ast.parse((PIPELINE / name).read_text(encoding="utf-8")))
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert {text for text in texts if text.count(" ") > 1 and not text.startswith("II*")} == set()

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from pipeline.fine_tuning import checkpoints, fit
+from pipeline.fine_tuning.fit import Batch, Task
 from pipeline.network.device import place
-from pipeline.training import checkpoints, fit
-from pipeline.training.fit import Batch, Task
 from tests import factories
 
 N_IMAGES, EPOCHS = 20, 5

@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.vgg import make_layers
 
 from pipeline.features import engine
+from pipeline.fine_tuning import fit
+from pipeline.fine_tuning.fit import Batch, Load, Task
 from pipeline.network import backbones, cuts
 from pipeline.network.backbones import Backbone
 from pipeline.network.device import place
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice, HeadOptions, Strategy
-from pipeline.training import fit, heads
-from pipeline.training.fit import Batch, Load, Task
+from pipeline.training import heads
 from pipeline.training.heads import Examples
 from tests import factories
 from tests.factories import LINEAR, PREPROCESSING

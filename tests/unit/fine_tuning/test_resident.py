@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.fine_tuning import fit, resident
+from pipeline.fine_tuning.fit import Task
+from pipeline.fine_tuning.resident import Batch, Pair, Resident
 from pipeline.network.device import choose_device, place
-from pipeline.training import fit, resident
-from pipeline.training.fit import Task
-from pipeline.training.resident import Batch, Pair, Resident
 from tests.factories import strategy
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline.dataset.manifest import Split
-from pipeline.dataset.twins import find_twins
+from pipeline.dataset.near_duplicates import find_twins
 from tests.factories import labels
 
 NAMES = labels(8).image_id

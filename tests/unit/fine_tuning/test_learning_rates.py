@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pipeline.fine_tuning import fit, learning_rates
+from pipeline.fine_tuning.fit import NotFiniteError, Task
 from pipeline.params import Strategy
-from pipeline.training import choice, fit
-from pipeline.training.fit import NotFiniteError, Task
 from pipeline.training.runs import make_candidates
 from tests import factories
 
@@ -35,8 +35,8 @@ def test_what_is_set_aside_are_whole_units_of_training_stratified_by_class(
     label = unit % n_classes
     rows = np.flatnonzero(unit < 0.9 * n_units)
     strategy = LONG.model_copy(update={"halving_share": share})
-    aside = choice.set_aside(strategy, rows, label, unit, seed)
-    assert np.array_equal(aside, choice.set_aside(strategy, rows, label, unit, seed))
+    aside = learning_rates.set_aside(strategy, rows, label, unit, seed)
+    assert np.array_equal(aside, learning_rates.set_aside(strategy, rows, label, unit, seed))
     assert {*aside} < {*rows}
     assert not {*unit[aside]} & {*unit[np.setdiff1d(rows, aside)]}
     units, first = np.unique(unit[rows], return_index=True)
@@ -51,7 +51,7 @@ def test_what_is_set_aside_are_whole_units_of_training_stratified_by_class(
 def test_of_many_classes_too_small_to_be_shared_out_some_are_set_aside_and_none_is_lost() -> None:
     label = np.repeat(np.arange(500), np.where(np.arange(500) % 5, 2, 1))
     rows = np.arange(len(label))
-    aside = choice.set_aside(LONG, rows, label, rows, 0)
+    aside = learning_rates.set_aside(LONG, rows, label, rows, 0)
     assert 0.1 * len(rows) < len(aside) <= 0.2 * len(rows) + 1
     assert len({*label[np.setdiff1d(rows, aside)]}) == 500
 
@@ -59,20 +59,20 @@ def test_of_many_classes_too_small_to_be_shared_out_some_are_set_aside_and_none_
 @pytest.mark.parametrize("share", [0.25, 0.3, 0.35, 0.4, 0.45])
 def test_any_share_is_what_it_says(share: float) -> None:
     rows = np.arange(400)
-    aside = choice.set_aside(LONG.model_copy(update={"halving_share": share}), rows, rows % 2, rows, 0)
+    aside = learning_rates.set_aside(LONG.model_copy(update={"halving_share": share}), rows, rows % 2, rows, 0)
     assert len(aside) == pytest.approx(400 * share, abs=2)
 
 
 def test_a_short_list_sets_nothing_aside() -> None:
     rows = np.arange(20)
     short = LONG.model_copy(update={"halving_keeps": 2})
-    assert len(choice.set_aside(short, rows, rows % 2, rows, 0)) == 0
+    assert len(learning_rates.set_aside(short, rows, rows % 2, rows, 0)) == 0
 
 
 def test_too_few_units_are_one_line() -> None:
     rows = np.arange(20)
     with pytest.raises(ValueError, match=r"4 training units are too few") as caught:
-        choice.set_aside(LONG.model_copy(update={"halving_share": 0.1}), rows, rows % 2, rows // 5, 0)
+        learning_rates.set_aside(LONG.model_copy(update={"halving_share": 0.1}), rows, rows % 2, rows // 5, 0)
     assert "\n" not in str(caught.value)
 
 
@@ -127,7 +127,7 @@ def choose(trainings: Trainings, monkeypatch: pytest.MonkeyPatch, *, is_refitted
         return Path(f"{strategy.learning_rate_base:g}-{strategy.epochs}-{len(task.train)}")
 
     given = refit if is_refitted else None
-    return choice.train(network, task, recipe, 4, "tuned-4", np.array([3, 7]), locate, given), network
+    return learning_rates.train(network, task, recipe, 4, "tuned-4", np.array([3, 7]), locate, given), network
 
 
 @pytest.mark.parametrize("is_refitted", [True, False])

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.fine_tuning import fit
+from pipeline.fine_tuning.fit import NotFiniteError, Task
 from pipeline.params import Strategy
-from pipeline.training import fit
-from pipeline.training.fit import NotFiniteError, Task
 from pipeline.training.runs import Candidates, join_candidates
 
 Curve = list[dict[str, Any]]
