@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from pipeline.features import engine
 from pipeline.features.engine import Runner
 from pipeline.network import backbones, cuts, tracing
+from pipeline.network.backbones import Backbone
 from pipeline.network.preprocessing import Normalize
 from pipeline.params import BackboneChoice
 
@@ -118,9 +120,19 @@ def test_network_gives_features_of_its_width_at_its_own_size(name: str) -> None:
     assert features.isfinite().all()
 
 
-def prepared(kind: str, name: str, size: int | None) -> tuple[Runner, torch.Tensor]:
+def grouped(names: Iterable[str]) -> list[Any]:
+    """All tests of a network run in one process."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+@pytest.fixture(scope="module")
+def small(request: pytest.FixtureRequest) -> Backbone:
+    """Each network with small images, made once for all tests of it."""
+    return backbones.load(BackboneChoice.of(request.param, "random", 0), SIZES[request.param])
+
+
+def prepared(kind: str, backbone: Backbone) -> tuple[Runner, torch.Tensor]:
     """The network from pixels on, and two random images for it."""
-    backbone = backbones.load(BackboneChoice.of(name, "random", 0), size)
     network = nn.Sequential(Normalize(backbone.preprocessing), backbone.module)
     shape = (2, *[backbone.preprocessing.crop] * 2, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -130,7 +142,8 @@ def prepared(kind: str, name: str, size: int | None) -> tuple[Runner, torch.Tens
 def test_network_that_openvino_cannot_convert_runs_in_torch(caplog: pytest.LogCaptureFixture) -> None:
     root = logging.getLogger()
     before = root.level, root.filters.copy(), root.handlers.copy()
-    runner, pixels = prepared("auto", "timm/vovnet39a", 32)  # it pools 2 px in windows of 3
+    backbone = backbones.load(BackboneChoice.of("timm/vovnet39a", "random", 0), 32)  # it pools 2 px in windows of 3
+    runner, pixels = prepared("auto", backbone)
     assert runner.engine == "torch"
     assert (root.level, root.filters, root.handlers) == before, "what OpenVINO silences speaks again"
     assert "OpenVINO cannot convert this network, torch runs it" in caplog.text
@@ -138,11 +151,11 @@ def test_network_that_openvino_cannot_convert_runs_in_torch(caplog: pytest.LogCa
     assert np.isfinite(output).all()
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_openvino_gives_what_torch_gives(name: str) -> None:
+@pytest.mark.parametrize("small", grouped(SIZES), indirect=True)
+def test_openvino_gives_what_torch_gives(small: Backbone) -> None:
     outputs = []
     for kind in ("openvino", "torch"):
-        runner, pixels = prepared(kind, name, SIZES[name])
+        runner, pixels = prepared(kind, small)
         outputs.extend(runner.run([pixels]))
     given, expected = outputs
     assert np.abs(expected).max() > 0
@@ -154,18 +167,17 @@ def test_at_least_45_of_50_networks_can_be_cut() -> None:
     assert len(SIZES.keys() - UNCUT.keys()) >= 45
 
 
-@pytest.mark.parametrize("name", sorted(SIZES.keys() - UNCUT.keys()))
-def test_network_can_be_cut_early_in_the_middle_and_late(name: str) -> None:
-    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZES[name])
-    shape = (3, *[backbone.preprocessing.crop] * 2)
+@pytest.mark.parametrize("small", grouped(name for name in SIZES if name not in UNCUT), indirect=True)
+def test_network_can_be_cut_early_in_the_middle_and_late(small: Backbone) -> None:
+    shape = (3, *[small.preprocessing.crop] * 2)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    every = sorted(id(tensor) for tensor in (*backbone.module.parameters(), *backbone.module.buffers()))
-    names, sizes = list(tracing.find(backbone)), []
+    every = sorted(id(tensor) for tensor in (*small.module.parameters(), *small.module.buffers()))
+    names, sizes = list(tracing.find(small)), []
     with torch.inference_mode():
-        whole = backbone.module(x)
+        whole = small.module(x)
         assert not torch.equal(whole[0], whole[1])
         for cut in (names[0], names[len(names) // 2], names[-2]):
-            prefix, suffix = cuts.split(backbone, cut)
+            prefix, suffix = cuts.split(small, cut)
             assert torch.equal(suffix.eval()(prefix.eval()(x)), whole), cut
             sides = [[id(tensor) for tensor in (*side.parameters(), *side.buffers())] for side in (prefix, suffix)]
             assert sorted(sides[0] + sides[1]) == every, cut
@@ -173,12 +185,11 @@ def test_network_can_be_cut_early_in_the_middle_and_late(name: str) -> None:
     assert sizes[0] < sizes[1] < sizes[2], "cuts lie in three places"
 
 
-@pytest.mark.parametrize("name", UNCUT)
-def test_network_that_cannot_be_cut_there_says_why(name: str) -> None:
-    backbone = backbones.load(BackboneChoice.of(name, "random", 0), SIZES[name])
-    where, reason = UNCUT[name]
+@pytest.mark.parametrize("small", grouped(UNCUT), indirect=True)
+def test_network_that_cannot_be_cut_there_says_why(small: Backbone) -> None:
+    where, reason = UNCUT[small.name]
     with pytest.raises(ValueError, match=reason) as caught:
-        cuts.resolve(backbone, where)
-    assert name in str(caught.value)
+        cuts.resolve(small, where)
+    assert small.name in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert cuts.resolve(backbone, "all") == "all"
+    assert cuts.resolve(small, "all") == "all"
