@@ -6,7 +6,6 @@ these caches.
 """
 
 import difflib
-import logging
 import os
 import shutil
 import subprocess
@@ -16,11 +15,11 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.params import HEAD_ONLY, PARAMS, Dataset, load_params
+from pipeline.tools import experiments
 
 PLACE = Path("first-look")
 COPIED = ("dvc.yaml", ".dvcignore", "pipeline", ".dvc/plots", "data/weights")
 CONFIG = "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n[cache]\n    dir = {}\n"
-log = logging.getLogger("pipeline")
 
 
 def make() -> None:
@@ -90,10 +89,7 @@ def check_images(dataset: Dataset) -> None:
 
 def cache_directory() -> Path:
     """DVC's cache, which may lie elsewhere (`dvc cache dir`)."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"dvc cache dir: {' '.join(done.stderr.split())}")
-    return Path(done.stdout.strip()).resolve()
+    return Path(experiments.dvc("cache", "dir", is_quiet=True).strip()).resolve()
 
 
 def link(source: str, target: str) -> None:

@@ -8,9 +8,6 @@ any other figure by the intervals of both sides, and one without an interval as 
 
 import difflib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from pipeline.comparison.tested_images import Tested
 from pipeline.logs import one_line
 from pipeline.params import Compare, load_params
 from pipeline.report.provenance import file_at, git
+from pipeline.tools import experiments
 
 DETAILS, OUTCOMES = Path("reports/details.json"), Path("reports/outcomes.json")
 ACCURACY = ".test.metrics.accuracy.value"  # the figure that is compared image by image
@@ -248,13 +246,7 @@ def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
 
 
 def _dvc(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dvc", *arguments, "--json"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # whatever this terminal can show
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
-    if done.returncode:
-        raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
-    print(done.stderr, end="", file=sys.stderr)  # what it could not read at one of the revisions
-    return json.loads(done.stdout)
+    return json.loads(experiments.dvc(*arguments, "--json", is_quiet=True))
 
 
 def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:  # noqa: ANN401
