@@ -186,7 +186,7 @@ def gather(directory: Path, listed: Listing, answers: Sequence[inference.Answer]
         "n_unreadable": len(unreadable),
         "unreadable": unreadable[:SHOWN],
         "n_other_files": len(failed) - len(unread),
-        "n_conflicts": int(is_disputed.sum()) if len(readable) else 0,
+        "n_conflicts": int(is_disputed.sum()),
         "warnings": listed.warnings,
     }
     return Data(labels, unit, about), kept.index.tolist()

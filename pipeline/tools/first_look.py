@@ -44,8 +44,8 @@ def make() -> None:
 def lay_out() -> None:
     """Make the directory, or bring it up to date; what its stages wrote stays."""
     params = load_params()
-    for name in COPIED:
-        source, target = Path(name), PLACE / name
+    for source in (*map(Path, COPIED), *Path().glob("requirements*.lock")):
+        target = PLACE / source
         if source.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             ignored = shutil.ignore_patterns("__pycache__", "*.dvc", ".gitignore")
@@ -53,8 +53,6 @@ def lay_out() -> None:
         elif source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    for lock in Path().glob("requirements*.lock"):
-        shutil.copyfile(lock, PLACE / lock)
     (PLACE / ".dvc").mkdir(exist_ok=True)
     (PLACE / ".dvc" / "config").write_text(CONFIG.format(cache_directory()), encoding="utf-8")
     yaml = YAML()

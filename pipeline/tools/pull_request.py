@@ -124,19 +124,17 @@ def judge(before: Side, after: Side, options: Compare) -> list[Verdict]:
 
     ValueError for a name that its strategy has on neither side, and for what is no number or has no better direction.
     """
-    known = {**before.figures, **after.figures}
-    for name in options.guard:
+    known, verdicts = {**before.figures, **after.figures}, []
+    for name, tolerance in options.guard.items():
         is_higher_better(name, options.metric)
         same_strategy = [other for other in known if other.partition(".")[0] == name.partition(".")[0]]
         if same_strategy and name not in known:
             near = ", ".join(difflib.get_close_matches(name, same_strategy, n=3)) or "none"
             raise ValueError(f"compare.guard: {name!r} is not in {DETAILS}; close matches: {near}")
-        for value in (before.figures.get(name), after.figures.get(name)):
+        was, is_now = before.figures.get(name), after.figures.get(name)
+        for value in (was, is_now):
             if isinstance(value, bool | str):
                 raise ValueError(f"compare.guard: {name} is {value!r} in {DETAILS}; expected a number")
-    verdicts = []
-    for name, tolerance in options.guard.items():
-        was, is_now = before.figures.get(name), after.figures.get(name)
         verdicts.append(Verdict(name, tolerance, was, is_now, *regression(name, before, after, options)))
     return verdicts
 
