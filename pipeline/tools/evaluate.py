@@ -70,7 +70,7 @@ def show(
     output: Path | None,
     exclude: Sequence[str],
     columns: Mapping[str, str],
-    workers: int,
+    workers: int | None,
 ) -> None:
     """Evaluate one or two runs on the images of `place`, write the reports, and print the answer in words.
 
@@ -150,7 +150,7 @@ def _as_options(text: str) -> str:
     return text.replace("dataset.columns.", "--column ").replace("dataset.columns", "--column")
 
 
-def _answer(run: str, directory: Path, listed: Listing, workers: int) -> tuple[Model, list[inference.Answer]]:
+def _answer(run: str, directory: Path, listed: Listing, workers: int | None) -> tuple[Model, list[inference.Answer]]:
     path, paths = inference.path_of(run), [directory / name for name in listed.images["path"]]
     network = inference.open_network(path, len(paths), has_distances=True)
     answers = logs.progress(inference.run(network, paths, workers), len(paths), "images", "evaluate")

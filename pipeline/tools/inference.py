@@ -24,7 +24,7 @@ from pipeline.ingest import indexing
 from pipeline.logs import leave_signals
 from pipeline.network.device import choose_device
 from pipeline.network.preprocessing import Preprocessing
-from pipeline.params import HEAD_ONLY, Augmentation
+from pipeline.params import HEAD_ONLY, Augmentation, count_cores
 from pipeline.report import provenance
 from pipeline.report.provenance import Stage
 from pipeline.training import heads, models, novelty
@@ -112,12 +112,13 @@ def open_network(run: Path, n_images: int, *, has_distances: bool = False, engin
     return Network(card, known, engine.prepare(engine_name, module, example, "fp32", device, expected))
 
 
-def run(network: Network, paths: Sequence[Path], workers: int) -> Iterator[Answer]:
-    """The answers for all `paths`, in order; `workers` processes decode, 0: this one."""
+def run(network: Network, paths: Sequence[Path], workers: int | None) -> Iterator[Answer]:
+    """The answers for all `paths`, in order; `workers` processes decode, 0: this one, None: one for each core."""
     views, waiting = evaluation_views(network.card.evaluation_views), deque[list[Answer]]()
     n = max(1, network.runner.piece // len(views))
     batches = [paths[i : i + n] for i in range(0, len(paths), n)]
-    workers = 0 if len(paths) <= MAX_ALONE else min(workers, len(batches))
+    wanted = count_cores() if workers is None else workers
+    workers = 0 if len(paths) <= MAX_ALONE else min(wanted, len(batches))
     decoder = _Decoder(views, network.card.backbone.preprocessing, network.card.augmentation)
     loader = DataLoader(
         decoder,

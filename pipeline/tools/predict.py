@@ -42,7 +42,7 @@ class Options:
 
 
 def show(
-    run: str, images: Sequence[str], table: Path | None, options: Options, output: Path | None, workers: int
+    run: str, images: Sequence[str], table: Path | None, options: Options, output: Path | None, workers: int | None
 ) -> None:
     """Print the prediction for every image that can be read, or write it to `output`; ValueError if one cannot.
 
