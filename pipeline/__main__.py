@@ -96,13 +96,12 @@ def predict(
     IMAGES are files, directories with images in and below them, or quoted patterns such as 'photos/**/*.jpg'. Files
     that cannot be read are named at the end, with exit code 1; the others are predicted.
     """
-    from pipeline.params import count_cores
     from pipeline.tools import predict
 
     if not images and paths is None:
         raise click.UsageError("expected IMAGES, or --paths FILE")
     options = predict.Options(form or predict.form_of(output), top, is_raw, min_confidence)
-    predict.show(run, images, paths, options, output, count_cores() if workers is None else workers)
+    predict.show(run, images, paths, options, output, workers)
 
 
 @cli.command()
@@ -128,7 +127,6 @@ def evaluate(
     with exit code 1.
     """
     from pipeline.ingest.tree import OPTIONAL
-    from pipeline.params import count_cores
     from pipeline.tools import evaluate
 
     *second, data = list(others)
@@ -138,7 +136,6 @@ def evaluate(
     if not {*named} <= {"path", "label", *OPTIONAL} or not all(named.values()):
         known = ", ".join(("path", "label", *OPTIONAL))
         raise click.UsageError(f"--column: found {', '.join(columns)}; expected e.g. label=diagnosis, one of {known}")
-    workers = count_cores() if workers is None else workers
     evaluate.show([run, *second], Path(data), output, exclude, named, workers)
 
 

@@ -34,8 +34,7 @@ def find(
     with random weights, None if there is none; `n_train`: images in train. `cannot_tell` says why nothing was found.
     """
     n_units, counts = len(np.unique(sample.unit)), np.bincount(sample.label, minlength=sample.n_classes)
-    in_class = np.zeros(sample.n_classes, np.int64)
-    np.add.at(in_class, np.unique(np.stack([sample.label, sample.unit]), axis=1)[0], 1)
+    in_class = np.bincount(np.unique(np.stack([sample.label, sample.unit]), axis=1)[0])  # units of each class
     found: Json = {
         "images": len(sample.label),
         "units": n_units,

@@ -53,7 +53,7 @@ def where(found: Json) -> str:
     text = (
         f"**Where the information sits.** A linear head on the last features is right for {percent(last)} of the "
         f"images, the nearest neighbours for {percent(near)}; naming the largest class always, for "
-        f"{found['majority_class']['value']:.1%}.".replace("%.", " %.")
+        f"{100 * base:.1f} %."
     )
     if len(blocks) == 1:
         return text
@@ -62,10 +62,11 @@ def where(found: Json) -> str:
         text += " No block does better than naming the largest class."
     else:
         number = next(i for i, block in enumerate(blocks) if block["linear"]["value"] - base >= MOST * (best - base))
+        name = blocks[number]["cut"]
+        cut = "at the end of the network" if name == "all" else f"after {name}"
         text += (
-            f" Most of what there is to separate ({MOST:.0%} of the gain over the largest class)".replace("%", " %")
-            + f" is there {after(blocks[number]['cut'])}, number {number + 1} of {len(blocks)}: "
-            f"{percent(blocks[number]['linear'])}."
+            f" Most of what there is to separate ({100 * MOST:.0f} % of the gain over the largest class) is there "
+            f"{cut}, number {number + 1} of {len(blocks)}: {percent(blocks[number]['linear'])}."
         )
     added, together = found["last_minus_before"], found["together_minus_last"]
     word = verdict(added, "adds to", "takes away from", "is not shown to add to")
@@ -74,11 +75,6 @@ def where(found: Json) -> str:
     text += f" All blocks together {word} the last: {points(together)}"
     better = together["low"] > 0
     return text + ("; `features.cut: every_block` uses them, with `features.pool: avg`." if better else ".")
-
-
-def after(cut: str) -> str:
-    """Where a cut is."""
-    return "at the end of the network" if cut == "all" else f"after {cut}"
 
 
 def verdict(difference: Json, above: str, below: str, unclear: str) -> str:
@@ -110,8 +106,8 @@ def scenario(found: Json, options: AdviseOptions) -> str:
         f" A head on the same network with random weights is right for {percent(found['random_weights'])}; the "
         f"pretrained features avoid {percent(avoided)} of its errors, so the images are {kind} "
         f"{'to' if kind == 'similar' else 'from'} the pretraining data as far as features tell (similar: "
-        f"{threshold:.0%} or more{'' if is_clear else '; the interval contains the threshold'})."
-    ).replace(f"{threshold:.0%}", f"{100 * threshold:.0f} %")
+        f"{100 * threshold:.0f} % or more{'' if is_clear else '; the interval contains the threshold'})."
+    )
     return (
         f"{text} For {size} and {kind}, the textbook proposes {TEXTBOOK[size, kind]}. {measurement(found, size, kind)}"
     )
@@ -120,7 +116,7 @@ def scenario(found: Json, options: AdviseOptions) -> str:
 def measurement(found: Json, size: str, kind: str) -> str:
     """What the features say of the textbook's proposal."""
     blocks = found["blocks"]
-    if avoided_nothing(found):
+    if found["errors_avoided"]["low"] <= 0:
         return "But the pretrained features are not shown to be better than random ones: compare from_scratch too."
     if size == "large":
         return "Features cannot say what fine-tuning gains; the comparison of strategies does."
@@ -135,11 +131,6 @@ def measurement(found: Json, size: str, kind: str) -> str:
     else:
         agrees = "which agrees" if beats else "so an earlier cut alone is not shown to help"
     return f"{line}, {agrees}. Whether training blocks gains more, only the comparison tells."
-
-
-def avoided_nothing(found: Json) -> bool:
-    """Whether pretrained features may make as many errors as random ones."""
-    return found["errors_avoided"]["low"] <= 0
 
 
 def more_images(found: Json) -> str:

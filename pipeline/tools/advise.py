@@ -8,6 +8,7 @@ import logging
 import statistics
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -251,7 +252,7 @@ def trained_epochs(recipe: Strategy) -> float:
 def show_networks() -> None:
     """Print one table of the networks whose advice is of the same images: of this directory, and of experiments."""
     found: dict[str, Json] = {}
-    settings: dict[str, Json] = {}
+    settings: dict[str, dict[str, str]] = {}
     if ADVICE.exists():
         found[HERE] = json.loads(ADVICE.read_text(encoding="utf-8"))
         settings[HERE] = own_settings()
@@ -259,10 +260,8 @@ def show_networks() -> None:
     for name in sorted(name for name, state in states.items() if state == experiments.FINISHED):
         try:
             with experiments.reading(name) as read:
-                found[name] = json.loads(read(ADVICE))
-                settings[name] = settings_of(read(provenance.LOCK))
+                found[name], settings[name] = json.loads(read(ADVICE)), settings_of(read(provenance.LOCK))
         except ValueError as error:
-            found.pop(name, None)
             log.info("%s: left out: %s", name, error)
     known = {name: advice for name, advice in found.items() if not advice["cannot_tell"]}
     lacking = unfinished(states)
@@ -289,7 +288,7 @@ def unfinished(states: dict[str, str]) -> str:
     return ", ".join(f"{n} {state} ({which})" for n, state, which in found)
 
 
-def own_settings() -> Json:
+def own_settings() -> dict[str, str]:
     """Those of the advice of this directory; none, and a warning, if dvc.lock is not of this advice."""
     try:
         provenance.check(provenance.read_lock(), [str(ADVICE)])
@@ -299,25 +298,23 @@ def own_settings() -> Json:
     return settings_of(provenance.LOCK.read_bytes())
 
 
-def settings_of(lock: bytes) -> Json:
-    """The parameters that dvc.lock has of an advice, by dotted name, but for those that the table shows anyway."""
+def settings_of(lock: bytes) -> dict[str, str]:
+    """The parameters that dvc.lock has of an advice, as text, but for those that the table shows anyway."""
     stages, found = YAML(typ="safe", pure=True).load(lock)["stages"], {}
     for stage in ("index", "split", "plan", "advise"):
         for key, value in stages.get(stage, {}).get("params", {}).get(str(PARAMS), {}).items():
             found |= {f"{key}.{part}": one for part, one in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: value for key, value in found.items() if key.partition(".")[0] in SETTINGS and key not in IN_TABLE}
+    shown = {key: value for key, value in found.items() if key.partition(".")[0] in SETTINGS and key not in IN_TABLE}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in shown.items()}
 
 
-def as_networks(found: dict[str, Json], settings: dict[str, Json]) -> str:
+def as_networks(found: dict[str, Json], settings: dict[str, dict[str, str]]) -> str:
     """Markdown: a row for each network and its settings, the best head first; of settings, those that differ."""
     rows: dict[str, list[str]] = {}  # the same advice by several names is one row
     for name, advice in found.items():
         rows.setdefault(json.dumps([advice["network"], advice["head"], settings[name]]), []).append(name)
-    values: dict[str, set[str]] = {}
-    for own in (settings[name] for name in found):
-        for key, value in own.items():
-            values.setdefault(key, set()).add(as_cell(value))
-    differing = sorted(key for key in values if len(values[key]) > 1)
+    known = {(key, value) for name in found for key, value in settings[name].items()}
+    differing = sorted(key for key, n in Counter(key for key, _ in known).items() if n > 1)
     columns = ["network", "cut", *differing, "linear head (95 % interval)", "GFLOPs a view", "parameters", "licence"]
     lines = [f"| {' | '.join([*columns, 'experiment'])} |", "|---" * (len(columns) + 1) + "|"]
     for names in sorted(rows.values(), key=lambda names: -found[names[0]]["head"]["value"]):
@@ -326,18 +323,9 @@ def as_networks(found: dict[str, Json], settings: dict[str, Json]) -> str:
         licence = network["licence"] or ("none" if network["weights"] == "random" else "unknown")
         licence += ", excludes commercial use" if NON_COMMERCIAL.search(licence) else ""
         what = f"{network['name']} ({network['weights']}, {network['image_size']} px)"
-        cells = [
-            what,
-            ", ".join(network["cuts"]),
-            *(as_cell(own[key]) if key in own else "not known" for key in differing),
-        ]
+        cells = [what, ", ".join(network["cuts"]), *(own.get(key, "not known") for key in differing)]
         cells += [percent(advice["head"]), f"{network['flops_per_image'] / 1e9:.2f}", f"{network['parameters']:,}"]
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         lines.append(f"| {' | '.join([*cells, licence, ', '.join(names[:MOST_NAMES]) + more])} |")
     any_one = next(iter(found.values()))
     return f"Cross-validated heads on the same {any_one['images']:,} images.\n\n" + "\n".join(lines)
-
-
-def as_cell(value: object) -> str:
-    """A value of params.yaml."""
-    return value if isinstance(value, str) else json.dumps(value)

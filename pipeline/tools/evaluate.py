@@ -30,13 +30,12 @@ from pipeline.files import write_json, write_text
 from pipeline.ingest import listing
 from pipeline.ingest.listing import Listing
 from pipeline.ingest.tree import IMAGE_EXTENSIONS, TABLE, printable, shorten
-from pipeline.params import HEAD_ONLY
 from pipeline.report import evaluation, provenance
 from pipeline.report.pictures import Album
 from pipeline.tools import inference
 from pipeline.training import calibration
 from pipeline.training.novelty import Novelty
-from pipeline.training.runs import MODELS, RUNS, Predictions, read_run
+from pipeline.training.runs import RUNS, Predictions, read_run
 from pipeline.training.saved_networks import Card, read_card
 
 EVALUATIONS = Path("reports/evaluations")
@@ -48,10 +47,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """A saved network, as it was named; `path` of its card. `known`: where its training images lie, if it says so."""
+    """A saved network, as it was named, of the repository `root`. `known`: where its training images lie, if known."""
 
     name: str
-    path: Path
+    root: Path
     card: Card
     known: Novelty | None
 
@@ -60,15 +59,9 @@ class Model:
 class Data:
     """New images with labels by the classes of the models, and their units; `about`: what was found, for reports."""
 
-    directory: Path
     labels: Labels
     unit: np.ndarray
     about: Json
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Of all images."""
-        return np.arange(len(self.unit))
 
 
 def show(
@@ -77,7 +70,7 @@ def show(
     output: Path | None,
     exclude: Sequence[str],
     columns: Mapping[str, str],
-    workers: int,
+    workers: int | None,
 ) -> None:
     """Evaluate one or two runs on the images of `place`, write the reports, and print the answer in words.
 
@@ -92,18 +85,14 @@ def show(
         raise ValueError(f"{runs[0]} and {runs[1]} have different classes; expected two models of the same classes")
     directory, table = (place.parent, place.name) if place.suffix.lower() == ".csv" else (place, TABLE)
     listed = list_images(directory, table, exclude, columns, cards[0], runs[0])
-    models, answers = [], []
-    for run in runs:
-        model, found = _answer(run, directory, listed, workers)
-        models.append(model)
-        answers.append(found)
+    models, answers = zip(*(_answer(run, directory, listed, workers) for run in runs), strict=True)
     data, kept = gather(directory, listed, answers[0], cards[0])
-    names = cards[0].class_names
     described: list[Json] = []
     predictions: list[Predictions] = []
     for model, found in zip(models, answers, strict=True):
-        order = [model.card.class_names.index(name) for name in names]
-        predictions.append(Predictions(data.rows, np.stack([found[i].log_probability for i in kept])[:, order]))
+        order = [model.card.class_names.index(name) for name in cards[0].class_names]
+        values = np.stack([found[i].log_probability for i in kept])[:, order]
+        predictions.append(Predictions(np.arange(len(kept)), values))
         distance = np.array([found[i].distance for i in kept])
         described.append(describe(model, data, predictions[-1], distance))
     assembled: Json = {"data": data.about, "models": described, "paired": None}
@@ -157,22 +146,15 @@ def list_images(
 
 def _as_options(text: str) -> str:
     """A message of `index` that speaks of the options of this command in place of params.yaml."""
-    options = {
-        "params.yaml: ": "",
-        "dataset.columns.": "--column ",
-        "dataset.columns": "--column",
-        "dataset.exclude": "--exclude",
-    }
-    for ours, theirs in options.items():
-        text = text.replace(ours, theirs)
-    return text
+    text = text.replace("params.yaml: ", "").replace("dataset.exclude", "--exclude")
+    return text.replace("dataset.columns.", "--column ").replace("dataset.columns", "--column")
 
 
-def _answer(run: str, directory: Path, listed: Listing, workers: int) -> tuple[Model, list[inference.Answer]]:
+def _answer(run: str, directory: Path, listed: Listing, workers: int | None) -> tuple[Model, list[inference.Answer]]:
     path, paths = inference.path_of(run), [directory / name for name in listed.images["path"]]
     network = inference.open_network(path, len(paths), has_distances=True)
     answers = logs.progress(inference.run(network, paths, workers), len(paths), "images", "evaluate")
-    return Model(run, path, network.card, network.novelty), [*answers]
+    return Model(run, inference.repository_of(path), network.card, network.novelty), [*answers]
 
 
 def gather(directory: Path, listed: Listing, answers: Sequence[inference.Answer], card: Card) -> tuple[Data, list[int]]:
@@ -180,20 +162,11 @@ def gather(directory: Path, listed: Listing, answers: Sequence[inference.Answer]
 
     As `index` does it: files that are no images are left out, and images with the same bytes but different labels too.
     """
-    table = listed.images.assign(sha256=[answer.read.sha256 for answer in answers])
-    problems = [answer.read.error for answer in answers]
-    suffixes = [os.path.splitext(path)[1].lower() for path in table["path"]]
-    is_other = [
-        bool(problem) and not listed.is_table and suffix not in IMAGE_EXTENSIONS
-        for problem, suffix in zip(problems, suffixes, strict=True)
-    ]
-    unreadable = [
-        [path, problem]
-        for path, problem, other in zip(table["path"], problems, is_other, strict=True)
-        if problem and not other
-    ]
-    unreadable = [[printable(path), problem] for path, problem in [*listed.rejected, *unreadable]]
-    readable = table[[not problem for problem in problems]]
+    table = listed.images.assign(sha256=[one.sha256 for one in answers], problem=[one.error for one in answers])
+    failed, readable = table[table["problem"] != ""], table[table["problem"] == ""]
+    is_image = [listed.is_table or os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS for path in failed["path"]]
+    unread = failed.loc[is_image, ["path", "problem"]].to_numpy().tolist()
+    unreadable = [[printable(path), problem] for path, problem in [*listed.rejected, *unread]]
     is_disputed = readable.groupby("sha256")["label"].transform("nunique") > 1
     kept = readable[~is_disputed] if len(readable) else readable
     if kept.empty:
@@ -212,21 +185,18 @@ def gather(directory: Path, listed: Listing, answers: Sequence[inference.Answer]
         "classes": {name: int(n) for name, n in zip(card.class_names, counts, strict=True)},
         "n_unreadable": len(unreadable),
         "unreadable": unreadable[:SHOWN],
-        "n_other_files": sum(is_other),
-        "n_conflicts": int(is_disputed.sum()) if len(readable) else 0,
+        "n_other_files": len(failed) - len(unread),
+        "n_conflicts": int(is_disputed.sum()),
         "warnings": listed.warnings,
     }
-    return Data(directory, labels, unit, about), kept.index.tolist()
+    return Data(labels, unit, about), kept.index.tolist()
 
 
 def describe(model: Model, data: Data, predictions: Predictions, distance: np.ndarray) -> Json:
     """Everything about one model: metrics, calibration, classes, mistakes, its own test, and distances."""
     card, labels = model.card, data.labels
     n_classes = len(labels.class_names)
-    raw = outcomes.of_predictions(predictions, labels.label)
-    probability = calibration.scaled(predictions.log_probability, card.temperature)
-    calibrated = replace(predictions, log_probability=np.log(np.maximum(probability, np.finfo(float).tiny)))
-    scaled = outcomes.of_predictions(calibrated, labels.label)
+    raw, scaled = both(predictions, labels.label, card.temperature)
     known = trained_with(model)
     own = None if known is None else own_test(model, known[0])
     seen = [""] * len(labels.sha256) if known is None else splits_of(*known, labels.sha256)
@@ -268,6 +238,13 @@ def describe(model: Model, data: Data, predictions: Predictions, distance: np.nd
             if pair[0] and not name.startswith("ece") and name not in left_out
         }
     return found
+
+
+def both(predictions: Predictions, label: np.ndarray, temperature: float) -> tuple[Outcomes, Outcomes]:
+    """Outcomes of the predictions as they are, and at the temperature."""
+    probability = calibration.scaled(predictions.log_probability, temperature)
+    scaled = replace(predictions, log_probability=np.log(np.maximum(probability, np.finfo(float).tiny)))
+    return outcomes.of_predictions(predictions, label), outcomes.of_predictions(scaled, label)
 
 
 def measure(raw: Outcomes, scaled: Outcomes, data: Data) -> Json:
@@ -319,18 +296,13 @@ def trained_with(model: Model) -> tuple[Labels, Split] | None:
 
     A stage that only prepares data may have run since. dvc.lock says which ones the model was trained with.
     """
-    card, root = model.card, _root(model)
-    own = (
-        f"{MODELS}/{card.strategy}" if card.strategy == HEAD_ONLY else f"{MODELS}/{card.strategy}/seed_{card.seed}.json"
-    )
-    used = manifest.SPLITS if card.strategy == HEAD_ONLY else manifest.SPLITS / f"seed_{card.seed}.csv"
+    card, root = model.card, model.root
     try:
         labels = manifest.read_labels(root / manifest.LABELS)
         split = manifest.read_split(card.seed, labels.image_id, root / manifest.SPLITS)
         if (root / provenance.LOCK).exists():
             with contextlib.chdir(root):
-                stages = provenance.read_lock()
-                provenance.check_inputs(stages, own, [str(manifest.LABELS), str(used)])
+                inference.check_data(provenance.read_lock(), card)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -341,22 +313,21 @@ def trained_with(model: Model) -> tuple[Labels, Split] | None:
 
 def own_test(model: Model, labels: Labels) -> Json | None:
     """Metrics of the model on its own test images, of the repository that holds it; None where they are not there."""
-    root, card = _root(model), model.card
+    card, root = model.card, model.root
     try:
         run = read_run(card.strategy, card.seed, root / RUNS)
-        rows = run.val.rows
-        temperature = calibration.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
+        val, tested = run.val.rows, run.test.rows
+        temperature = calibration.temperature(run.val.log_probability, labels.label[val], labels.weight[val])
         is_same = run.cost == card.cost and tuple(labels.class_names) == card.class_names
         if not is_same or not np.isclose(temperature, card.temperature, rtol=1e-4):
             return None  # of another run than this model
-        tested = outcomes.of_predictions(run.test, labels.label)
-        probability = calibration.scaled(run.test.log_probability, card.temperature)
-        calibrated = np.log(np.maximum(probability, np.finfo(float).tiny))
-        scaled = outcomes.of_predictions(replace(run.test, log_probability=calibrated), labels.label)
-        data = Data(root, labels, unit_of(labels), {})
-        n_units = len(np.unique(data.unit[tested.rows]))
-        found = {"n_images": len(tested.rows), "n_units": n_units, "metrics": measure(tested, scaled, data)}
-        return found | {"has_weights": bool(np.ptp(labels.weight[tested.rows]))}
+        data = Data(labels, unit_of(labels), {})
+        return {
+            "n_images": len(tested),
+            "n_units": len(np.unique(data.unit[tested])),
+            "metrics": measure(*both(run.test, labels.label, card.temperature), data),
+            "has_weights": bool(np.ptp(labels.weight[tested])),
+        }
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
@@ -370,10 +341,9 @@ def splits_of(labels: Labels, split: Split, sha256: Sequence[str]) -> list[str]:
 
     Of images that are there twice, the split that the model saw most of: train before val before test.
     """
-    order = {name: i for i, name in enumerate(manifest.SPLIT_NAMES)}
     known: dict[str, str] = {}
-    for name, own in sorted(zip(labels.sha256, split.split.tolist(), strict=True), key=lambda pair: order[pair[1]]):
-        known.setdefault(name, own)
+    for name in reversed(manifest.SPLIT_NAMES):
+        known |= {labels.sha256[row]: name for row in split.rows(name)}
     return [known.get(name, "") for name in sha256]
 
 
@@ -390,12 +360,6 @@ def relabelled(known: Labels, seen: Sequence[str], labels: Labels) -> list[Json]
             new = {"image_id": labels.image_id[i], "label": own[i], "split": seen[i]}
             found.append(new | {"image_of_model": image_id, "label_of_model": label})
     return found
-
-
-def _root(model: Model) -> Path:
-    """The repository that holds models/<strategy>/seed_<s>.json."""
-    parents = Path(os.path.abspath(model.path)).parents
-    return parents[min(2, len(parents) - 1)]
 
 
 def unpaired(ours: Json, theirs: Json) -> Json:
@@ -415,12 +379,10 @@ def unpaired(ours: Json, theirs: Json) -> Json:
 
 def compare(predictions: Sequence[Predictions], data: Data) -> Json:
     """The second model minus the first on the same images: for each metric the paired difference, interval and test."""
-    labels, found = data.labels, {}
+    labels = data.labels
     first, second = (outcomes.of_predictions(one, labels.label) for one in predictions)
-    for metric in PAIRED:
-        study = Study(labels.label, labels.weight, data.unit, metric=metric)
-        found[metric] = asdict(paired.compare([second], [first], study))
-    return found
+    studies = {metric: Study(labels.label, labels.weight, data.unit, metric=metric) for metric in PAIRED}
+    return {metric: asdict(paired.compare([second], [first], study)) for metric, study in studies.items()}
 
 
 def far_away(known: Novelty, distance: np.ndarray, unit: np.ndarray) -> Json:
@@ -434,9 +396,7 @@ def far_away(known: Novelty, distance: np.ndarray, unit: np.ndarray) -> Json:
     j = min(int(np.ceil(FAR * (n + 1))), n)  # the border is the j-th smallest
     is_far = distance > border[j - 1]
     chance = stats.betabinom(n_units, n + 1 - j, j)
-    low, high = (
-        float(chance.ppf(p)) * m / n_units for p in ((1 - intervals.CONFIDENCE) / 2, (1 + intervals.CONFIDENCE) / 2)
-    )
+    low, high = (float(end) * m / n_units for end in chance.interval(intervals.CONFIDENCE))
     share = intervals.interval([influence.mean(is_far, np.ones(m))], [np.arange(m)], unit)
     further = np.searchsorted(border, distance, "left") + np.searchsorted(border, distance, "right")
     return {

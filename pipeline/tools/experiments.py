@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def run(name: str, changes: Mapping[str, Any], copied: Sequence[str], target: st
 
 
 def dvc(*arguments: str, is_quiet: bool = False) -> str:
-    """Run a command of DVC; its output if `is_quiet`, else "". ValueError if it fails.
+    """Run a command of DVC; its output if `is_quiet`, else "". Its warnings go to stderr. ValueError if it fails.
 
     It runs in a session of its own, which Ctrl-C in a terminal does not reach: see _interrupt.
     """
@@ -131,7 +132,9 @@ def dvc(*arguments: str, is_quiet: bool = False) -> str:
             _interrupt(process)
             raise
     if process.returncode:
-        raise ValueError(f"dvc {' '.join(arguments[:2])}: {' '.join(errors.split()) if errors else 'see above'}")
+        command_words = " ".join(takewhile(lambda word: not word.startswith("-"), arguments))
+        raise ValueError(f"dvc {command_words}: {' '.join(errors.split()) if errors else 'see above'}")
+    print(errors or "", end="", file=sys.stderr)
     return output or ""
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,11 @@ def geometry(preprocessing: Preprocessing) -> dict[str, Any]:
     `jpeg_draft` (width, height).
     """
     p, is_crop = preprocessing, preprocessing.geometry == "crop"
-    fixed = {"squash": [p.crop, p.crop], "crop": [*p.resize[::-1]] if len(p.resize) == 2 else None, "pad": None}
+    fixed = [*p.resize[::-1]] if is_crop and len(p.resize) == 2 else None
     draft = pixels.MARGIN * max((p.crop, *p.resize) if is_crop else (p.crop,))
     return {
         "geometry": p.geometry,
-        "size": fixed[p.geometry],
+        "size": [p.crop, p.crop] if p.geometry == "squash" else fixed,
         "side": p.resize[0] if is_crop else p.crop,
         "crop": p.crop,
         "interpolation": p.interpolation,
@@ -132,14 +133,14 @@ def geometry(preprocessing: Preprocessing) -> dict[str, Any]:
 def in_words(preprocessing: Preprocessing, *, is_whole: bool) -> str:
     """What the input of the file is."""
     how = geometry(preprocessing)
-    side, filter_name = how["crop"], how["interpolation"]
-    resized = {
-        "crop": f"resized ({filter_name}) so that its shorter side has {how['side']} px, the longer one rounded down",
-        "pad": f"resized ({filter_name}) so that its longer side has {side} px, the shorter one rounded",
-        "squash": f"resized ({filter_name})",
-    }[how["geometry"]]
+    side = how["crop"]
     if how["size"]:
-        resized = f"resized ({filter_name}) to {how['size'][0]} x {how['size'][1]} px (width x height)"
+        size = f"to {how['size'][0]} x {how['size'][1]} px (width x height)"
+    elif how["geometry"] == "crop":
+        size = f"so that its shorter side has {how['side']} px, the longer one rounded down"
+    else:
+        size = f"so that its longer side has {side} px, the shorter one rounded"
+    resized = f"resized ({how['interpolation']}) {size}"
     placed = {
         "crop": f"of which the middle {side} x {side} px are cut out",
         "pad": f"in the middle of a square of {side} px of the colour {tuple(how['fill'])}",
@@ -153,38 +154,8 @@ def in_words(preprocessing: Preprocessing, *, is_whole: bool) -> str:
 
 def example(name: str, preprocessing: Preprocessing, *, is_whole: bool) -> str:
     """Python that predicts photo.jpg with the exported file `name`, with numpy, Pillow and onnxruntime alone."""
-    how = geometry(preprocessing)
-    scaled = {
-        "crop": '[int(how["side"] * n / min(image.size)) for n in image.size]',
-        "pad": '[max(1, round(how["side"] * n / max(image.size))) for n in image.size]',
-    }
-    size = 'how["size"]' if how["size"] else scaled[how["geometry"]]
-    opaque = """image = ImageOps.exif_transpose(image)
-image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-opaque = Image.new("RGB", image.size, "white")  # what is transparent becomes white, as in training
-opaque.paste(image, mask=image if image.mode == "RGBA" else None)
-"""
-    pixels = f"""how, classes = json.loads(meta["geometry"]), json.loads(meta["class_names"])
-image = Image.open("photo.jpg")
-image.draft(None, how["jpeg_draft"])  # a large JPEG is decoded at reduced size, as in training
-{opaque}size = {size}
-corner = tuple(gap // 2 if gap > 0 else round(gap / 2) for gap in (how["crop"] - n for n in size))
-square = Image.new("RGB", (how["crop"], how["crop"]), tuple(how["fill"]))
-square.paste(opaque.resize(size, Image.Resampling[how["interpolation"].upper()]), corner)
-(probabilities,) = model.run(None, {{"pixels": np.asarray(square)[None]}})"""
-    whole = f"""classes = json.loads(meta["class_names"])
-image = Image.open("photo.jpg")
-{opaque}(probabilities,) = model.run(None, {{"image": np.asarray(opaque)}})"""
-    return f"""import json
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-model = onnxruntime.InferenceSession({json.dumps(name, ensure_ascii=False)})
-meta = model.get_modelmeta().custom_metadata_map
-{whole if is_whole else pixels}
-print(classes[probabilities[0].argmax()], probabilities[0].max())
-"""
+    name = json.dumps(name, ensure_ascii=False)
+    return model_card.render("example.py.jinja", name=name, how=geometry(preprocessing), is_whole=is_whole)
 
 
 def compare(file: Path, network: nn.Module, card: Card, images: Sequence[Path], *, is_whole: bool) -> Check:
@@ -233,9 +204,8 @@ def _judge(check: Check, *, is_whole: bool) -> None:
 
 def _require_onnx() -> None:
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnxruntime", "onnxscript"):
+            import_module(name)
     except ImportError as error:
         raise ValueError(f"{error}; run: pip install --requirement requirements-export.lock") from None
 
@@ -247,8 +217,7 @@ def _files(images: Sequence[str], run: Path, card: Card) -> tuple[list[Path], st
         if not files:
             raise ValueError(f"--images: no image in {', '.join(images)}; expected files with the extensions of images")
     else:
-        parents = run.absolute().parents
-        root = parents[min(2, len(parents) - 1)]
+        root = inference.repository_of(run)
         try:
             directory = root / load_params(root / PARAMS).dataset.path
             names = manifest.read_images(root / manifest.IMAGES).image_id
@@ -280,36 +249,31 @@ def _to_onnx(network: nn.Module, card: Card, opset: int, *, is_whole: bool) -> b
     if size_bytes > LARGEST:
         raise ValueError(f"{name}: {size_bytes / 1e9:.1f} GB of weights; expected at most 2, which one ONNX file holds")
     black = torch.zeros(2, preprocessing.crop, preprocessing.crop, 3, dtype=torch.uint8)
-    try:
-        with _silence(), torch.no_grad():
-            program = torch.onnx.export(
-                Shipped(network, card).eval(),
-                (black,),
-                input_names=["pixels"],
-                output_names=["probabilities"],
-                opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim("n")},),
-                dynamo=True,
-            )
-            assert program is not None  # as it is with dynamo
-            _forget_sources(program.model)
-            model = program.model_proto
-            if is_whole:
-                front = onnx.parser.parse_model(_whole_image(preprocessing, model.ir_version, opset))
-                model = onnx.compose.merge_models(front, model, io_map=[("front_pixels", "pixels")])
-            described = {
-                "class_names": json.dumps(card.class_names, ensure_ascii=False),
-                "geometry": json.dumps(geometry(preprocessing)),
-                "input": in_words(preprocessing, is_whole=is_whole),
-                "output": f"probabilities: float32 (n, {len(card.class_names)}), of the classes in class_names",
-                "card": card.model_dump_json(),
-            }
-            onnx.helper.set_model_props(model, described)
-            onnx.checker.check_model(model)
-    # The exporter raises errors of many types; all of them mean that it cannot say the network
-    except Exception as error:
-        raise_if_of_machine(error)
-        raise ValueError(f"{name} cannot be exported to ONNX ({_reason(error)})") from None
+    with _explained(f"{name} cannot be exported to ONNX"), _silence(), torch.no_grad():
+        program = torch.onnx.export(
+            Shipped(network, card).eval(),
+            (black,),
+            input_names=["pixels"],
+            output_names=["probabilities"],
+            opset_version=opset,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            dynamo=True,
+        )
+        assert program is not None  # as it is with dynamo
+        _forget_sources(program.model)
+        model = program.model_proto
+        if is_whole:
+            front = onnx.parser.parse_model(_whole_image(preprocessing, model.ir_version, opset))
+            model = onnx.compose.merge_models(front, model, io_map=[("front_pixels", "pixels")])
+        described = {
+            "class_names": json.dumps(card.class_names, ensure_ascii=False),
+            "geometry": json.dumps(geometry(preprocessing)),
+            "input": in_words(preprocessing, is_whole=is_whole),
+            "output": f"probabilities: float32 (n, {len(card.class_names)}), of the classes in class_names",
+            "card": card.model_dump_json(),
+        }
+        onnx.helper.set_model_props(model, described)
+        onnx.checker.check_model(model)
     found = {one.domain: one.version for one in model.opset_import}[""]
     if found != opset:
         raise ValueError(f"{name}: the exporter cannot write opset {opset} for it, only {found}; use --opset {found}")
@@ -401,11 +365,20 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
-    """The start of the message of what was raised first."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
+@contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Errors of the exporter and of onnxruntime, which are of many types, as a ValueError of one line.
+
+    It ends with the start of the message of what was raised first.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise_if_of_machine(error)
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        raise ValueError(f"{problem} ({type(first).__name__}: {one_line(first)[:200]})") from None
 
 
 def _session(file: Path, card: Card) -> Any:  # noqa: ANN401
@@ -414,20 +387,14 @@ def _session(file: Path, card: Card) -> Any:  # noqa: ANN401
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves torch the cores between batches
-    try:
+    with _explained(_cannot_run(card)):
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise _cannot_run(error, card) from None
 
 
 def _run(session: Any, card: Card, given: np.ndarray) -> np.ndarray:  # noqa: ANN401
-    try:
+    with _explained(_cannot_run(card)):
         return session.run(None, {session.get_inputs()[0].name: given})[0]
-    except Exception as error:
-        raise _cannot_run(error, card) from None
 
 
-def _cannot_run(error: Exception, card: Card) -> ValueError:
-    """onnxruntime's errors have no common type."""
-    raise_if_of_machine(error)
-    return ValueError(f"{card.backbone.choice.name}: onnxruntime cannot run the exported file ({_reason(error)})")
+def _cannot_run(card: Card) -> str:
+    return f"{card.backbone.choice.name}: onnxruntime cannot run the exported file"

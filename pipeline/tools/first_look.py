@@ -6,7 +6,6 @@ these caches.
 """
 
 import difflib
-import logging
 import os
 import shutil
 import subprocess
@@ -16,11 +15,11 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.params import HEAD_ONLY, PARAMS, Dataset, load_params
+from pipeline.tools import experiments
 
 PLACE = Path("first-look")
 COPIED = ("dvc.yaml", ".dvcignore", "pipeline", ".dvc/plots", "data/weights")
 CONFIG = "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n[cache]\n    dir = {}\n"
-log = logging.getLogger("pipeline")
 
 
 def make() -> None:
@@ -45,8 +44,8 @@ def make() -> None:
 def lay_out() -> None:
     """Make the directory, or bring it up to date; what its stages wrote stays."""
     params = load_params()
-    for name in COPIED:
-        source, target = Path(name), PLACE / name
+    for source in (*map(Path, COPIED), *Path().glob("requirements*.lock")):
+        target = PLACE / source
         if source.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             ignored = shutil.ignore_patterns("__pycache__", "*.dvc", ".gitignore")
@@ -54,8 +53,6 @@ def lay_out() -> None:
         elif source.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    for lock in Path().glob("requirements*.lock"):
-        shutil.copyfile(lock, PLACE / lock)
     (PLACE / ".dvc").mkdir(exist_ok=True)
     (PLACE / ".dvc" / "config").write_text(CONFIG.format(cache_directory()), encoding="utf-8")
     yaml = YAML()
@@ -90,10 +87,7 @@ def check_images(dataset: Dataset) -> None:
 
 def cache_directory() -> Path:
     """DVC's cache, which may lie elsewhere (`dvc cache dir`)."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"dvc cache dir: {' '.join(done.stderr.split())}")
-    return Path(done.stdout.strip()).resolve()
+    return Path(experiments.dvc("cache", "dir", is_quiet=True).strip()).resolve()
 
 
 def link(source: str, target: str) -> None:

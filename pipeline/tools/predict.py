@@ -3,7 +3,6 @@
 import codecs
 import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -43,7 +42,7 @@ class Options:
 
 
 def show(
-    run: str, images: Sequence[str], table: Path | None, options: Options, output: Path | None, workers: int
+    run: str, images: Sequence[str], table: Path | None, options: Options, output: Path | None, workers: int | None
 ) -> None:
     """Print the prediction for every image that can be read, or write it to `output`; ValueError if one cannot.
 
@@ -68,7 +67,7 @@ def show(
         if output is not None:
             place = stack.enter_context(replacing(output))
             file = stack.enter_context(place.open("w", encoding="utf-8", errors="backslashreplace", newline=""))
-        file.writelines(_WRITERS[options.form](rows, network.card, options, file))
+        _WRITERS[options.form](rows, network.card, options, file)
     if failures:
         more = f"; and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
         found = f"{len(failures)} of {len(paths)} images cannot be read"
@@ -148,17 +147,15 @@ def predict(answers: Iterable[Answer], card: Card, options: Options) -> Iterator
     """
     temperature = 1.0 if options.is_raw else card.temperature
     for answer in answers:
-        row = {"path": str(answer.read.path), "class": None, "probability": None, "probabilities": {}}
-        if answer.read.error:
-            yield row | {"error": answer.read.error}
-            continue
-        probability = calibration.scaled(answer.log_probability[None], temperature)[0]
-        order = np.argsort(-probability, kind="stable")
-        best, shown = order[0], range(len(order)) if options.top is None else order[: options.top]
-        row["class"] = card.class_names[best] if probability[best] >= options.least else None
-        row["probability"] = round(float(probability[best]), 6)
-        row["probabilities"] = {card.class_names[i]: round(float(probability[i]), 6) for i in shown}
-        yield row | {"error": ""}
+        row = {"path": str(answer.path), "class": None, "probability": None, "probabilities": {}, "error": answer.error}
+        if not answer.error:
+            probability = calibration.scaled(answer.log_probability[None], temperature)[0]
+            order = np.argsort(-probability, kind="stable")
+            best, shown = order[0], range(len(order)) if options.top is None else order[: options.top]
+            row["class"] = card.class_names[best] if probability[best] >= options.least else None
+            row["probability"] = round(float(probability[best]), 6)
+            row["probabilities"] = {card.class_names[i]: round(float(probability[i]), 6) for i in shown}
+        yield row
 
 
 def _noted(rows: Iterable[Json], failures: list[str]) -> Iterator[Json]:
@@ -168,7 +165,7 @@ def _noted(rows: Iterable[Json], failures: list[str]) -> Iterator[Json]:
         yield row
 
 
-def _table(rows: Iterable[Json], card: Card, options: Options, _file: TextIO) -> Iterator[str]:
+def _table(rows: Iterable[Json], card: Card, options: Options, file: TextIO) -> None:
     """Class, probability and path; with `top`, the next most probable classes between them, of an undecided one all."""
     width = max(len(name) for name in (*card.class_names, UNDECIDED))
     for row in rows:
@@ -178,42 +175,37 @@ def _table(rows: Iterable[Json], card: Card, options: Options, _file: TextIO) ->
         ranked = ranked if row["class"] is None else ranked[1:]
         name = UNDECIDED if row["class"] is None else row["class"]
         shown = [f"{printable(name):<{width}}", f"{row['probability']:.4f}", *map(printable, ranked)]
-        yield "  ".join([*shown, printable(row["path"])]) + "\n"
+        print(*shown, printable(row["path"]), sep="  ", file=file)
 
 
-def _json(rows: Iterable[Json], _card: Card, _options: Options, file: TextIO) -> Iterator[str]:
+def _json(rows: Iterable[Json], _card: Card, _options: Options, file: TextIO) -> None:
     """A list with a line for each image that can be read."""
     separator = "[\n"
     for row in rows:
         if not row.pop("error"):
-            yield separator + _dumped(row, file)
+            file.write(separator + _dumped(row, file))
             separator = ",\n"
-    yield "\n]\n" if separator != "[\n" else "[]\n"
+    file.write("\n]\n" if separator != "[\n" else "[]\n")
 
 
-def _jsonl(rows: Iterable[Json], _card: Card, _options: Options, file: TextIO) -> Iterator[str]:
+def _jsonl(rows: Iterable[Json], _card: Card, _options: Options, file: TextIO) -> None:
     """A line for each image; one that cannot be read has an `error`."""
     for row in rows:
         error = row.pop("error")
-        yield _dumped(row | ({"error": error} if error else {}), file) + "\n"
+        print(_dumped(row | ({"error": error} if error else {}), file), file=file)
 
 
-def _csv(rows: Iterable[Json], card: Card, options: Options, _file: TextIO) -> Iterator[str]:
+def _csv(rows: Iterable[Json], card: Card, options: Options, file: TextIO) -> None:
     """A row for each image; one that cannot be read has an `error`."""
     names, n = card.class_names, min(options.top or 0, len(card.class_names))
     ranked = [f"{word}_{k}" for k in range(1, n + 1) for word in ("class", "probability")]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "class", "probability", *(ranked or [f"p({name})" for name in names]), "error"])
     for row in rows:
         given = row["probabilities"]
         shown = [value for pair in given.items() for value in pair] if n else [*given.values()]
         shown = shown or [None] * (2 * n or len(names))
         writer.writerow([row["path"], row["class"], row["probability"], *shown, row["error"]])
-        yield buffer.getvalue()
-        buffer.seek(0)
-        buffer.truncate()
-    yield buffer.getvalue()
 
 
 def _dumped(row: Json, file: TextIO) -> str:

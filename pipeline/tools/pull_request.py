@@ -8,9 +8,6 @@ any other figure by the intervals of both sides, and one without an interval as 
 
 import difflib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from pipeline.comparison.tested_images import Tested
 from pipeline.logs import one_line
 from pipeline.params import Compare, load_params
 from pipeline.report.provenance import file_at, git
+from pipeline.tools import experiments
 
 DETAILS, OUTCOMES = Path("reports/details.json"), Path("reports/outcomes.json")
 ACCURACY = ".test.metrics.accuracy.value"  # the figure that is compared image by image
@@ -126,19 +124,17 @@ def judge(before: Side, after: Side, options: Compare) -> list[Verdict]:
 
     ValueError for a name that its strategy has on neither side, and for what is no number or has no better direction.
     """
-    known = {**before.figures, **after.figures}
-    for name in options.guard:
+    known, verdicts = {**before.figures, **after.figures}, []
+    for name, tolerance in options.guard.items():
         is_higher_better(name, options.metric)
         same_strategy = [other for other in known if other.partition(".")[0] == name.partition(".")[0]]
         if same_strategy and name not in known:
             near = ", ".join(difflib.get_close_matches(name, same_strategy, n=3)) or "none"
             raise ValueError(f"compare.guard: {name!r} is not in {DETAILS}; close matches: {near}")
-        for value in (before.figures.get(name), after.figures.get(name)):
+        was, is_now = before.figures.get(name), after.figures.get(name)
+        for value in (was, is_now):
             if isinstance(value, bool | str):
                 raise ValueError(f"compare.guard: {name} is {value!r} in {DETAILS}; expected a number")
-    verdicts = []
-    for name, tolerance in options.guard.items():
-        was, is_now = before.figures.get(name), after.figures.get(name)
         verdicts.append(Verdict(name, tolerance, was, is_now, *regression(name, before, after, options)))
     return verdicts
 
@@ -248,13 +244,7 @@ def _changes(kind: str, revision: str) -> list[tuple[Any, ...]]:
 
 
 def _dvc(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dvc", *arguments, "--json"]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}  # whatever this terminal can show
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
-    if done.returncode:
-        raise ValueError(f"dvc {' '.join(arguments[:3])}: {' '.join(done.stderr.split())}")
-    print(done.stderr, end="", file=sys.stderr)  # what it could not read at one of the revisions
-    return json.loads(done.stdout)
+    return json.loads(experiments.dvc(*arguments, "--json", is_quiet=True))
 
 
 def _flat(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:  # noqa: ANN401

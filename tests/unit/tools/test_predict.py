@@ -261,7 +261,7 @@ def test_what_is_below_the_confidence_is_undecided_and_not_left_out(
     run, _, _ = save("feature_extraction", tmp_path, monkeypatch)
     confidence = [0.9, 0.5, 0.75, 0.74, 0.4]
     logs = [np.log(np.array([0.05, 0.95 - p, p], np.float32)) for p in confidence]
-    found = [inference.Answer(inference.Read(path, ""), log) for path, log in zip(photographs, logs, strict=True)]
+    found = [inference.Answer(path, "", log_probability=log) for path, log in zip(photographs, logs, strict=True)]
     monkeypatch.setattr(inference, "run", lambda *_: iter(found))
     command = ["predict", str(run), *map(str, photographs), "--raw", "--min-confidence", "0.75"]
     cli([*command, "--format", "jsonl"], standalone_mode=False)
@@ -354,12 +354,12 @@ def test_many_images_are_read_by_processes_and_answered_in_order(
     given = [tmp_path / f"gone {i}.png" if is_gone[i] else photographs[i % 5] for i in range(40)]
     network = inference.open_network(run, len(given))
     found = list(inference.run(network, given, 2))
-    assert [answer.read.path for answer in found] == given
-    alone = {answer.read.path: answer for answer in inference.run(network, photographs, 0)}
+    assert [answer.path for answer in found] == given
+    alone = {answer.path: answer for answer in inference.run(network, photographs, 0)}
     for i, answer in enumerate(found):
-        assert bool(answer.read.error) == is_gone[i]
+        assert bool(answer.error) == is_gone[i]
         if not is_gone[i]:
-            assert np.array_equal(answer.log_probability, alone[answer.read.path].log_probability)
+            assert np.array_equal(answer.log_probability, alone[answer.path].log_probability)
 
 
 def test_a_head_on_weights_of_ones_own_finds_them_beside_its_repository(
