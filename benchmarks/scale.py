@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from benchmarks.common import Line, Workspace, run, workspace
 from pipeline.dataset import manifest
@@ -41,12 +40,9 @@ def main() -> None:
 
 def measure(chosen: argparse.Namespace) -> Iterator[Line]:
     """The store, and the tables."""
-    with workspace(Path("images")) as place:
-        yield from measure_opening(place, chosen)
-    with workspace(Path("images")) as place:
-        yield from measure_reading(place, chosen)
-    with workspace(Path("images")) as place:
-        yield from measure_tables(place, chosen)
+    for measured in (measure_opening, measure_reading, measure_tables):
+        with workspace(Path("images"), split={"seeds": [*range(SEEDS)]}) as place:
+            yield from measured(place, chosen)
 
 
 def measure_opening(place: Workspace, chosen: argparse.Namespace) -> Iterator[Line]:
@@ -76,10 +72,6 @@ def measure_reading(place: Workspace, chosen: argparse.Namespace) -> Iterator[Li
 
 def measure_tables(place: Workspace, chosen: argparse.Namespace) -> Iterator[Line]:
     """images.csv, labels.csv, and the stage that splits."""
-    yaml = YAML()
-    params = yaml.load(place.root / "params.yaml")
-    params["split"]["seeds"] = list(range(SEEDS))
-    yaml.dump(params, place.root / "params.yaml")
     written, split = part(place, "write_tables", chosen), place.run("pipeline.stages.split")
     read = part(place, "read_tables", chosen)
     print(
