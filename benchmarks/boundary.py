@@ -8,15 +8,15 @@ which changes no speed. The time of an epoch, with its validation, is that of se
 import copy
 import os
 import tempfile
-import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import nn
 
-from benchmarks.common import LITE, Line, choose, run
+from benchmarks.common import LITE, Line, choose, run, took
 from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.features.loading import open_loader
@@ -73,9 +73,7 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     seconds = []
     for epochs in (1, n_epochs + 1):
         strategy = Strategy.model_validate(base | changes | {"epochs": epochs})
-        start = time.perf_counter()
-        fit.train(copy.deepcopy(network), task, strategy, 0, "benchmark")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(took(partial(fit.train, copy.deepcopy(network), task, strategy, 0, "benchmark")))
     return (seconds[1] - seconds[0]) / n_epochs
 
 

@@ -204,18 +204,13 @@ def _draw(side: int, path: Path) -> str:
     return sha256(path.read_bytes())
 
 
-def show(line: Line) -> None:
-    """Print it, with what it should keep."""
-    target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
-    print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
-
-
 def run(measure: Callable[..., Iterable[Line]]) -> None:
     """Print what `measure` yields, of fewer images with --quick; where what it needs is missing, that is one line."""
     start, verdicts = time.perf_counter(), []
     try:
         for line in measure(is_quick="--quick" in sys.argv):
-            show(line)
+            target, verdict = f"{line.bound} {line.limit:g}", "holds" if line.holds else "MISSED"
+            print(f"{line.name:<58}{line.value:>10.3g} {line.unit:<24}{target:<16}{verdict}", flush=True)
             verdicts.append(line.holds)
         seconds = time.perf_counter() - start
         print(f"{len(verdicts)} lines, {verdicts.count(False)} missed their target; {seconds:.0f} s")

@@ -97,10 +97,11 @@ def measure(given: argparse.Namespace) -> Iterator[Line]:
     decoding = 4 * len(paths) / taken
     seconds["first use of the device"] = took(lambda: torch.zeros(1, device=choose_device(given.device)))
     device = choose_device(given.device)
-    print(f"{describe(device)}, {n_cores} cores, {platform.platform()}, torch {torch.__version__}", flush=True)
-    precisions = ["fp32"]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        precisions.append("bf16")
+    name, precisions, sizes = "CPU", ["fp32"], (8, 16)
+    if device.type == "cuda":
+        name, sizes = torch.cuda.get_device_name(device), (256, 512, 1024)
+        precisions += ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+    print(f"{name}, {n_cores} cores, {platform.platform()}, torch {torch.__version__}", flush=True)
 
     rates: dict[str, float] = {}
     for precision in precisions:
@@ -108,9 +109,8 @@ def measure(given: argparse.Namespace) -> Iterator[Line]:
         seconds[f"first {N_WARM} images, {precision}"] = took(partial(extract_some, N_WARM))
         (first, digest), (second, again) = extract_all(), extract_all()
         rates[precision] = max(first, second)
-        by_batch = {size: forward_rate(given, size, precision, device) for size in batch_sizes(device)}
-        best = max(by_batch, key=by_batch.__getitem__)
-        limit = min(decoding, by_batch[best])
+        by_batch = {size: forward_rate(given, size, precision, device) for size in sizes}
+        limit = min(decoding, max(by_batch.values()))
         alone = ", ".join(f"{rate:.0f} at {size}" for size, rate in by_batch.items())
         print(f"  {precision}: {rates[precision]:.0f} views/s; decoding {decoding:.0f}, network {alone}", flush=True)
         yield Line(f"extraction / its limit, {precision}", rates[precision] / limit, "times", "at least", 0.8)
@@ -124,16 +124,6 @@ def measure(given: argparse.Namespace) -> Iterator[Line]:
     yield from with_one_worker(given, n_cores)
     yield from head(given, device, n_cores)
     yield from training(given, device)
-
-
-def describe(device: torch.device) -> str:
-    """The name of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def batch_sizes(device: torch.device) -> tuple[int, ...]:
-    """Among which the network alone has its best one."""
-    return (256, 512, 1024) if device.type == "cuda" else (8, 16)
 
 
 # The stages

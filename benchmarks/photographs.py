@@ -23,7 +23,7 @@ from pipeline.dataset.decoding import sha256
 from pipeline.features import engine, pixels
 from pipeline.features.views import make_views
 from pipeline.network import backbones, cuts
-from pipeline.network.backbones import Backbone
+from pipeline.network.cuts import Prefix
 from pipeline.network.preprocessing import Preprocessing
 from pipeline.params import JpegDecoding, load_params
 
@@ -48,7 +48,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             rates = ", ".join(f"{stage} {1 / value:.1f}" for stage, value in seconds[decoding].items())
             print(f"  {decoding}, images/s: {rates}", flush=True)
         index = sum(taken["index"] for taken in seconds.values()) / len(seconds)  # it does the same in both
-        _, taken = on_all_cores(partial(decode_one, load(None, "fast").preprocessing), files)
+        _, taken = on_all_cores(partial(decode_one, load(None, "fast").backbone.preprocessing), files)
         decode, forward = taken / n, forward_seconds()
     print(f"  alone, images/s: decoding {1 / decode:.1f}, network {1 / forward:.0f}", flush=True)
     fast, exact = (index + seconds[decoding]["extract"] for decoding in ("fast", "exact"))
@@ -96,9 +96,10 @@ def stage_seconds(files: Sequence[Path], jpeg_decoding: str) -> dict[str, float]
             return {"index": index, "extract": place.run("pipeline.stages.extract").seconds}
 
 
-def load(image_size: int | None, jpeg_decoding: JpegDecoding) -> Backbone:
-    """The default network."""
-    return backbones.load(choose(LITE), image_size).with_inputs("crop", jpeg_decoding)
+def load(image_size: int | None, jpeg_decoding: JpegDecoding) -> Prefix:
+    """The default network as a whole."""
+    backbone = backbones.load(choose(LITE), image_size).with_inputs("crop", jpeg_decoding)
+    return cuts.prefix_and_suffix(backbone, cuts.ALL, {cuts.ALL: cuts.Pool("none", 0)})[0]
 
 
 def decode_one(preprocessing: Preprocessing, path: Path) -> tuple[str, int]:
@@ -109,10 +110,9 @@ def decode_one(preprocessing: Preprocessing, path: Path) -> tuple[str, int]:
 
 def forward_seconds() -> float:
     """Seconds per image of the network alone."""
-    backbone = load(None, "fast")
-    module = cuts.prefix_and_suffix(backbone, cuts.ALL, {cuts.ALL: cuts.Pool("none", 0)})[0].module
-    batch = torch.randint(256, (8, *[backbone.preprocessing.crop] * 2, 3), dtype=torch.uint8)
-    runner = engine.prepare("auto", module, batch, "fp32", CPU)
+    network = load(None, "fast")
+    batch = torch.randint(256, (8, *[network.backbone.preprocessing.crop] * 2, 3), dtype=torch.uint8)
+    runner = engine.prepare("auto", network.module, batch, "fp32", CPU)
     list(runner.run([batch] * 4))
     return took(lambda: list(runner.run([batch] * N_BATCHES))) / (N_BATCHES * len(batch))
 
@@ -129,12 +129,11 @@ def differences() -> tuple[float, float]:
             contents.append(path.read_bytes())
     features, label = {}, np.arange(N_PATCHES) % 2
     for jpeg_decoding in ("exact", "fast"):
-        backbone = load(SMALL, jpeg_decoding)
-        given = backbone.preprocessing, PARAMS.augmentation
+        network = load(SMALL, jpeg_decoding)
+        given = network.backbone.preprocessing, PARAMS.augmentation
         batch = torch.from_numpy(np.concatenate([make_views(each, sha256(each), [0], *given) for each in contents]))
-        module = cuts.prefix_and_suffix(backbone, cuts.ALL, {cuts.ALL: cuts.Pool("none", 0)})[0].module
         with torch.inference_mode():
-            features[jpeg_decoding] = module(batch).numpy()
+            features[jpeg_decoding] = network.module(batch).numpy()
     change = np.sqrt(np.square(features["fast"] - features["exact"]).mean() / np.square(features["exact"]).mean())
     half = N_PATCHES // 2
     exact, fast = (
