@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPOSITORY, call, took, write_params
+from benchmarks.common import REPOSITORY, call, merged, took, write_params
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.features import extraction
@@ -20,7 +20,6 @@ from pipeline.training.runs import Run, read_run
 
 STUDIES = REPOSITORY / "data" / ".studies"
 FIRST_VALIDATION_SEED = 100  # seeds from here on choose parameters; those below judge them
-FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on; but not the seeds of folds
 USED = (
     "files.py",
     *(f"{package}/*.py" for package in ("dataset", "ingest", "network", "features", "training", "stages")),
@@ -43,14 +42,9 @@ def run(found: dict[str, Any]) -> tuple[Labels, dict[str, list[Run]]]:
 
 def locate(found: dict[str, Any]) -> Path:
     """The directory of the study: one for all that can change a run, but for how many there are."""
-    free = FREE | ({"split": []} if found["split"]["method"] == "folds" else {})
-    fixed = {
-        name: {key: value for key, value in section.items() if key not in free.get(name, ())}
-        if isinstance(section, dict)
-        else section
-        for name, section in found.items()
-        if name != "runtime"
-    }
+    fixed = merged(found, {"runtime": None, "fine_tune": {"run": None, "seeds": None}})
+    if found["split"]["method"] != "folds":  # whose number makes them other splits
+        fixed = merged(fixed, {"split": {"seeds": None}})
     device = choose_device(found["runtime"]["device"]).type
     code = digest_of_code(modules=USED)
     return STUDIES / digest({"params": fixed, "device": device, "code": code, "versions": extraction.versions()})[:16]

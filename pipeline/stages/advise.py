@@ -73,9 +73,9 @@ def main() -> None:
     n_train = len(split.rows("train"))
     with threadpool_limits(1):  # small matrices; bytes that do not depend on `threads`
         found = findings.find(blocks, own, features[1] if len(features) > 1 else None, sample, n_train, options)
-    size = {"parameters": plan.parameters, "flops_per_image": plan.flops_per_image}
-    size["features"] = sum(tap.width for tap in taps if tap.cut in own)
-    network = {"name": plan.choice.name, "weights": plan.choice.weights, "licence": plan.licence, **size}
+    network = {"name": plan.choice.name, "weights": plan.choice.weights, "licence": plan.licence}
+    network |= {"parameters": plan.parameters, "flops_per_image": plan.flops_per_image}
+    network["features"] = sum(tap.width for tap in taps if tap.cut in own)
     found |= {"network": network | {"image_size": plan.preprocessing.crop, "cuts": own}, "seed": split.seed}
     # Advice on the same images and labels can be compared
     looked_at = digest([(labels.sha256[row], labels.class_names[labels.label[row]]) for row in rows])
