@@ -38,7 +38,6 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         for line in part.measure(is_quick=is_quick):
             lines.append(line)
             yield line
-    print(f"{len(lines)} lines, {sum(not line.holds for line in lines)} missed their target")
     write_json(RESULTS, [asdict(line) | {"holds": line.holds} for line in lines])
 
 

@@ -8,15 +8,15 @@ which changes no speed. The time of an epoch, with its validation, is that of se
 import copy
 import os
 import tempfile
-import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import nn
 
-from benchmarks.common import LITE, Line, choose, run
+from benchmarks.common import LITE, Line, choose, run, took
 from pipeline.dataset import manifest
 from pipeline.features import extraction
 from pipeline.features.loading import open_loader
@@ -48,8 +48,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_cached: bool) -> float:
     """Seconds of one epoch on so many images, the mean of `n_epochs` after the first."""
     params, files, labels = load_params(), manifest.read_images(), manifest.read_labels()
-    flips = params.augmentation.model_copy(update={"flips": "both"})
-    params = params.model_copy(update={"augmentation": flips})
+    augmentation = params.augmentation.model_copy(update={"flips": "both"})
     torch.set_num_threads(params.threads)
     split = manifest.read_split(0, labels.image_id)
     train, val = split.rows("train")[:n_images], split.rows("val")[:8]
@@ -57,10 +56,10 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     pools = {cuts.ALL: cuts.Pool("none", 0)}
     prefix, suffix = cuts.prefix_and_suffix(backbone, cuts.resolve(backbone, boundary), pools)
     device, paths = torch.device("cpu"), extraction.locate(files, params.dataset.path)
-    loader = open_loader(paths, backbone.preprocessing, params.augmentation, [0, *VIEWS], params.runtime, device)
+    loader = open_loader(paths, backbone.preprocessing, augmentation, [0, *VIEWS], params.runtime, device)
     if is_cached:
         pairs = [(int(row), view) for row in train for view in VIEWS] + [(int(row), 0) for row in val]
-        computation = extraction.prepare(prefix, params.augmentation, params.features, device)
+        computation = extraction.prepare(prefix, augmentation, params.features, device)
         load, _ = fine_tune.load_activations(computation, files, pairs, loader, params.runtime.store_max_gb)
     else:
         load = fine_tune.load_images(files, loader)
@@ -73,9 +72,7 @@ def epoch_seconds(name: str, boundary: str, n_images: int, n_epochs: int, *, is_
     seconds = []
     for epochs in (1, n_epochs + 1):
         strategy = Strategy.model_validate(base | changes | {"epochs": epochs})
-        start = time.perf_counter()
-        fit.train(copy.deepcopy(network), task, strategy, 0, "benchmark")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(took(partial(fit.train, copy.deepcopy(network), task, strategy, 0, "benchmark")))
     return (seconds[1] - seconds[0]) / n_epochs
 
 

@@ -69,11 +69,8 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
 
 def start(policy: str | None, n_images: int) -> subprocess.Popen[str]:
     """A process that makes a training step on `n_images` for each line that it reads."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("OMP_WAIT_POLICY", None)
-    environment.pop("OMP_NUM_THREADS", None)
-    if policy:
-        environment["OMP_WAIT_POLICY"] = policy
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    environment |= {"PYTHONPATH": str(REPOSITORY)} | ({"OMP_WAIT_POLICY": policy} if policy else {})
     command = [sys.executable, "-c", STEPS, LITE, str(n_images)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -60,10 +60,8 @@ def cases() -> Iterator[tuple[str, Case]]:
             continue  # as slow as all others together
         yield "equal", Case(n, discordance, (0.0,) * 3, n_seeds, unit_size)
         yield "the cheapest just beyond the margin", Case(n, discordance, (-beyond, 0.0, 0.0), n_seeds, unit_size)
-        yield (
-            "all but the dearest just beyond the margin",
-            Case(n, discordance, (-beyond, -beyond, 0), n_seeds, unit_size),
-        )
+        worse = Case(n, discordance, (-beyond, -beyond, 0), n_seeds, unit_size)
+        yield "all but the dearest just beyond the margin", worse
     for n, kind in product((120, 150, 200, 300, 1000), ("plain", "weighted", "rare")):
         worse = 100 * RARE_MARGIN + 0.01 if kind == "rare" else beyond
         discordance = 0.04 if kind == "plain" else 0.1
@@ -135,26 +133,29 @@ def simulate(case: Case, studies: int) -> dict[str, float]:
     rho, random = correlation(case.discordance), np.random.default_rng(0)
     truth = {str(number): points for number, points in enumerate(case.points)}
     best, names, margin = max(truth.values()), list(truth), RARE_MARGIN if case.kind == "rare" else MARGIN
-    counted = ("best in the set", "cheapest chosen", "cheapest chosen by the old rule", "settled", "settled wrongly")
-    rates: dict[str, float] = dict.fromkeys(counted, 0.0)
-    rates |= dict.fromkeys(("loss", "loss of argmax", "loss of the old rule"), 0.0)
+    costs = {name: number for number, name in enumerate(names)}
+    each: list[dict[str, float]] = []
     for _ in range(studies):
         runs, study = draw(case, rho, random)
-        costs = {name: number for number, name in enumerate(names)}
         found = recommendation.recommend(runs, costs, study, margin, CONFIDENCE, {})
         in_set = {found.strategy, *(rival.strategy for rival in found.rivals if not rival.beaten_by)}
         accuracy = {name: np.mean([_accuracy(run, study) for run in these]) for name, these in runs.items()}
         observed = max(names, key=accuracy.__getitem__)
-        rates["best in the set"] += (max(names, key=truth.__getitem__) in in_set) / studies
-        rates["cheapest chosen"] += (found.strategy == names[0]) / studies
         old = old_rule(runs, study, observed)
-        rates["cheapest chosen by the old rule"] += (old == names[0]) / studies
-        rates["settled"] += found.is_settled / studies
-        rates["settled wrongly"] += (found.is_settled and truth[found.strategy] < best - 100 * margin) / studies
-        rates["loss"] += (best - truth[found.strategy]) / studies
-        rates["loss of argmax"] += (best - truth[observed]) / studies
-        rates["loss of the old rule"] += (best - truth[old]) / studies
-    return rates
+        is_worse = truth[found.strategy] < best - 100 * margin
+        each.append(
+            {
+                "best in the set": max(names, key=truth.__getitem__) in in_set,
+                "cheapest chosen": found.strategy == names[0],
+                "cheapest chosen by the old rule": old == names[0],
+                "settled": found.is_settled,
+                "settled wrongly": found.is_settled and is_worse,
+                "loss": best - truth[found.strategy],
+                "loss of argmax": best - truth[observed],
+                "loss of the old rule": best - truth[old],
+            }
+        )
+    return {name: float(np.mean([rates[name] for rates in each])) for name in each[0]}
 
 
 def _accuracy(run: Outcomes, study: Study) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks import studies
+from benchmarks import common, studies
 from benchmarks.common import REPOSITORY
 from pipeline import logs
 from pipeline.comparison import outcomes, paired
@@ -35,7 +35,7 @@ def compare(
     names: tuple[str, ...], recipes: tuple[str, ...], strategies: tuple[str, ...], splits: int, *, is_test: bool
 ) -> None:
     """Run what is missing, then print a table."""
-    choices, first = studies.read(CHOICES), 0 if is_test else studies.FIRST_VALIDATION_SEED
+    choices, first = common.read(CHOICES), 0 if is_test else studies.FIRST_VALIDATION_SEED
     for key, given in (("data", names), ("recipes", recipes)):
         if unknown := [name for name in given if name not in choices[key]]:
             raise ValueError(f"{CHOICES}: {key}: found {unknown}, expected some of {', '.join(choices[key])}")
@@ -45,8 +45,8 @@ def compare(
     for name in names:
         found = {}
         for recipe in recipes:
-            overrides = studies.merged(choices["data"][name], choices["recipes"][recipe])
-            found[recipe] = studies.run(studies.document(studies.merged(overrides, seeds), []))
+            overrides = common.merged(choices["data"][name], choices["recipes"][recipe])
+            found[recipe] = studies.run(common.document(common.merged(overrides, seeds)))
         lines += rows(name, found, "test" if is_test else "val")
     print(as_markdown(lines, "test" if is_test else "validation"))
 

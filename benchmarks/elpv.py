@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import f1_score
 
-from benchmarks import studies
+from benchmarks import common, studies
 from benchmarks.common import REPOSITORY
 from pipeline import logs
 from pipeline.comparison import intervals, metrics
@@ -57,7 +57,7 @@ def study(changes: tuple[str, ...], *, is_validation: bool) -> None:
 
 def document(changes: Sequence[str], *, is_validation: bool) -> dict[str, Any]:
     """params.yaml, changed by elpv.yaml and by `changes`, each of which is section.key=value."""
-    found = studies.document(studies.read(OVERRIDES), changes)
+    found = common.document(common.read(OVERRIDES), changes)
     if is_validation:
         for section in (found["split"], found["fine_tune"]):
             section["seeds"] = [studies.FIRST_VALIDATION_SEED + seed for seed in section["seeds"]]

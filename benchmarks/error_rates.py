@@ -81,10 +81,7 @@ def null_tests(studies: int) -> Iterator[Row]:
             category = draw_correlated(random, group, [0.1, 0.1, 0.8], rho)  # ours better, theirs, both
             label = np.zeros(len(group), np.int64)
             study = Study(label, np.ones(len(label)), group)
-            ours, theirs = (
-                [outcomes.of_classes((category == 1).astype(int))],
-                [outcomes.of_classes((category == 0).astype(int))],
-            )
+            ours, theirs = ([outcomes.of_classes((category == better).astype(int))] for better in (1, 0))
             rejected += paired.compare(ours, theirs, study).p_value <= 0.05
             wrong += paired.lower_bound(ours, theirs, study, 0.95) > 0
         yield (n_groups, kind, rho), {"rejected": rejected / studies, "bound wrong": wrong / studies}
@@ -130,10 +127,8 @@ def choosing(studies: int) -> Iterator[Row]:
     for shared in (0.85, 0.95, 0.98):
         random, bias, wrong = np.random.default_rng(0), 0.0, 0
         for _ in range(studies):
-            noise = np.sqrt(shared) * random.normal(size=n) + np.sqrt(1 - shared) * random.normal(
-                size=(n_epochs + 1, n)
-            )
-            margin = special.ndtri(accuracy) + noise
+            common, own = random.normal(size=n), random.normal(size=(n_epochs + 1, n))
+            margin = special.ndtri(accuracy) + (np.sqrt(shared) * common + np.sqrt(1 - shared) * own)
             true_log_probability = -np.log1p(np.exp(-2 * margin)).astype(np.float32)
             predicted = (margin < 0).astype(np.int32)
             names = [f"epoch {epoch}" for epoch in range(n_epochs)]

@@ -28,7 +28,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
             plain = place.run("benchmarks.plain_loop")
         slow = plain.seconds + float(plain.printed) * (n / len(range(0, n, STEP)) - 1)
         for precision in ("fp32", "bf16"):
-            with workspace(directory, name, precision) as place:
+            with workspace(directory, name, features={"precision": precision}) as place:
                 place.list_images(listed, slice(n))
                 place.run("pipeline.stages.plan")
                 fast = place.run("pipeline.stages.extract").seconds

@@ -19,12 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir
 from functools import partial
-from multiprocessing import get_context
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -32,12 +30,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import plain_loop
-from benchmarks.common import LITE, REPOSITORY, Line, show
+from benchmarks.common import (
+    LITE,
+    REPOSITORY,
+    Line,
+    call,
+    choose_rows,
+    document,
+    generate,
+    merged,
+    on_all_cores,
+    run,
+    took,
+    write_params,
+)
 from pipeline.dataset import manifest
 from pipeline.dataset.decoding import sha256
 from pipeline.features import hdf5, pixels
@@ -66,47 +76,41 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="px of what the network sees")
     parser.add_argument("--backbone", default=LITE)
     parser.add_argument("--freeze-until", default="blocks.5")
-    given, start = parser.parse_args(), time.perf_counter()
-    try:
-        with workspace(given):
-            lines = []
-            for line in measure(given):
-                show(line)
-                lines.append(line)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    n_missed = sum(not line.holds for line in lines)
-    print(f"{len(lines)} lines, {n_missed} missed their target; {time.perf_counter() - start:.0f} s")
+    given = parser.parse_args()
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    os.environ.pop("DVC_ROOT", None)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # where the stages run, in this process
+        run(lambda *, is_quick: measure(given))
 
 
 def measure(given: argparse.Namespace) -> Iterator[Line]:
     """All lines, in the order in which they are cheap to get."""
     n_cores, seconds = count_cores(), {}
-    generate(given.images, given.side, n_cores)
+    generate(given.images, Path("images"), given.side)
     imported = [sys.executable, "-c", "import pipeline.stages.extract"]
     seconds["imports"] = took(partial(subprocess.run, imported, cwd=REPOSITORY, check=True))
-    call(index)
-    call(split)
-    preprocessing = planned(given).preprocessing
-    decoding = 4 * given.images / took(partial(decode_all, preprocessing, n_cores))
-    begin = time.perf_counter()
+    configure(given)
+    for stage in (index, split, plan):
+        call(stage.main)
+    paths = sorted(Path("images").rglob("*.png"))
+    _, taken = on_all_cores(partial(decode, plans.read_backbone().preprocessing), paths)
+    decoding = 4 * len(paths) / taken
+    seconds["first use of the device"] = took(lambda: torch.zeros(1, device=choose_device(given.device)))
     device = choose_device(given.device)
-    torch.zeros(1, device=device)
-    seconds["first use of the device"] = time.perf_counter() - begin
-    print(f"{describe(device)}, {n_cores} cores, {platform.platform()}, torch {torch.__version__}", flush=True)
-    precisions = ["fp32"]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        precisions.append("bf16")
+    name, precisions, sizes = "CPU", ["fp32"], (8, 16)
+    if device.type == "cuda":
+        name, sizes = torch.cuda.get_device_name(device), (256, 512, 1024)
+        precisions += ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+    print(f"{name}, {n_cores} cores, {platform.platform()}, torch {torch.__version__}", flush=True)
 
     rates: dict[str, float] = {}
     for precision in precisions:
-        configure(given, precision=precision)
+        configure(given, features={"precision": precision})
         seconds[f"first {N_WARM} images, {precision}"] = took(partial(extract_some, N_WARM))
         (first, digest), (second, again) = extract_all(), extract_all()
         rates[precision] = max(first, second)
-        by_batch = {size: forward_rate(given, size, precision, device) for size in batch_sizes(device)}
-        best = max(by_batch, key=by_batch.__getitem__)
-        limit = min(decoding, by_batch[best])
+        by_batch = {size: forward_rate(given, size, precision, device) for size in sizes}
+        limit = min(decoding, max(by_batch.values()))
         alone = ", ".join(f"{rate:.0f} at {size}" for size, rate in by_batch.items())
         print(f"  {precision}: {rates[precision]:.0f} views/s; decoding {decoding:.0f}, network {alone}", flush=True)
         yield Line(f"extraction / its limit, {precision}", rates[precision] / limit, "times", "at least", 0.8)
@@ -122,131 +126,47 @@ def measure(given: argparse.Namespace) -> Iterator[Line]:
     yield from training(given, device)
 
 
-def describe(device: torch.device) -> str:
-    """The name of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+# The stages
 
 
-def batch_sizes(device: torch.device) -> tuple[int, ...]:
-    """Among which the network alone has its best one."""
-    return (256, 512, 1024) if device.type == "cuda" else (8, 16)
+def configure(given: argparse.Namespace, **changes: dict[str, Any]) -> None:
+    """params.yaml of this repository for the images, the network and the device at hand, with `changes` of sections."""
+    params = document(
+        {
+            "dataset": {"fetch": [], "path": "images"},
+            "split": {"seeds": [0], "test_fraction": 0.1, "val_fraction": 0.1},
+            "backbone": BackboneChoice.of(given.backbone, "random", 0).model_dump(),
+            "features": {"views": 4, "image_size": given.size, "engine": "torch", "precision": "fp32"},
+            "evaluation": {"views": ["identity"]},
+            "fine_tune": {
+                "run": [*STRATEGIES],
+                "seeds": [0],
+                "defaults": {"views": 1, "epochs": EPOCHS},
+                "strategies": {"partial_freeze": {"freeze_until": given.freeze_until}},
+            },
+            # Without a cache, so that nothing is decoded before the loop that is measured
+            "runtime": {"device": given.device, "workers": "auto", "store_max_gb": 1000, "pixel_cache": "off"},
+        }
+    )
+    write_params(merged(params, changes))
 
 
-# The stages, in a directory of their own
+def logged(main: Callable[[], None], *arguments: str) -> list[logging.LogRecord]:
+    """Run a stage in this process; the lines that it logs, with their times."""
+    handler, log = BufferingHandler(sys.maxsize), logging.getLogger("pipeline")
+    log.addHandler(handler)
+    call(main, *arguments)
+    log.removeHandler(handler)
+    return handler.buffer
 
 
-@contextmanager
-def workspace(given: argparse.Namespace) -> Iterator[None]:
-    """A directory with params.yaml, in which the stages run in this process."""
-    before, arguments = Path.cwd(), sys.argv
-    logging.getLogger("pipeline").setLevel(logging.INFO)
-    os.environ.pop("DVC_ROOT", None)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            configure(given)
-            yield
-        finally:
-            os.chdir(before)
-            sys.argv = arguments
+def find(lines: Sequence[logging.LogRecord], pattern: str) -> list[tuple[float, int]]:
+    """When lines with `pattern` came (s), and the number that it has as its group."""
+    return [(line.created, int(found[1])) for line in lines if (found := re.search(pattern, line.getMessage()))]
 
 
-def configure(
-    given: argparse.Namespace,
-    precision: str = "fp32",
-    views: int = 4,
-    workers: int | str = "auto",
-    pixel_cache: str = "off",  # so that nothing is decoded before the loop that is measured
-) -> None:
-    """params.yaml of this repository for the images, the network and the device at hand."""
-    yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
-    params["dataset"].update({"fetch": [], "path": "images"})
-    params["split"].update({"seeds": [0], "test_fraction": 0.1, "val_fraction": 0.1})
-    params["backbone"] = BackboneChoice.of(given.backbone, "random", 0).model_dump()
-    params["features"].update({"views": views, "image_size": given.size, "engine": "torch", "precision": precision})
-    params["evaluation"]["views"] = ["identity"]
-    params["fine_tune"].update({"run": [*STRATEGIES], "seeds": [0]})
-    params["fine_tune"]["defaults"].update({"views": 1, "epochs": EPOCHS})
-    params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = given.freeze_until
-    params["compare"]["guard"] = {}
-    runtime = {"device": given.device, "workers": workers, "store_max_gb": 1000, "pixel_cache": pixel_cache}
-    params["runtime"].update(runtime)
-    yaml.dump(params, Path("params.yaml"))
-
-
-class Clock(logging.Handler):
-    """The lines that the pipeline logs, with the time of each (s)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[float, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note one."""
-        self.lines.append((time.perf_counter(), record.getMessage()))
-
-    def find(self, pattern: str) -> list[tuple[float, int]]:
-        """When lines with `pattern` came, and the number that it has as its group."""
-        return [(at, int(found[1])) for at, line in self.lines if (found := re.search(pattern, line))]
-
-
-def call(stage: Any, *arguments: str) -> Clock:  # noqa: ANN401 (a module)
-    """Run a stage in this process, and what it logged."""
-    clock, log = Clock(), logging.getLogger("pipeline")
-    sys.argv = [stage.__name__, *arguments]
-    log.addHandler(clock)
-    try:
-        stage.main()
-    finally:
-        log.removeHandler(clock)
-    return clock
-
-
-def took(work: Any) -> float:  # noqa: ANN401 (anything to call)
-    """The seconds that a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def planned(given: argparse.Namespace) -> plans.BackbonePlan:
-    """Run `plan`, and what it found."""
-    configure(given)
-    call(plan)
-    return plans.read_backbone()
-
-
-# Images, and what the cores can do with them
-
-
-def generate(n: int, side: int, n_cores: int) -> None:
-    """Write `n` grey PNG files of two classes, as the default data are."""
-    chunks = [range(start, min(n, start + 64)) for start in range(0, n, 64)]
-    for name in ("one", "other"):
-        Path("images", name).mkdir(parents=True)
-    with ProcessPoolExecutor(n_cores, get_context("fork")) as pool:
-        list(pool.map(_generate, chunks, [side] * len(chunks)))
-
-
-def _generate(numbers: range, side: int) -> None:
-    grid = np.linspace(0, 6, side)
-    for number in numbers:
-        random = np.random.default_rng(number)
-        wave = np.outer(np.sin(grid * random.uniform(1, 4)), np.cos(grid * random.uniform(1, 4)))
-        picture = 128 + 80 * wave + random.integers(-6, 7, (side, side))
-        path = Path("images", ("one", "other")[number % 2], f"{number:06}.png")
-        Image.fromarray(picture.astype(np.uint8)).save(path, compress_level=1)
-
-
-def decode_all(preprocessing: Preprocessing, n_cores: int) -> None:
-    """Read every image, and crop it, on all cores; the pixels go nowhere."""
-    paths = sorted(Path("images").rglob("*.png"))
-    with ProcessPoolExecutor(n_cores, get_context("fork")) as pool:
-        list(pool.map(partial(_decode, preprocessing), paths, chunksize=16))
-
-
-def _decode(preprocessing: Preprocessing, path: Path) -> None:
+def decode(preprocessing: Preprocessing, path: Path) -> None:
+    """Read an image, crop and flip it; the pixels go nowhere."""
     with Image.open(path) as image:  # grey, as the pipeline resizes it
         row = pixels.crop(image, preprocessing)
     np.stack([row, row[:, ::-1], row[::-1], row[::-1, ::-1]])
@@ -258,19 +178,17 @@ def _decode(preprocessing: Preprocessing, path: Path) -> None:
 def extract_all() -> tuple[float, str]:
     """Views per second from an empty store, once the network is ready; and the SHA-256 of data/features.h5."""
     rmtree(STORE, ignore_errors=True)
-    clock = call(extract)
-    ((begin, n_rows),), ((end, _),) = clock.find(r"(\d+) rows to compute"), clock.find(r"(\d+) computed, ")
+    lines = logged(extract.main)
+    ((begin, n_rows),), ((end, _),) = find(lines, r"(\d+) rows to compute"), find(lines, r"(\d+) computed, ")
     return n_rows / (end - begin), sha256(FEATURES.read_bytes())
 
 
-def extract_some(n: int) -> float:
+def extract_some(n: int) -> None:
     """`extract_all` of the first `n` images."""
     images = manifest.read_images()
-    manifest.write_images(type(images)(**{name: values[:n] for name, values in vars(images).items()}))
-    try:
-        return extract_all()[0]
-    finally:
-        manifest.write_images(images)
+    manifest.write_images(choose_rows(images, slice(n)))
+    extract_all()
+    manifest.write_images(images)
 
 
 def base(boundary: str) -> tuple[Prefix, nn.Sequential]:
@@ -306,7 +224,7 @@ def forward_rate(given: argparse.Namespace, size: int, precision: str, device: t
 
 def against_the_plain_loop(given: argparse.Namespace, device: torch.device, n_cores: int) -> Iterator[Line]:
     """One view of every image."""
-    configure(given, views=1)
+    configure(given, features={"views": 1})
     rate, _ = extract_all()
     found = plans.read_backbone()
     network = backbones.load_planned(found, str(plans.BACKBONE)).module.eval().to(device)
@@ -323,7 +241,7 @@ def with_one_worker(given: argparse.Namespace, n_cores: int) -> Iterator[Line]:
     """Whether a few images give the same bytes."""
     digests = set()
     for workers in (1, n_cores):
-        configure(given, workers=workers)
+        configure(given, runtime={"workers": workers})
         extract_some(min(given.images, 4 * N_WARM))
         digests.add(sha256(FEATURES.read_bytes()))
     yield Line("1 and all workers with the same bytes", float(len(digests) == 1), "", "at least", 1)
@@ -334,9 +252,9 @@ def with_one_worker(given: argparse.Namespace, n_cores: int) -> Iterator[Line]:
 
 def head(given: argparse.Namespace, device: torch.device, n_cores: int) -> Iterator[Line]:
     """The linear head on four views, on the device and on all cores."""
-    configure(given, pixel_cache="on")  # training reads the pixels that are stored here
+    configure(given, runtime={"pixel_cache": "on"})  # training reads the pixels that are stored here
     extract_all()
-    call(train_head)
+    call(train_head.main)
     values, labels, options = hdf5.read_features().values, manifest.read_labels(), load_params().head
     parts = map(manifest.read_split(0, labels.image_id).rows, ("train", "val"))
     train, val = (Examples(values[rows], labels.label[rows], labels.weight[rows]) for rows in parts)
@@ -358,8 +276,8 @@ def head(given: argparse.Namespace, device: torch.device, n_cores: int) -> Itera
 def training(given: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """Both strategies, from their second epoch on: what fits is on the device then."""
     for name in STRATEGIES:
-        clock = call(fine_tune, name, "0")
-        first, *later = [rate for _, rate in clock.find(r"epoch \d+: .*, (\d+) images/s$")]
+        lines = logged(fine_tune.main, name, "0")
+        first, *later = [rate for _, rate in find(lines, r"epoch \d+: .*, (\d+) images/s$")]
         rate, bare = statistics.median(later), bare_rate(name, given, device)
         print(f"  {name}: {first}, then {rate:.0f} images/s; bare loop {bare:.0f}", flush=True)
         yield Line(f"{name} / bare eager loop", rate / bare, "times", "at least", 0.8)

@@ -6,8 +6,9 @@ its validation NLLs are ours. It is timed as it comes, and once more with one BL
 more than they give.
 """
 
-import time
+import statistics
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from sklearn.metrics import log_loss
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from benchmarks.common import Line, run
+from benchmarks.common import Line, run, took
 from pipeline.dataset import manifest
 from pipeline.features import hdf5
 from pipeline.params import load_params
@@ -39,13 +40,11 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     changes = {"kind": "linear", "penalty": "l2", "standardize": True, "regularization_strengths": STRENGTHS}
     options = params.head.model_copy(update=changes)
 
-    def fit() -> tuple[float, heads.Fitted]:
-        start = time.perf_counter()
-        fitted = heads.fit(heads.build(values.shape[2:], n_classes, options, nn.Identity()), train, val, options)
-        return time.perf_counter() - start, fitted
+    def fit() -> heads.Fitted:
+        return heads.fit(heads.build(values.shape[2:], n_classes, options, nn.Identity()), train, val, options)
 
-    _, ours = fit()
-    seconds = float(np.median([fit()[0] for _ in range(1 if is_quick else 3)]))
+    ours = fit()
+    seconds = statistics.median(took(fit) for _ in range(1 if is_quick else 3))
     size = f"{len(train.label):,} x {values.shape[-1]:,}"
     yield Line(f"head: {len(STRENGTHS)} strengths on {size}", seconds, "s", "at most", 1)
 
@@ -57,9 +56,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         for strength in STRENGTHS:
             # Of two classes it has one weight vector, the difference of ours, and so half the penalty
             model.C = (2 if n_classes == 2 else 1) / (strength * train.weight.sum())
-            start = time.perf_counter()
-            model.fit(x, train.label, sample_weight=train.weight)
-            elapsed += time.perf_counter() - start
+            elapsed += took(partial(model.fit, x, train.label, train.weight))
             nll = log_loss(val.label, model.predict_proba(x_val), sample_weight=val.weight)
             apart = max(apart, abs(nll - ours.path.val_nll[strength]))
         return elapsed, apart

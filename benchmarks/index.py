@@ -7,13 +7,10 @@ the page cache; the seconds that the stage needs beside reading are those of a r
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.common import Line, generate, run, workspace
+from benchmarks.common import Line, generate, on_all_cores, run, workspace
 from pipeline.dataset import decoding
 
 LONG_AGO = 1_600_000_000  # s; files that changed just now are not remembered
@@ -26,20 +23,11 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         files = [Path(folder, name) for name in generate(n, Path(folder)).image_id]
         for path in files:
             os.utime(path, (LONG_AGO, LONG_AGO))
-        decode_and_hash(files)  # into the page cache
-        pure = decode_and_hash(files)
+        on_all_cores(one, files)  # into the page cache
+        _, pure = on_all_cores(one, files)
         whole, again = (place.run("pipeline.stages.index").seconds for _ in range(2))
     print(f"  {n} images: {n / pure:.0f} images/s alone; {whole:.1f} s, again {again:.1f} s", flush=True)
     yield Line("indexing / decoding and hashing alone", pure / (whole - again), "times", "at least", 0.9)
-
-
-def decode_and_hash(files: list[Path]) -> float:
-    """Seconds, without the start of the processes."""
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
-        list(pool.map(one, files[:64]))
-        start = time.perf_counter()
-        list(pool.map(one, files, chunksize=32))
-        return time.perf_counter() - start
 
 
 def one(path: Path) -> tuple[str, tuple[int, int]]:

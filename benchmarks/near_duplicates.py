@@ -59,12 +59,10 @@ def main() -> None:
     print(f"{len(pairs)} pairs; in components of more than {LARGE}: {n_large} images ({n_large / len(images):.1%})")
     found: dict[str, list[bool]] = {}
     for image, signature in list(zip(images, signatures, strict=True))[::COPIED]:
-        own = np.zeros(duplicates.LENGTH) if signature is None else signature.astype(float)
         for kind, copy in copies(image):
-            (made,) = duplicates.signatures([duplicates.reduced(copy)])
-            other = np.zeros(duplicates.LENGTH) if made is None else made.astype(float)
-            value = own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9)
-            found.setdefault(kind, []).append(bool(value >= correlation))
+            both = [row for row in (signature, *duplicates.signatures([duplicates.reduced(copy)])) if row is not None]
+            hits, _, _ = duplicates.near(np.reshape(both, (-1, duplicates.LENGTH)), correlation)
+            found.setdefault(kind, []).append(len(hits) > 0)
     for kind, hits in found.items():
         print(f"{kind}: {np.mean(hits):.1%} of {len(hits)} copies found")
     copied = [hit for kind, hits in found.items() if "cropped" not in kind for hit in hits]

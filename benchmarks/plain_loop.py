@@ -40,18 +40,13 @@ def loop(
     paths: Sequence[Path], preprocessing: Preprocessing, network: nn.Module, device: torch.device, workers: int
 ) -> np.ndarray:
     """The rows of the images at `paths`, in order; they are decoded by `workers` processes, 0 for this one."""
-    decoding = [crop(preprocessing), transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-    collate = partial(_read, transforms.Compose(decoding))
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    geometry = transforms.Resize(preprocessing.resize[0], interpolation), transforms.CenterCrop(preprocessing.crop)
+    values = transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)
+    collate = partial(_read, transforms.Compose([*geometry, *values]))
     batches = DataLoader(cast(Dataset, paths), 32, collate_fn=collate, num_workers=workers)
     with torch.no_grad():
         return np.concatenate([network(batch.to(device)).cpu().numpy() for batch in batches])
-
-
-def crop(preprocessing: Preprocessing) -> transforms.Compose:
-    """The usual geometry of an image."""
-    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
-    resize = transforms.Resize(preprocessing.resize[0], interpolation)
-    return transforms.Compose([resize, transforms.CenterCrop(preprocessing.crop)])
 
 
 def _read(transform: transforms.Compose, batch: list[Path]) -> torch.Tensor:

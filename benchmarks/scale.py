@@ -10,14 +10,16 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from ruamel.yaml import YAML
 
-from benchmarks.common import Line, Workspace, run, workspace
+from benchmarks.common import Line, Workspace, run, took, workspace
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Images, Labels
 
@@ -36,23 +38,20 @@ def main() -> None:
     if chosen.part:
         print(json.dumps(PARTS[chosen.part](chosen)))
         return
-    run(lambda *, is_quick: measure(chosen))
+    run(lambda *, is_quick: measure())
 
 
-def measure(chosen: argparse.Namespace) -> Iterator[Line]:
+def measure() -> Iterator[Line]:
     """The store, and the tables."""
-    with workspace(Path("images")) as place:
-        yield from measure_opening(place, chosen)
-    with workspace(Path("images")) as place:
-        yield from measure_reading(place, chosen)
-    with workspace(Path("images")) as place:
-        yield from measure_tables(place, chosen)
+    for measured in (measure_opening, measure_reading, measure_tables):
+        with workspace(Path("images"), split={"seeds": [*range(SEEDS)]}) as place:
+            yield from measured(place)
 
 
-def measure_opening(place: Workspace, chosen: argparse.Namespace) -> Iterator[Line]:
+def measure_opening(place: Workspace) -> Iterator[Line]:
     """A large store, without its index and with it."""
-    part(place, "fill", chosen)
-    without, found = part(place, "open_store", chosen), part(place, "open_store", chosen)
+    part(place, "fill")
+    without, found = part(place, "open_store"), part(place, "open_store")
     print(
         f"  {found['n_rows']:,} rows in {found['n_shards']:,} shards: opened in {without['seconds']:.1f} s without an "
         f"index ({without['peak_mb']:.0f} MB), {found['seconds']:.2f} s with it; listed in {found['listed']:.3f} s",
@@ -63,9 +62,9 @@ def measure_opening(place: Workspace, chosen: argparse.Namespace) -> Iterator[Li
     yield Line("index", found["index_bytes"] / found["n_rows"], "bytes a row", "at most", 64)
 
 
-def measure_reading(place: Workspace, chosen: argparse.Namespace) -> Iterator[Line]:
+def measure_reading(place: Workspace) -> Iterator[Line]:
     """The time per row in stores of three sizes, as extraction and as training read."""
-    found = part(place, "read_rows", chosen)
+    found = part(place, "read_rows")
     for how, each in found["seconds"].items():
         shown = ", ".join(f"{1e6 * seconds:.1f} µs of {n}" for n, seconds in each.items())
         print(f"  found and read, {how}, a row: {shown}", flush=True)
@@ -74,16 +73,12 @@ def measure_reading(place: Workspace, chosen: argparse.Namespace) -> Iterator[Li
             yield Line(f"time per row {how}, growth", largest / smallest, "times", "at most", 1.6)
 
 
-def measure_tables(place: Workspace, chosen: argparse.Namespace) -> Iterator[Line]:
+def measure_tables(place: Workspace) -> Iterator[Line]:
     """images.csv, labels.csv, and the stage that splits."""
-    yaml = YAML()
-    params = yaml.load(place.root / "params.yaml")
-    params["split"]["seeds"] = list(range(SEEDS))
-    yaml.dump(params, place.root / "params.yaml")
-    written, split = part(place, "write_tables", chosen), place.run("pipeline.stages.split")
-    read = part(place, "read_tables", chosen)
+    written, split = part(place, "write_tables"), place.run("pipeline.stages.split")
+    read = part(place, "read_tables")
     print(
-        f"  {chosen.images:,} images: images.csv and labels.csv written in {written['seconds']:.0f} s, "
+        f"  {written['n_images']:,} images: images.csv and labels.csv written in {written['seconds']:.0f} s, "
         f"{SEEDS} times split in {split.seconds:.0f} s, all read in {read['seconds']:.0f} s",
         flush=True,
     )
@@ -91,10 +86,9 @@ def measure_tables(place: Workspace, chosen: argparse.Namespace) -> Iterator[Lin
         yield Line(f"peak memory of {name} the tables", peak_mb / 1024, "GB", "at most", 3)
 
 
-def part(place: Workspace, name: str, chosen: argparse.Namespace) -> dict:
+def part(place: Workspace, name: str) -> dict:
     """Run a part in a process of its own; what it found, and its peak memory."""
-    sizes = ("--images", str(chosen.images), "--views", str(chosen.views), "--largest", str(chosen.largest))
-    ran = place.run("benchmarks.scale", "--part", name, *sizes)
+    ran = place.run("benchmarks.scale", "--part", name, *sys.argv[1:])
     return json.loads(ran.printed.splitlines()[-1]) | {"peak_mb": ran.peak_mb}
 
 
@@ -110,18 +104,18 @@ def open_store(chosen: argparse.Namespace) -> dict:
     from pipeline.features.store import Store, root
 
     key = key_of("large")
-    times, shards = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        shards = [entry.stat() for entry in os.scandir(root() / key.name(0)) if entry.name.endswith(".h5")]
-        times.append(time.perf_counter() - start)
+    directory = root() / key.name(0)
+
+    def stat() -> list[os.stat_result]:
+        return [entry.stat() for entry in os.scandir(directory) if entry.name.endswith(".h5")]
+
+    listed = min(took(stat) for _ in range(3))
     start = time.perf_counter()
     store = Store(key)
     seconds = time.perf_counter() - start
     assert len(store) == chosen.images * chosen.views
-    index_bytes = (root() / key.name(0) / SAVED).stat().st_size
-    found = {"seconds": seconds, "listed": min(times), "n_shards": len(shards), "n_rows": len(store)}
-    return found | {"index_bytes": index_bytes}
+    found = {"seconds": seconds, "listed": listed, "n_shards": len(stat()), "n_rows": len(store)}
+    return found | {"index_bytes": (directory / SAVED).stat().st_size}
 
 
 def read_rows(chosen: argparse.Namespace) -> dict:
@@ -137,26 +131,17 @@ def read_rows(chosen: argparse.Namespace) -> dict:
         start = (n - n_read) // 2
         in_order = [(name_of(number), 0) for number in range(start, start + n_read)]
         at_random = [(name_of(number), 0) for number in np.random.default_rng(0).permutation(n)[:n_read].tolist()]
-        for how, rows, size in (
-            (IN_ORDER, in_order, SHARD_ROWS),
-            (BATCHES, at_random, 32),
-            (AT_ONCE, at_random, n_read),
-        ):
+        ways = (IN_ORDER, in_order, SHARD_ROWS), (BATCHES, at_random, 32), (AT_ONCE, at_random, n_read)
+        for how, rows, size in ways:
             assert stores[n].missing(rows) == []
             assert np.array_equal(stores[n].read(rows), arrays_of(rows)[0])
             calls[how, n] = [rows[i : i + size] for i in range(0, n_read, size)]
     times = {call: [] for call in calls}
     for _ in range(9):  # in turn, so that a busy moment of the machine hits all of them
         for (how, n), parts in calls.items():
-            start = time.perf_counter()
-            for rows in parts:
-                stores[n].read(rows)
-            times[how, n].append((time.perf_counter() - start) / n_read)
-    return {
-        "seconds": {
-            how: {f"{n:,}": float(np.median(times[how, n])) for n in sizes} for how in (IN_ORDER, BATCHES, AT_ONCE)
-        }
-    }
+            times[how, n].append(took(partial(deque, map(stores[n].read, parts), maxlen=0)) / n_read)
+    hows = IN_ORDER, BATCHES, AT_ONCE
+    return {"seconds": {how: {f"{n:,}": float(np.median(times[how, n])) for n in sizes} for how in hows}}
 
 
 def write_tables(chosen: argparse.Namespace) -> dict:
@@ -170,7 +155,7 @@ def write_tables(chosen: argparse.Namespace) -> dict:
     manifest.write_images(Images(names, digests, [500] * n, [375] * n))
     manifest.write_labels(Labels(names, digests, label, np.ones(n), empty, empty, empty, empty, empty, class_names))
     manifest.NEAR_DUPLICATES.write_text("a,b\n")
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "n_images": n}
 
 
 def read_tables(chosen: argparse.Namespace) -> dict:

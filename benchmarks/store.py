@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import REPOSITORY, Line, generate, run, workspace
+from benchmarks.common import REPOSITORY, Line, generate, run, took, workspace
 from pipeline.dataset import manifest
 from pipeline.features.extraction import SHARD_ROWS
 from pipeline.params import load_params
@@ -90,9 +90,8 @@ def nothing_to_do() -> Iterator[Line]:
     if subprocess.run([*dvc, "status", "--quiet"], cwd=REPOSITORY, capture_output=True).returncode:
         print("  dvc repro has something to do here: run it, and measure again", flush=True)
         return
-    start = time.perf_counter()
-    subprocess.run([*dvc, "repro"], cwd=REPOSITORY, capture_output=True, check=True)
-    yield Line("dvc repro with nothing to do", time.perf_counter() - start, "s", "at most", 2)
+    seconds = took(lambda: subprocess.run([*dvc, "repro"], cwd=REPOSITORY, capture_output=True, check=True))
+    yield Line("dvc repro with nothing to do", seconds, "s", "at most", 2)
 
 
 if __name__ == "__main__":

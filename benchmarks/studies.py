@@ -1,18 +1,13 @@
 """A study: all stages in one process, without DVC, with changed parameters; goes on where an earlier call ended."""
 
 import contextlib
-import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from benchmarks.common import REPOSITORY
+from benchmarks.common import REPOSITORY, call, merged, took, write_params
 from pipeline.dataset import manifest
 from pipeline.dataset.manifest import Labels
 from pipeline.features import extraction
@@ -25,7 +20,6 @@ from pipeline.training.runs import Run, read_run
 
 STUDIES = REPOSITORY / "data" / ".studies"
 FIRST_VALIDATION_SEED = 100  # seeds from here on choose parameters; those below judge them
-FREE = {"split": ["seeds"], "fine_tune": ["run", "seeds"]}  # may grow while a study goes on; but not the seeds of folds
 USED = (
     "files.py",
     *(
@@ -34,8 +28,6 @@ USED = (
     ),
 )
 Step = Callable[[], None]
-
-yaml = YAML(typ="safe", pure=True)
 
 
 def run(found: dict[str, Any]) -> tuple[Labels, dict[str, list[Run]]]:
@@ -53,14 +45,9 @@ def run(found: dict[str, Any]) -> tuple[Labels, dict[str, list[Run]]]:
 
 def locate(found: dict[str, Any]) -> Path:
     """The directory of the study: one for all that can change a run, but for how many there are."""
-    free = FREE | ({"split": []} if found["split"]["method"] == "folds" else {})
-    fixed = {
-        name: {key: value for key, value in section.items() if key not in free.get(name, ())}
-        if isinstance(section, dict)
-        else section
-        for name, section in found.items()
-        if name != "runtime"
-    }
+    fixed = merged(found, {"runtime": None, "fine_tune": {"run": None, "seeds": None}})
+    if found["split"]["method"] != "folds":  # whose number makes them other splits
+        fixed = merged(fixed, {"split": {"seeds": None}})
     device = choose_device(found["runtime"]["device"]).type
     code = digest_of_code(modules=USED)
     return STUDIES / digest({"params": fixed, "device": device, "code": code, "versions": extraction.versions()})[:16]
@@ -85,45 +72,9 @@ def do_once(name: str, step: Step) -> None:
     """Do a step of the study in the working directory, unless an earlier call has done it, and print its time."""
     mark = Path("done", name)
     if not mark.exists():
-        start = time.perf_counter()
-        step()
+        seconds = took(step)
         write_text(mark, "")
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def call(main: Step, *arguments: str) -> None:
-    """Run a stage as its command line would."""
-    before, sys.argv = sys.argv, ["", *arguments]
-    try:
-        main()
-    finally:
-        sys.argv = before
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A YAML file."""
-    return yaml.load(path.read_text(encoding="utf-8"))
-
-
-def document(overrides: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """params.yaml, changed by `overrides` and by `changes`, each of which is section.key=value."""
-    found = merged(read(REPOSITORY / "params.yaml"), overrides)
-    for change in changes:
-        key, _, text = change.partition("=")
-        value = yaml.load(text)
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        found = merged(found, value)
-    return found
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the leaves of `changes` in it."""
-    inner = {
-        key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in changes.items()
-    }
-    return base | inner
+        print(f"{name}: {seconds:.0f} s", flush=True)
 
 
 def prepare(work: Path, found: dict[str, Any]) -> Params:
@@ -134,5 +85,5 @@ def prepare(work: Path, found: dict[str, Any]) -> Params:
             directory.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(REPOSITORY / name)
-    write_text(work / "params.yaml", json.dumps(found, indent=2) + "\n")
+    write_params(found, work)
     return load_params(work / "params.yaml")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -115,17 +115,13 @@ def _doubts(directory: Path, rows: Sequence[Row], depth: int, tree: str) -> tupl
 
     ValueError for directories whose names say that they are splits, and which hold the same directories.
     """
-    inner: dict[str, set[str]] = defaultdict(set)  # directories in each class
-    n_nested = 0
-    for row in rows:
-        below = row["path"].split("/")[depth:]
-        if len(below) > 1:
-            inner[row["label"]].add(below[0])
-            n_nested += 1
-    is_nested = n_nested > 0.9 * len(rows)
+    paths = [(row["label"], row["path"].split("/")[depth:]) for row in rows]
+    nested = [(label, below[0]) for label, below in paths if len(below) > 1]
+    is_nested = len(nested) > 0.9 * len(rows)
     labels = sorted({row["label"] for row in rows})
-    names = sorted(set().union(*inner.values()))
-    shared = [name for name in names if sum(name in found for found in inner.values()) > 1]
+    n_classes = Counter(name for _, name in set(nested))  # in which there is a directory of this name
+    names = sorted(n_classes)
+    shared = [name for name in names if n_classes[name] > 1]
     listed, below = (shorten([f"{name}/" for name in found], 4) for found in (labels, names))
     meant = "each directory a class, or train/, val/ and test/ with the classes below, or a labels.csv"
     layout = f"found {tree}; expected {meant}"

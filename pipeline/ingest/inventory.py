@@ -161,12 +161,11 @@ def _near_duplicates(kept: pd.DataFrame, correlation: float) -> tuple[list[str],
     compared = kept[(kept["signature"] != "") & ~kept["sha256"].duplicated()]
     raw = b"".join(map(b64decode, compared["signature"]))
     found, value, component = duplicates.near(np.frombuffer(raw, "<i2").reshape(-1, duplicates.LENGTH), correlation)
-    path, sha256 = compared["path"].to_numpy(str), compared["sha256"].tolist()
+    path = compared["path"].to_numpy(str)
     pairs = pd.DataFrame({"a": path[found[:, 0]], "b": path[found[:, 1]], "correlation": value.round(4)})
-    members: dict[int, list[str]] = {}
-    for digest, number in zip(sha256, component.tolist(), strict=True):
-        members.setdefault(number, []).append(digest)
-    group_of = {digest: f"near_{min(group)[:12]}" for group in members.values() if len(group) > 1 for digest in group}
+    is_grouped = np.bincount(component)[component] > 1
+    groups = compared["sha256"][is_grouped].groupby(component[is_grouped])
+    group_of = {digest: f"near_{min(group)[:12]}" for _, group in groups for digest in group}
     return [group_of.get(digest, "") for digest in kept["sha256"]], pairs
 
 

@@ -32,15 +32,18 @@ class Leak(NamedTuple):
 def draw(labels: Labels, units: list[list[int]], options: Splitting, seed: int) -> Split:
     """Draw one split by `options.method`; ValueError if the data set should give it and does not."""
     if options.method == "hash":
-        return Split(seed, labels.image_id, _by_hash(labels, units, options, seed))
-    if options.method == "folds":
-        return Split(seed, labels.image_id, _fold(labels, units, options, seed))
-    given = labels.given_split if options.method == "given" else [""] * len(labels.image_id)
-    if options.method == "given" and not any(given):
+        split = _by_hash(labels, units, options, seed)
+    elif options.method == "folds":
+        split = _fold(labels, units, options, seed)
+    elif options.method == "stratified":
+        split = _stratified(labels, units, [""] * len(labels.image_id), options, seed)
+    elif any(labels.given_split):
+        split = _stratified(labels, units, labels.given_split, options, seed)
+    else:
         expected = "a `split` column in its labels.csv, or train/, val/ and test/ with the classes below"
         problem = "found given, but the data set gives no split to any image"
         raise ValueError(f"params.yaml: split.method: {problem}; expected {expected}; or choose stratified or hash")
-    return Split(seed, labels.image_id, _stratified(labels, units, given, options, seed))
+    return Split(seed, labels.image_id, split)
 
 
 def _stratified(labels: Labels, units: list[list[int]], given: list[str], options: Splitting, seed: int) -> np.ndarray:
@@ -171,14 +174,12 @@ def _by_hash(labels: Labels, units: list[list[int]], options: Splitting, seed: i
     The key is the name of the unit's group, or else the smallest digest of its images. So an added image moves no image
     of another unit; it may move its own unit, where it joins one.
     """
-    split = [""] * len(labels.image_id)
+    split = np.empty(len(labels.image_id), "<U6")
     for unit in units:
-        groups = sorted({labels.group[row] for row in unit} - {""})
-        key = ["group", groups[0]] if groups else ["image", min(labels.sha256[row] for row in unit)]
-        place = _place(key, options, seed)
-        for row in unit:
-            split[row] = place
-    return np.array(split, dtype="<U6")
+        groups = {labels.group[row] for row in unit} - {""}
+        key = ["group", min(groups)] if groups else ["image", min(labels.sha256[row] for row in unit)]
+        split[unit] = _place(key, options, seed)
+    return split
 
 
 def count_followers(labels: Labels, split: Split, options: Splitting) -> int:
@@ -211,24 +212,23 @@ def find_leaks(labels: Labels, split: Split) -> list[Leak]:
 
 def check_classes(split: Split, labels: Labels, needed: Sequence[str] = ("train", "val", "test")) -> None:
     """ValueError that names every class without an image in one of the splits `needed`."""
-    absent, n_classes = {}, len(labels.class_names)
-    held = {name: np.bincount(labels.label[split.rows(name)], minlength=n_classes).tolist() for name in needed}
-    for index in range(n_classes):
-        if missed := [name for name in needed if not held[name][index]]:
-            absent[index] = " and ".join(missed)
-    n_units, problems, advice = count_units(labels, make_units(labels)) if absent else Counter(), [], set()
-    for index, missed in absent.items():
+    n_classes = len(labels.class_names)
+    held = np.array([np.bincount(labels.label[split.rows(name)], minlength=n_classes) for name in needed])
+    if held.all():
+        return
+    n_units, problems, advice = count_units(labels, make_units(labels)), [], set()
+    for index in np.flatnonzero((held == 0).any(axis=0)).tolist():
+        missed = " and ".join(name for name, counts in zip(needed, held, strict=True) if not counts[index])
         n_images = np.count_nonzero(labels.label == index)
         is_tied = n_units[index] < 3 <= n_images
         tied = f" in {n_units[index]} groups that stay together" if is_tied else ""
         problems.append(f"class {labels.class_names[index]!r} has {n_images} images{tied}, none of them in {missed}")
         advice.add(TIED if is_tied else UNTIED)
-    if problems:
-        listed = "; ".join([*problems, *sorted(advice)])
-        raise ValueError(
-            f"split, seed {split.seed}: {listed}; or merge the class with another, or leave it out "
-            "(dataset.min_class_size, with small_classes: drop)"
-        )
+    listed = "; ".join([*problems, *sorted(advice)])
+    raise ValueError(
+        f"split, seed {split.seed}: {listed}; or merge the class with another, or leave it out "
+        "(dataset.min_class_size, with small_classes: drop)"
+    )
 
 
 def small_classes(splits: Sequence[Split], labels: Labels, least: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from pipeline.dataset.manifest import SPLIT_NAMES
@@ -68,7 +69,8 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         if first.setdefault(path or name, number) != number:
             same = f"{name!r}" if path in (name, None) else f"{name!r}, which is {path!r},"
             raise ValueError(f"{table}: row {number}: {same} is in row {first[path or name]} already; expected it once")
-        if exclude and any(fits(part, pattern) for part in _parts(path or name) for pattern in exclude):
+        parts = accumulate((path or name).split("/"), "{}/{}".format)  # the directories above it, and the path
+        if any(fits(part, pattern) for part in parts for pattern in exclude):
             n_excluded += 1
         elif path is None:
             rejected.append((number, row, f"{problem}{advice}"))
@@ -84,12 +86,8 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         number, row, problem = lost[0]
         of_class = f"of class {row['label']!r} " if rows else ""
         n_rows = sum(other["label"] == row["label"] or not rows for _, other, _ in lost)
-        where = f"first row {number}: {row['path']!r} {problem}"
-        example = (
-            f"; expected paths below the directory, such as {min(files - {table.name})!r}"
-            if files - {table.name}
-            else ""
-        )
+        where, others = f"first row {number}: {row['path']!r} {problem}", files - {table.name}
+        example = f"; expected paths below the directory, such as {min(others)!r}" if others else ""
         raise ValueError(f"{table}: no row {of_class}can be used (of {n_rows}), {where}{example}")
     listed = {row["path"] for row in rows}
     known = {TABLE, table.name, *listed, *(row["path"] for _, row, _ in rejected)}
@@ -110,12 +108,6 @@ def from_table(table: Path, entries: Sequence[Entry], exclude: Sequence[str], co
         warnings.append(f"columns of {table.name} that are not read: {', '.join(unread[:10])}; {advice}")
     reasons = [(row["path"], problem) for _, row, problem in rejected]
     return Found(rows, reasons, warnings, skipped)
-
-
-def _parts(path: str) -> list[str]:
-    """The path and those of the directories above it."""
-    names = path.split("/")
-    return ["/".join(names[: n + 1]) for n in range(len(names))]
 
 
 def _read_rows(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -72,10 +73,13 @@ def main() -> None:
     n_train = len(split.rows("train"))
     with threadpool_limits(1):  # small matrices; bytes that do not depend on `threads`
         found = findings.find(blocks, own, features[1] if len(features) > 1 else None, sample, n_train, options)
-    size = {"parameters": plan.parameters, "flops_per_image": plan.flops_per_image, "features": sum_of(own, taps)}
-    network = {"name": plan.choice.name, "weights": plan.choice.weights, "licence": plan.licence, **size}
+    network = {"name": plan.choice.name, "weights": plan.choice.weights, "licence": plan.licence}
+    network |= {"parameters": plan.parameters, "flops_per_image": plan.flops_per_image}
+    network["features"] = sum(tap.width for tap in taps if tap.cut in own)
     found |= {"network": network | {"image_size": plan.preprocessing.crop, "cuts": own}, "seed": split.seed}
-    found |= {"remarks": [line for line in (remark, failure) if line], "data_sha256": digest_of(labels, rows)}
+    # Advice on the same images and labels can be compared
+    looked_at = digest([(labels.sha256[row], labels.class_names[labels.label[row]]) for row in rows])
+    found |= {"remarks": [line for line in (remark, failure) if line], "data_sha256": looked_at}
     n_all = sum(len(split.rows(part)) for part in ("train", "val"))
     found["left_out"] = n_all - len(rows)
     if found["cannot_tell"] and found["left_out"]:
@@ -94,11 +98,9 @@ def choose_rows(labels: Labels, split: Split, most: int) -> np.ndarray:
         return rows
     _, first, unit = np.unique(unit_of(labels)[rows], return_index=True, return_inverse=True)
     order = np.random.default_rng(0).permutation(len(first))
-    label = labels.label[rows][first]
-    order = order[np.argsort(label[order], kind="stable")]
-    _, start, count = np.unique(label[order], return_index=True, return_counts=True)
-    turn = np.arange(len(order)) - np.repeat(start, count)  # in which each unit of its class is taken
-    order = order[np.argsort(turn, kind="stable")]
+    label = labels.label[rows][first][order]
+    turn = pd.Series(label).groupby(label).cumcount()  # in which each unit of its class is taken
+    order = order[np.lexsort((label, turn))]
     place = np.empty_like(order)
     place[order] = np.bincount(unit)[order].cumsum()
     return rows[place[unit] <= max(most, place.min())]
@@ -109,11 +111,6 @@ def make_sample(labels: Labels, rows: np.ndarray) -> Sample:
     classes, label = np.unique(labels.label[rows], return_inverse=True)
     _, unit = np.unique(unit_of(labels)[rows], return_inverse=True)
     return Sample(label, labels.weight[rows], unit, len(classes))
-
-
-def digest_of(labels: Labels, rows: np.ndarray) -> str:
-    """A digest of the images and labels that were looked at: advice on the same ones can be compared."""
-    return digest([(labels.sha256[row], labels.class_names[labels.label[row]]) for row in rows])
 
 
 def lay_out(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...], list[str], str]:
@@ -147,11 +144,6 @@ def lay_out_end(backbone: Backbone, plan: BackbonePlan) -> tuple[tuple[Tap, ...]
 def pool_of(plan: BackbonePlan) -> str:
     """How features are pooled: as the plan does it, or else by their mean."""
     return next((each for each in (*(tap.pool for tap in plan.taps), plan.pool) if each in POOLED), "avg")
-
-
-def sum_of(own: Sequence[str], taps: Sequence[Tap]) -> int:
-    """How many features the cuts `own` have."""
-    return sum(tap.width for tap in taps if tap.cut in own)
 
 
 def prefix_of(backbone: Backbone, taps: Sequence[Tap]) -> Prefix:

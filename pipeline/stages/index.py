@@ -46,7 +46,11 @@ def main() -> None:
         logs.log.warning("%s: %s", directory, warning)
     check(found, options, listed)
     manifest.write_csv(manifest.NEAR_DUPLICATES, found.near_duplicates)
-    write_tables(found.kept, is_grouped=options.near_duplicates == "group")
+    table = found.kept.rename(columns={"path": "image_id", "split": "given_split"})
+    if options.near_duplicates != "group":
+        table["near_duplicate_group"] = ""
+    manifest.write_images(manifest.make_images(table))
+    manifest.write_labels(manifest.make_labels(table))
     n_skipped = found.summary["n_skipped"]
     logs.log.info("indexed %d images, rejected %d, left out %d other files", len(found.kept), len(rejected), n_skipped)
 
@@ -65,9 +69,8 @@ def check(found: Inventory, options: Dataset, listed: Listing) -> None:
         path, reason = found.conflicts[0]
         problem = f"{len(found.conflicts)} images have other labels than images with the same bytes"
         advice = "correct the labels, or leave all of them out: dataset.on_conflict: drop"
-        raise ValueError(
-            f"{problem}, first {printable(f'{options.path}/{path} ({reason})')}; all are in {where}; {advice}"
-        )
+        first = printable(f"{options.path}/{path} ({reason})")
+        raise ValueError(f"{problem}, first {first}; all are in {where}; {advice}")
     classes, layout = set(listed.images["label"]), f"; {listed.layout}" if listed.layout else ""
     if found.small and options.small_classes == "error":
         problem = f"{len(found.small)} classes have fewer images than dataset.min_class_size ({options.min_class_size})"
@@ -80,15 +83,6 @@ def check(found: Inventory, options: Dataset, listed: Listing) -> None:
     if len(left := set(found.kept["label"])) < 2:
         problem = f"one class only ({printable(min(left))})" if left else "no class with enough images"
         raise ValueError(f"{options.path}: {problem}; expected two or more{layout}")
-
-
-def write_tables(kept: pd.DataFrame, *, is_grouped: bool) -> None:
-    """Write images.csv and labels.csv."""
-    table = kept.rename(columns={"path": "image_id", "split": "given_split"})
-    if not is_grouped:
-        table["near_duplicate_group"] = ""
-    manifest.write_images(manifest.make_images(table))
-    manifest.write_labels(manifest.make_labels(table))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Byte-identical images and images of one group stay together. The order of the fi
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,10 +26,8 @@ from pipeline.params import Splitting, load_params
 
 REPORT = Path("reports/splits.json")
 MIN_TRAINING_IMAGES = 10  # a class with fewer of them is named
-MISSED_SHARE, MISSED_IMAGES = (
-    0.2,
-    2,
-)  # of what was asked, and images, by which a split may miss its share without a note
+# By which a split may miss its share without a note: of what was asked, and images
+MISSED_SHARE, MISSED_IMAGES = 0.2, 2
 SHOWN_LEAKS, SHOWN_IMAGES = 1000, 20  # at most, in the report; its counts are of all
 
 
@@ -39,7 +36,7 @@ def main() -> None:
     options = load_params().split
     labels, pairs = manifest.read_labels(), manifest.read_near_duplicates()
     units = make_units(labels)
-    drawn = []
+    drawn, by_tie = [], {}
     for seed in options.seeds:
         split = splits.draw(labels, units, options, seed)
         drawn.append(split)
@@ -48,23 +45,24 @@ def main() -> None:
         manifest.write_split(split)
         sizes = Counter(split.split.tolist())
         logs.log.info("split %d: %s", seed, ", ".join(f"{n} {name}" for name, n in sizes.items()))
-    by_tie: dict[tuple[str, str], Leak] = {}
-    for split in drawn:
         for leak in splits.find_leaks(labels, split):
             by_tie.setdefault((leak.tie, leak.name), leak)
-    leaks = list(by_tie.values())
+    leaks = [*by_tie.values()]
     straddling = [find_twins(labels, split, pairs).straddling for split in drawn]
     followers = [splits.count_followers(labels, one, options) for one in drawn] if options.method == "hash" else []
-    notes = (
-        make_notes(labels, drawn, options)
-        + missed_shares(labels, drawn, units, options)
-        + few_units(drawn, units, options)
-    )
-    notes += twin_notes(straddling, len(pairs))
+    notes = make_notes(labels, drawn, options) + missed_shares(labels, drawn, units, options)
+    notes += few_units(drawn, units, options) + twin_notes(straddling, len(pairs))
     if any(followers):
         notes.append(f"up to {max(followers):,} images follow their unit to another split than their own digest gives")
-    report = as_report(drawn, leaks, notes, options)
-    report |= {
+    report = {
+        "method": options.method,
+        "sizes": {str(split.seed): {name: len(split.rows(name)) for name in SPLIT_NAMES} for split in drawn},
+        "notes": notes,
+        "n_leaks": len(leaks),
+        "leaks": [
+            {"tie": tie, "name": name, "n": len(split_of), "parts": dict(islice(split_of.items(), SHOWN_IMAGES))}
+            for tie, name, split_of in leaks[:SHOWN_LEAKS]
+        ],
         "n_near_duplicates": len(pairs),
         "n_straddling": [len(these) for these in straddling],  # of these, in different splits, by seed
         "straddling": max(straddling, key=len)[:SHOWN_LEAKS].to_dict("records"),  # with the seed that has most
@@ -114,13 +112,11 @@ def missed_shares(labels: Labels, drawn: list[Split], units: list[list[int]], op
         most, seed, n, n_all = max(missed)
         if most > max(MISSED_SHARE * share * n_all, MISSED_IMAGES):
             largest = max(map(len, units))
-            why = (
-                f"images that stay together are not split (up to {largest})" if largest > 1 else "few images in a class"
-            )
-            found = (
-                f"{name} has {n} of {n_all} images ({n / n_all:.1%}) with seed {seed}, where {share:.1%} were asked for"
-            )
-            notes.append(f"{found}: {'hash meets shares on average only' if options.method == 'hash' else why}")
+            tied = f"images that stay together are not split (up to {largest})"
+            why = tied if largest > 1 else "few images in a class"
+            why = "hash meets shares on average only" if options.method == "hash" else why
+            found = f"{name} has {n} of {n_all} images ({n / n_all:.1%}) with seed {seed}"
+            notes.append(f"{found}, where {share:.1%} were asked for: {why}")
     return notes
 
 
@@ -152,16 +148,6 @@ def twin_notes(straddling: list[pd.DataFrame], n_pairs: int) -> list[str]:
         f"{found}{seeds}: test figures may be too good. `dataset.near_duplicates: group` keeps them together; "
         "reports/comparison.md also gives the figures without them"
     ]
-
-
-def as_report(drawn: list[Split], leaks: list[Leak], notes: list[str], options: Splitting) -> dict[str, Any]:
-    """The content of reports/splits.json."""
-    sizes = {str(split.seed): {name: len(split.rows(name)) for name in SPLIT_NAMES} for split in drawn}
-    shown = [
-        {"tie": tie, "name": name, "n": len(split_of), "parts": dict(islice(split_of.items(), SHOWN_IMAGES))}
-        for tie, name, split_of in leaks[:SHOWN_LEAKS]
-    ]
-    return {"method": options.method, "sizes": sizes, "notes": notes, "n_leaks": len(leaks), "leaks": shown}
 
 
 def warn_or_fail(leaks: list[Leak], options: Splitting) -> None:

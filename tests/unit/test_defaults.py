@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import defaults, studies
+from benchmarks import common, defaults, studies
 from pipeline.dataset.manifest import Labels
 from pipeline.params import load_params
 from pipeline.training.runs import Run
@@ -62,8 +62,8 @@ def test_an_unknown_name_is_one_line(asked: list[dict[str, Any]]):
 
 
 def test_every_choice_is_valid(tmp_path: Path):
-    choices = studies.read(defaults.CHOICES)
+    choices = common.read(defaults.CHOICES)
     for data in choices["data"].values():
         for recipe in choices["recipes"].values():
-            (tmp_path / "params.yaml").write_text(json.dumps(studies.document(studies.merged(data, recipe), [])))
+            (tmp_path / "params.yaml").write_text(json.dumps(common.document(common.merged(data, recipe))))
             load_params(tmp_path / "params.yaml")
