@@ -20,6 +20,7 @@ from benchmarks.common import Line, generate, run, took
 from pipeline.features import extraction
 from pipeline.features.extraction import Share
 from pipeline.features.loading import open_loader
+from pipeline.features.views import evaluation_views
 from pipeline.network import backbones, cuts
 from pipeline.network.device import choose_device
 from pipeline.params import HEAD_ONLY, load_params
@@ -34,7 +35,7 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     n, params = N_QUICK if is_quick else N_IMAGES, load_params()
     torch.set_num_threads(params.threads)
     device, network = choose_device(params.runtime.device), inference.open_network(CARD, n)
-    plan, codes = network.card.backbone, network.views
+    plan, codes = network.card.backbone, evaluation_views(network.card.evaluation_views)
     prefix, _ = cuts.prefix_and_suffix(backbones.load_planned(plan, str(CARD)), plan.cut, cuts.pools(plan))
     computation = extraction.prepare(prefix, params.augmentation, params.features, device)
     seconds: dict[str, list[float]] = {"predict": [], "extraction": []}
