@@ -79,11 +79,8 @@ def assemble(
     trained = dict.fromkeys(SPLITS, 0.0) if data.n_folds else n_train
     studies = {split: Study(labels.label, labels.weight, data.unit, trained[split], options.metric) for split in SPLITS}
     by_split = {
-        split: {
-            name: data.pooled([one.test for one in these]) if split == "test" else [one.val for one in these]
-            for name, these in groups.items()
-        }
-        for split in SPLITS
+        "val": {name: [one.val for one in these] for name, these in groups.items()},
+        "test": {name: data.pooled([one.test for one in these]) for name, these in groups.items()},
     }
     for name, differences in against_baseline([*runs], options.baseline, by_split, studies).items():
         described[name]["vs_baseline"] = differences
@@ -105,7 +102,7 @@ def assemble(
         "positive_class": None if positive is None else labels.class_names[positive],
         "stated_specificity": options.specificity,
         "notes": notes(described),
-        "recommendation": recommendation.as_json(chosen, described, beside),
+        "recommendation": asdict(chosen) | {"text": recommendation.in_words(chosen, described, beside)},
         "strategies": described,
         "references": beside,
     }
@@ -145,32 +142,32 @@ def describe(judged: Sequence[Judged], data: Data) -> Json:
     arrays = labels.label, labels.weight, unit
     tests = data.pooled([one.test for one in kept])
     scaled = [calibration.scaled(one.run.test.log_probability, one.scores["temperature"]) for one in kept]
-    scores = {split: [one.scores[split] for one in judged] for split in SPLITS}
+    scores, of_distinct = (
+        {split: [one.scores[split] for one in these] for split in SPLITS} for these in (judged, kept)
+    )
     if data.n_folds:  # the pool is in the order of its rows
         order = np.argsort(np.concatenate([one.test.rows for one in kept]), kind="stable")
         scaled = [np.concatenate(scaled)[order]]
-        scores["test"] = [_score(tests[0], labels, unit, scaled[0])]
+        scores["test"] = of_distinct["test"] = [_score(tests[0], labels, unit, scaled[0])]
     runs = {"val": [one.val for one in kept], "test": tests}
     splits: Json = {}
     for split, these in runs.items():
         found = intervals.metric_intervals(these, *arrays, len(labels.class_names))
         if split == "test":
             found["ece_scaled"] = intervals.ece_interval([one.rows for one in these], scaled, *arrays)
-        is_pooled = split == "test" and data.n_folds
-        judged_once = scores[split] if is_pooled else [one.scores[split] for one in kept]
         splits[split] = {
             "n": [one["n"] for one in scores[split]],
             "n_units": [one["n_units"] for one in scores[split]],
             "n_distinct_units": len(np.unique(np.concatenate([unit[one.rows] for one in these]))),
             "metrics": {
-                name: _figure([one[name] for one in judged_once], interval) for name, interval in found.items()
+                name: _figure([one[name] for one in of_distinct[split]], interval) for name, interval in found.items()
             },
         }
     splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
     splits["test"] |= break_down(tests, labels, unit)
     splits["test"]["without_twins"] = without_twins(kept, data)
     images = [(outcomes.of_predictions(one.run.val, labels.label), one.test) for one in kept]
-    splits["test"]["operating_points"] = operating_points(images, *arrays, positive_class(labels, data.options), data)
+    splits["test"]["operating_points"] = operating_points(images, *arrays, data)
     splits["test"]["per_unit"] = per_unit(images, data)
     return {
         "seeds": [one.run.seed for one in judged],
@@ -189,21 +186,16 @@ def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
     `n` and `n_twins` are numbers of images, means over the seeds (of `n_twins` rounded up), and sums over folds.
     """
     is_twin = [data.twins[one.run.seed][one.test.rows] for one in judged]
-    clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
     n_twins = sum(map(np.count_nonzero, is_twin))
     if not n_twins:
         return None
-    n = [len(one.rows) for one in clean]
-    counts = {"n": math.floor(np.mean(n)), "n_twins": math.ceil(n_twins / len(clean))}
-    if not (kept := [one for one in clean if len(one.rows)]):
-        return {**counts, "metrics": {}}
-    labels, n_classes = data.labels, len(data.labels.class_names)
-    estimates = intervals.metric_intervals(kept, labels.label, labels.weight, data.unit, n_classes)
+    clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
+    kept, labels = [one for one in clean if len(one.rows)], data.labels
+    arrays = labels.label, labels.weight, data.unit
     return {
-        **counts,
-        "metrics": _estimates(
-            estimates, influence.METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
-        ),
+        "n": math.floor(np.mean([len(one.rows) for one in clean])),
+        "n_twins": math.ceil(n_twins / len(clean)),
+        "metrics": _estimates(kept, *arrays, len(labels.class_names)) if kept else {},
     }
 
 
@@ -211,7 +203,7 @@ def break_down(tests: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> J
     """Test figures by class, confidence, subset and group, and the confusion matrix, over all runs."""
     rows = np.concatenate([test.rows for test in tests])
     predicted = np.concatenate([test.predicted for test in tests])
-    probability = np.concatenate([test.known_probability for test in tests])
+    probability = np.concatenate([test.probability for test in tests])
     label, weight = labels.label[rows], labels.weight[rows]
     sizes = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
     largest = {group for group, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MAX_GROUPS]}
@@ -226,19 +218,14 @@ def break_down(tests: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> J
 
 
 def operating_points(
-    runs: Sequence[tuple[Outcomes, Outcomes]],
-    label: np.ndarray,
-    weight: np.ndarray,
-    unit: np.ndarray,
-    positive: int | None,
-    data: Data,
+    runs: Sequence[tuple[Outcomes, Outcomes]], label: np.ndarray, weight: np.ndarray, unit: np.ndarray, data: Data
 ) -> Json | None:
     """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
 
-    `runs` are validation and test. The threshold is the lowest probability of the class `positive` at which validation
+    `runs` are validation and test. The threshold is the lowest probability of the positive class at which validation
     has at least the specificity `compare.specificity`. None where there are not two classes, or a split has one only.
     """
-    tests, found = [test for _, test in runs], {}
+    tests, found, positive = [test for _, test in runs], {}, positive_class(data.labels, data.options)
     judged = [val for val, _ in runs] + data.pooled(tests)
     if positive is None or any(len(np.unique(label[one.rows])) < 2 for one in judged):
         return None
@@ -247,7 +234,7 @@ def operating_points(
         "default": (0.5, [test.predicted == positive for test in tests]),
         "chosen": (
             float(np.mean(thresholds)),
-            [test.known_probability[:, positive] >= cut for test, cut in zip(tests, thresholds, strict=True)],
+            [test.probability[:, positive] >= cut for test, cut in zip(tests, thresholds, strict=True)],
         ),
     }
     for name, (threshold, is_positive) in by_threshold.items():
@@ -289,18 +276,18 @@ def per_unit(runs: Sequence[tuple[Outcomes, Outcomes]], data: Data) -> Json | No
     votes = [
         (outcomes.by_unit(val, labels.label, unit), outcomes.by_unit(test, labels.label, unit)) for val, test in runs
     ]
-    n_units, n_classes = len(np.unique(unit[rows])), len(labels.class_names)
+    n_units = len(np.unique(unit[rows]))
     if n_units == len(rows) or not all(len(test.rows) for _, test in votes):
         return None
     label = outcomes.unit_labels(labels.label, unit)
     arrays = label, np.ones(len(label)), np.arange(len(label))
-    voting = np.unique(np.concatenate([test.rows for _, test in votes]))
-    estimates = intervals.metric_intervals(data.pooled([test for _, test in votes]), *arrays, n_classes)
+    n_voting = len(np.unique(np.concatenate([test.rows for _, test in votes])))
+    tests, names = data.pooled([test for _, test in votes]), (*influence.METRICS, "brier")
     return {
-        "n_units": len(voting),
-        "n_left_out": n_units - len(voting),
-        "metrics": _estimates(estimates, (*influence.METRICS, "brier"), label[voting], n_classes),
-        "operating_points": operating_points(votes, *arrays, positive_class(labels, data.options), data),
+        "n_units": n_voting,
+        "n_left_out": n_units - n_voting,
+        "metrics": _estimates(tests, *arrays, len(labels.class_names), names),
+        "operating_points": operating_points(votes, *arrays, data),
     }
 
 
@@ -377,7 +364,7 @@ def round_floats(value: Any) -> Any:  # noqa: ANN401
 def _threshold(val: Outcomes, positive: int, label: np.ndarray, weight: np.ndarray, specificity: float) -> float:
     """The lowest probability of the positive class at which validation has this specificity, weighted."""
     negatives = val[label[val.rows] != positive]
-    probability = negatives.known_probability[:, positive]
+    probability = negatives.probability[:, positive]
     order = np.argsort(probability, kind="stable")
     below = np.cumsum(weight[negatives.rows][order]) / weight[negatives.rows].sum()
     reached = probability[order][np.searchsorted(below, specificity - 1e-12)]
@@ -416,19 +403,23 @@ def _by_value(column: Sequence[str], runs: Sequence[Outcomes], labels: Labels, u
     found, values = {}, np.array(column)
     for value in sorted(set(column) - {""}):
         chosen = [run[mask] for run in runs if (mask := values[run.rows] == value).any()]
-        if not chosen:
-            continue
-        n_classes = len(labels.class_names)
-        estimates = intervals.metric_intervals(chosen, labels.label, labels.weight, unit, n_classes)
-        rows = np.unique(np.concatenate([run.rows for run in chosen]))
-        figures = _estimates(estimates, influence.METRICS, labels.label[rows], n_classes)
-        found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
+        if chosen:
+            rows = np.unique(np.concatenate([run.rows for run in chosen]))
+            figures = _estimates(chosen, labels.label, labels.weight, unit, len(labels.class_names))
+            found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
     return found
 
 
 def _estimates(
-    found: Mapping[str, Interval | None], names: Sequence[str], label: np.ndarray, n_classes: int
+    runs: Sequence[Outcomes],
+    label: np.ndarray,
+    weight: np.ndarray,
+    unit: np.ndarray,
+    n_classes: int,
+    names: Sequence[str] = influence.METRICS,
 ) -> dict[str, Json]:
     """Those of these metrics that exist; no macro F1 where a class is absent, which would count as 0."""
-    lacks = {"macro_f1"} if len(np.unique(label)) < n_classes else set()
+    found = intervals.metric_intervals(runs, label, weight, unit, n_classes)
+    occurring = np.unique(label[np.concatenate([run.rows for run in runs])])
+    lacks = {"macro_f1"} if len(occurring) < n_classes else set()
     return {name: asdict(one) for name in names if name not in lacks and (one := found[name]) is not None}

@@ -123,13 +123,11 @@ def recommend(
     )
 
 
-def as_json(recommendation: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> Json:
-    """The record and its explanation; `strategies` and `references` as in details.json."""
-    return {**asdict(recommendation), "text": in_words(recommendation, strategies, references)}
-
-
 def in_words(found: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> str:
-    """Paragraphs: a warning if there is one, the choice by validation, and its result on the test images."""
+    """Paragraphs: a warning if there is one, the choice by validation, and its result on the test images.
+
+    `strategies` and `references` as in details.json.
+    """
     paragraphs = [
         _not_beaten(found, strategies, references),
         _choice(found, strategies) + of_runs(dict(strategies), len(strategies[found.strategy]["seeds"]), "val"),

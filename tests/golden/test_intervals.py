@@ -13,7 +13,7 @@ from pipeline.comparison.influence import Influence
 from pipeline.comparison.intervals import ece_interval, metric_intervals
 from pipeline.comparison.metrics import expected_calibration_error
 from pipeline.comparison.outcomes import Outcomes
-from tests.factories import forty_data, outcomes_of, outcomes_with
+from tests.factories import FORTY, forty_data, outcomes_of, outcomes_with
 
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -201,9 +201,8 @@ def test_intervals_cover_the_truth_where_images_come_in_groups(n_groups: int, rh
 def test_auroc_of_folds_is_the_mean_of_scikit_learns():
     logits, label, weight = answers(2, 200)
     fold = np.arange(200) % 5
-    found = influence.linearise(
-        Outcomes(np.arange(200), label, np.zeros(200), logits[:, 1:], fold, None), label, weight, np.arange(200), 2
-    )["auroc"]
+    outcomes = Outcomes(np.arange(200), label, np.zeros(200), logits[:, 1:], fold, np.zeros((200, 0)))
+    found = influence.linearise(outcomes, label, weight, np.arange(200), 2)["auroc"]
     areas = [roc_auc_score(label[fold == k], logits[fold == k, 1], sample_weight=weight[fold == k]) for k in range(5)]
     assert found is not None
     assert found.value == pytest.approx(np.average(areas, weights=np.bincount(fold, weight)))
@@ -215,7 +214,7 @@ def test_operating_points_are_on_scikit_learns_curve(positive: int):
     study = label, weight, np.arange(400)
     half = np.arange(400) < 200
     val, test = (outcomes_of(logits, label)[mask] for mask in (half, ~half))
-    found = operating_points([(val, test)], *study, positive, forty_data())
+    found = operating_points([(val, test)], *study, forty_data(positive_class=FORTY.class_names[positive]))
     assert found is not None
     is_positive, probability = label == positive, softmax(logits, axis=1)[:, positive]
     options = {"drop_intermediate": False}

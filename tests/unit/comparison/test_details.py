@@ -70,6 +70,8 @@ def test_details_hold_every_strategy_and_what_the_head_gives_on_all_seeds(found:
     # Eight validation units a seed rule nothing out, so the cheapest is taken, and nothing is settled with 16 units
     assert (found["recommendation"]["strategy"], found["recommendation"]["is_settled"]) == ("feature_extraction", False)
     assert found["recommendation"]["n_units"] == 16
+    assert found["recommendation"]["text"].startswith("**Recommendation: feature_extraction, provisional.**")
+    assert {"margin", "confidence", "units_needed", "rivals", "not_beaten"} <= found["recommendation"].keys()
     assert (found["metric"], found["folds"]) == ("accuracy", 0)
     assert list(found["references"]) == ["majority_class"]
     assert found["references"]["majority_class"]["test"]["metrics"]["balanced_accuracy"]["value"] == 0.5
