@@ -3,21 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from pipeline.dataset.units import FEW_UNITS
 from pipeline.ingest.tree import printable
-from pipeline.report import charts
+from pipeline.report import templates
 from pipeline.report.evidence import METRICS, NONE, PERCENT
 from pipeline.report.gallery import Example, percent
 from pipeline.report.pictures import Album
 
 Json = dict[str, Any]
-HERE = Path(__file__).parent
 NAMES = METRICS | {"nll_scaled": "NLL (nats), scaled", "brier_scaled": "Brier score, scaled"}
 MAX_MATRIX = 20  # classes of a confusion matrix; of more, the most frequent confusions are listed
 N_NAMED, N_LISTED, N_PICTURES = 3, 20, 24
@@ -264,9 +259,6 @@ def _code(text: str) -> str:
 
 def as_page(found: Json, album: Album) -> str:
     """evaluation.html, with thumbnails of the worst mistakes."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     models = [
         {
             "name": one["model"],
@@ -275,13 +267,11 @@ def as_page(found: Json, album: Album) -> str:
         }
         for one in found["models"]
     ]
-    return environment.get_template("evaluation.html.jinja").render(
+    return templates.load("evaluation.html.jinja").render(
         data=found["data"],
         summary=found["summary"],
         paired=paired_table(found) if found["paired"] else None,
         models=models,
-        palettes={"light": charts.LIGHT, "dark": charts.DARK},
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )
 
 
