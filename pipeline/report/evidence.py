@@ -159,11 +159,10 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
 
 def recipes(strategies: Json) -> dict[str, str]:
     """How each fine-tuned strategy was trained, in one line."""
-    runs = {name: strategy["runs"] for name, strategy in strategies.items()}
     return {
-        name: recipe(these[0]["network"], [run["chosen"].get("learning_rates") for run in these])
-        for name, these in runs.items()
-        if "recipe" in these[0]["network"]
+        name: recipe(strategy["runs"][0]["network"], [run["chosen"].get("learning_rates") for run in strategy["runs"]])
+        for name, strategy in strategies.items()
+        if "recipe" in strategy["runs"][0]["network"]
     }
 
 
