@@ -77,26 +77,20 @@ def metric_intervals(
     by_run = [influence.linearise(run, label[run.rows], weight[run.rows], unit[run.rows], n_classes) for run in kept]
     found = {name: interval([metric[name] for metric in by_run], rows, unit) for name in by_run[0]}
     if all(run.probability.shape[1] for run in kept):
-        found["ece"] = ece_interval(rows, [run.probability for run in kept], label, weight, unit)
+        found["ece"] = ece_interval(kept, label, weight, unit)
     return found
 
 
-def ece_interval(
-    rows: Sequence[np.ndarray],
-    probabilities: Sequence[np.ndarray],
-    label: np.ndarray,
-    weight: np.ndarray,
-    unit: np.ndarray,
-) -> Interval | None:
-    """ECE of the probabilities (n, n_classes) of each run's rows, with its interval; None above 10,000 images."""
-    images = np.unique(np.concatenate(rows))
+def ece_interval(runs: Sequence[Outcomes], label: np.ndarray, weight: np.ndarray, unit: np.ndarray) -> Interval | None:
+    """ECE of the probabilities of the runs, with its interval; None above 10,000 images."""
+    images = np.unique(np.concatenate([run.rows for run in runs]))
     if len(images) > MAX_IMAGES_FOR_ECE:
         return None
-    confidence, is_correct, weights = np.zeros((3, len(images), len(rows)))
-    for s, (own, probability) in enumerate(zip(rows, probabilities, strict=True)):
-        at = np.searchsorted(images, own)
-        confidence[at, s], is_correct[at, s] = metrics.top_label(probability, label[own])
-        weights[at, s] = weight[own]
+    confidence, is_correct, weights = np.zeros((3, len(images), len(runs)))
+    for s, run in enumerate(runs):
+        at = np.searchsorted(images, run.rows)
+        confidence[at, s], is_correct[at, s] = metrics.top_label(run.probability, label[run.rows])
+        weights[at, s] = weight[run.rows]
     return Interval(*resampling.ece_interval(confidence, is_correct, weights, unit[images]))
 
 

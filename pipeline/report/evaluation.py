@@ -10,7 +10,7 @@ from pipeline.dataset.units import FEW_UNITS
 from pipeline.ingest.tree import printable
 from pipeline.report import templates
 from pipeline.report.evidence import METRICS, NONE, PERCENT
-from pipeline.report.gallery import Example, percent
+from pipeline.report.gallery import Example, make_example, percent
 from pipeline.report.pictures import Album
 
 Json = dict[str, Any]
@@ -250,7 +250,7 @@ def as_page(found: Json, album: Album) -> str:
         {
             "name": one["model"],
             "tables": tables(one),
-            "mistakes": [_example(row, album) for row in one["mistakes"][:N_PICTURES]],
+            "mistakes": [_mistake(row, album) for row in one["mistakes"][:N_PICTURES]],
         }
         for one in found["models"]
     ]
@@ -262,6 +262,6 @@ def as_page(found: Json, album: Album) -> str:
     )
 
 
-def _example(row: Json, album: Album) -> Example:
-    lines = ("label", row["label"], ""), ("predicted", row["predicted"], percent(row["probability"]))
-    return Example(row["image_id"], album.thumbnail(row["image_id"]), lines)
+def _mistake(row: Json, album: Album) -> Example:
+    predicted = "predicted", row["predicted"], percent(row["probability"])
+    return make_example(album, row["image_id"], ("label", row["label"], ""), predicted)

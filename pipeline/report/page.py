@@ -63,7 +63,7 @@ def assemble() -> Json:
     provenance.check(stages, [path.as_posix() for path in runs])
     images = manifest.read_images()
     album = Album(Path(params.dataset.path), images)
-    tested = gallery.average([read_run(best, seed).test for seed in seeds])
+    tested = gallery.average([read_run(best, seed).test for seed in seeds], labels)
     errors, correct = gallery.examples(tested, labels, album)
     cut_away = features.provenance.backbone.preprocessing.cut_away(images.width, images.height).mean()
     class_rows, timings = evidence.class_rows(strategies, names), provenance.timings()

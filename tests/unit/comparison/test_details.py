@@ -155,7 +155,7 @@ def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: p
     monkeypatch.setattr(details, "MAX_GROUPS", 3)
     # Tested are images 8 to 31: three of a, one each of the others
     data = replace(FORTY, group=["a" if i in (9, 10, 30) else f"b{i:02}" for i in range(N)])
-    found = details.break_down([judge(run, data).test for run in HEAD_RUNS], data, unit_of(data))
+    found = details.break_down([judge(run, data).test for run in HEAD_RUNS], forty_data(data))
     assert list(found["groups"]) == ["a", "b08", "b11"]
     assert [row["n"] for row in found["groups"].values()] == [3, 1, 1]
     assert found["n_groups"] == 22

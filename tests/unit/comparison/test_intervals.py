@@ -98,8 +98,7 @@ def test_the_brier_score_of_the_sure_and_wrong_is_the_most_there_is(n_classes: i
 def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch):
     runs, _, study = two_strategies(2, 1)
     monkeypatch.setattr("pipeline.comparison.intervals.MAX_IMAGES_FOR_ECE", 149)
-    probabilities = [run.probability for run in runs]
-    assert ece_interval([run.rows for run in runs], probabilities, study.label, study.weight, study.unit) is None
+    assert ece_interval(runs, study.label, study.weight, study.unit) is None
     assert intervals_of(runs, study, 2)["ece"] is None
 
 
