@@ -7,7 +7,7 @@ intervals.py) are over test images, conditional on the trained runs.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Judged:
-    """A run and its outcomes: cross-fitted on validation, as predicted on test. `scores`: its part of details.json."""
+    """A run and its outcomes: cross-fitted on validation; on test as predicted, and after temperature scaling.
+
+    `scores`: its part of details.json.
+    """
 
     run: Run
     val: Outcomes
     test: Outcomes
+    scaled: Outcomes
     scores: Json
 
 
@@ -79,11 +83,8 @@ def assemble(
     trained = dict.fromkeys(SPLITS, 0.0) if data.n_folds else n_train
     studies = {split: Study(labels.label, labels.weight, data.unit, trained[split], options.metric) for split in SPLITS}
     by_split = {
-        split: {
-            name: data.pooled([one.test for one in these]) if split == "test" else [one.val for one in these]
-            for name, these in groups.items()
-        }
-        for split in SPLITS
+        "val": {name: [one.val for one in these] for name, these in groups.items()},
+        "test": {name: data.pooled([one.test for one in these]) for name, these in groups.items()},
     }
     for name, differences in against_baseline([*runs], options.baseline, by_split, studies).items():
         described[name]["vs_baseline"] = differences
@@ -105,7 +106,7 @@ def assemble(
         "positive_class": None if positive is None else labels.class_names[positive],
         "stated_specificity": options.specificity,
         "notes": notes(described),
-        "recommendation": recommendation.as_json(chosen, described, beside),
+        "recommendation": asdict(chosen) | {"text": recommendation.in_words(chosen, described, beside)},
         "strategies": described,
         "references": beside,
     }
@@ -117,25 +118,28 @@ def judge(run: Run, labels: Labels, unit: np.ndarray) -> Judged:
     test = outcomes.of_predictions(run.test, labels.label)
     rows = run.val.rows
     temperature = calibration.temperature(run.val.log_probability, labels.label[rows], labels.weight[rows])
+    scaled = replace(test, probability=calibration.scaled(run.test.log_probability, temperature))
     scores = {
         "seed": run.seed,
         "val": _score(val, labels, unit),
-        "test": _score(test, labels, unit, calibration.scaled(run.test.log_probability, temperature)),
+        "test": _score(test, labels, unit, scaled),
         "temperature": temperature,
         "cost": run.cost.model_dump(),
         "chosen": run.chosen,
         "n_candidates": len(run.candidates.names),
         "network": run.network,
     }
-    return Judged(run, val, test, scores)
+    return Judged(run, val, test, scaled, scores)
 
 
-def _score(found: Outcomes, labels: Labels, unit: np.ndarray, scaled: np.ndarray | None = None) -> Json:
-    """Metrics of some outcomes, and their numbers; `scaled`: probabilities after temperature scaling."""
+def _score(found: Outcomes, labels: Labels, unit: np.ndarray, scaled: Outcomes | None = None) -> Json:
+    """Metrics of some outcomes, and their numbers; `scaled`: the same after temperature scaling."""
     data = labels.label[found.rows], labels.weight[found.rows]
     figures = {"n": len(found.rows), "n_units": len(np.unique(unit[found.rows]))}
     figures |= metrics.score(found, *data, len(labels.class_names))
-    return figures | ({} if scaled is None else {"ece_scaled": metrics.expected_calibration_error(scaled, *data)})
+    if scaled is not None:
+        figures["ece_scaled"] = metrics.expected_calibration_error(scaled.probability, *data)
+    return figures
 
 
 def describe(judged: Sequence[Judged], data: Data) -> Json:
@@ -143,34 +147,31 @@ def describe(judged: Sequence[Judged], data: Data) -> Json:
     kept = intervals.distinct(judged, lambda one: intervals.digest_of(one.test))
     labels, unit = data.labels, data.unit
     arrays = labels.label, labels.weight, unit
-    tests = data.pooled([one.test for one in kept])
-    scaled = [calibration.scaled(one.run.test.log_probability, one.scores["temperature"]) for one in kept]
-    scores = {split: [one.scores[split] for one in judged] for split in SPLITS}
-    if data.n_folds:  # the pool is in the order of its rows
-        order = np.argsort(np.concatenate([one.test.rows for one in kept]), kind="stable")
-        scaled = [np.concatenate(scaled)[order]]
-        scores["test"] = [_score(tests[0], labels, unit, scaled[0])]
+    tests, scaled = data.pooled([one.test for one in kept]), data.pooled([one.scaled for one in kept])
+    scores, of_distinct = (
+        {split: [one.scores[split] for one in these] for split in SPLITS} for these in (judged, kept)
+    )
+    if data.n_folds:
+        scores["test"] = of_distinct["test"] = [_score(tests[0], labels, unit, scaled[0])]
     runs = {"val": [one.val for one in kept], "test": tests}
     splits: Json = {}
     for split, these in runs.items():
         found = intervals.metric_intervals(these, *arrays, len(labels.class_names))
         if split == "test":
-            found["ece_scaled"] = intervals.ece_interval([one.rows for one in these], scaled, *arrays)
-        is_pooled = split == "test" and data.n_folds
-        judged_once = scores[split] if is_pooled else [one.scores[split] for one in kept]
+            found["ece_scaled"] = intervals.ece_interval(scaled, *arrays)
         splits[split] = {
             "n": [one["n"] for one in scores[split]],
             "n_units": [one["n_units"] for one in scores[split]],
             "n_distinct_units": len(np.unique(np.concatenate([unit[one.rows] for one in these]))),
             "metrics": {
-                name: _figure([one[name] for one in judged_once], interval) for name, interval in found.items()
+                name: _figure([one[name] for one in of_distinct[split]], interval) for name, interval in found.items()
             },
         }
     splits["test"]["temperature"] = [one.scores["temperature"] for one in judged]
-    splits["test"] |= break_down(tests, labels, unit)
+    splits["test"] |= break_down(tests, data)
     splits["test"]["without_twins"] = without_twins(kept, data)
     images = [(outcomes.of_predictions(one.run.val, labels.label), one.test) for one in kept]
-    splits["test"]["operating_points"] = operating_points(images, *arrays, positive_class(labels, data.options), data)
+    splits["test"]["operating_points"] = operating_points(images, data, positive_class(labels, data.options))
     splits["test"]["per_unit"] = per_unit(images, data)
     return {
         "seeds": [one.run.seed for one in judged],
@@ -189,29 +190,24 @@ def without_twins(judged: Sequence[Judged], data: Data) -> Json | None:
     `n` and `n_twins` are numbers of images, means over the seeds (of `n_twins` rounded up), and sums over folds.
     """
     is_twin = [data.twins[one.run.seed][one.test.rows] for one in judged]
-    clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
     n_twins = sum(map(np.count_nonzero, is_twin))
     if not n_twins:
         return None
-    n = [len(one.rows) for one in clean]
-    counts = {"n": math.floor(np.mean(n)), "n_twins": math.ceil(n_twins / len(clean))}
-    if not (kept := [one for one in clean if len(one.rows)]):
-        return {**counts, "metrics": {}}
-    labels, n_classes = data.labels, len(data.labels.class_names)
-    estimates = intervals.metric_intervals(kept, labels.label, labels.weight, data.unit, n_classes)
+    clean = data.pooled([one.test[~mask] for one, mask in zip(judged, is_twin, strict=True)])
+    kept = [one for one in clean if len(one.rows)]
     return {
-        **counts,
-        "metrics": _estimates(
-            estimates, influence.METRICS, labels.label[np.concatenate([o.rows for o in kept])], n_classes
-        ),
+        "n": math.floor(np.mean([len(one.rows) for one in clean])),
+        "n_twins": math.ceil(n_twins / len(clean)),
+        "metrics": _estimates(kept, data) if kept else {},
     }
 
 
-def break_down(tests: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> Json:
+def break_down(tests: Sequence[Outcomes], data: Data) -> Json:
     """Test figures by class, confidence, subset and group, and the confusion matrix, over all runs."""
+    labels = data.labels
     rows = np.concatenate([test.rows for test in tests])
     predicted = np.concatenate([test.predicted for test in tests])
-    probability = np.concatenate([test.known_probability for test in tests])
+    probability = np.concatenate([test.probability for test in tests])
     label, weight = labels.label[rows], labels.weight[rows]
     sizes = Counter(labels.group[row] for row in np.unique(rows).tolist() if labels.group[row])
     largest = {group for group, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MAX_GROUPS]}
@@ -219,47 +215,34 @@ def break_down(tests: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> J
         "classes": _by_class(tests, labels),
         "confusion": metrics.confusion(predicted, label, len(labels.class_names)).tolist(),
         "reliability": metrics.reliability(probability, label, weight),
-        "subsets": _by_value(labels.subset, tests, labels, unit),
-        "groups": _by_value([group if group in largest else "" for group in labels.group], tests, labels, unit),
+        "subsets": _by_value(labels.subset, tests, data),
+        "groups": _by_value([group if group in largest else "" for group in labels.group], tests, data),
         "n_groups": len(sizes),
     }
 
 
-def operating_points(
-    runs: Sequence[tuple[Outcomes, Outcomes]],
-    label: np.ndarray,
-    weight: np.ndarray,
-    unit: np.ndarray,
-    positive: int | None,
-    data: Data,
-) -> Json | None:
+def operating_points(runs: Sequence[tuple[Outcomes, Outcomes]], data: Data, positive: int | None) -> Json | None:
     """Sensitivity and specificity on test, of two classes: as predicted, and at a threshold chosen on validation.
 
     `runs` are validation and test. The threshold is the lowest probability of the class `positive` at which validation
     has at least the specificity `compare.specificity`. None where there are not two classes, or a split has one only.
     """
+    label, weight = data.labels.label, data.labels.weight
     tests, found = [test for _, test in runs], {}
     judged = [val for val, _ in runs] + data.pooled(tests)
     if positive is None or any(len(np.unique(label[one.rows])) < 2 for one in judged):
         return None
     thresholds = [_threshold(val, positive, label, weight, data.options.specificity) for val, _ in runs]
-    by_threshold = {
-        "default": (0.5, [test.predicted == positive for test in tests]),
-        "chosen": (
-            float(np.mean(thresholds)),
-            [test.known_probability[:, positive] >= cut for test, cut in zip(tests, thresholds, strict=True)],
-        ),
-    }
-    for name, (threshold, is_positive) in by_threshold.items():
+    at_chosen = [
+        replace(test, predicted=np.where(test.probability[:, positive] >= threshold, positive, 1 - positive))
+        for test, threshold in zip(tests, thresholds, strict=True)
+    ]
+    for name, threshold, decided in (("default", 0.5, tests), ("chosen", float(np.mean(thresholds)), at_chosen)):
         found[name] = {"threshold": threshold}
         for figure, own in (("sensitivity", positive), ("specificity", 1 - positive)):
-            chosen = [label[test.rows] == own for test in tests]
-            rows = [test.rows[mask] for test, mask in zip(tests, chosen, strict=True)]
-            hits = [one[mask] == (own == positive) for one, mask in zip(is_positive, chosen, strict=True)]
-            if data.n_folds:
-                rows, hits = [np.concatenate(rows)], [np.concatenate(hits)]
-            shares = [influence.mean(hit, weight[row]) for hit, row in zip(hits, rows, strict=True)]
-            estimate = intervals.interval(shares, rows, unit)
+            of_class = [run[label[run.rows] == own] for run in data.pooled(decided)]
+            shares = [influence.mean(run.predicted == own, weight[run.rows]) for run in of_class]
+            estimate = intervals.interval(shares, [run.rows for run in of_class], data.unit)
             found[name][figure] = estimate and asdict(estimate)
     return found
 
@@ -289,18 +272,18 @@ def per_unit(runs: Sequence[tuple[Outcomes, Outcomes]], data: Data) -> Json | No
     votes = [
         (outcomes.by_unit(val, labels.label, unit), outcomes.by_unit(test, labels.label, unit)) for val, test in runs
     ]
-    n_units, n_classes = len(np.unique(unit[rows])), len(labels.class_names)
+    n_units = len(np.unique(unit[rows]))
     if n_units == len(rows) or not all(len(test.rows) for _, test in votes):
         return None
     label = outcomes.unit_labels(labels.label, unit)
-    arrays = label, np.ones(len(label)), np.arange(len(label))
-    voting = np.unique(np.concatenate([test.rows for _, test in votes]))
-    estimates = intervals.metric_intervals(data.pooled([test for _, test in votes]), *arrays, n_classes)
+    by_unit = replace(data, labels=replace(labels, label=label, weight=np.ones(len(label))), unit=np.arange(len(label)))
+    n_voting = len(np.unique(np.concatenate([test.rows for _, test in votes])))
+    tests = data.pooled([test for _, test in votes])
     return {
-        "n_units": len(voting),
-        "n_left_out": n_units - len(voting),
-        "metrics": _estimates(estimates, (*influence.METRICS, "brier"), label[voting], n_classes),
-        "operating_points": operating_points(votes, *arrays, positive_class(labels, data.options), data),
+        "n_units": n_voting,
+        "n_left_out": n_units - n_voting,
+        "metrics": _estimates(tests, by_unit, (*influence.METRICS, "brier")),
+        "operating_points": operating_points(votes, by_unit, positive_class(labels, data.options)),
     }
 
 
@@ -377,7 +360,7 @@ def round_floats(value: Any) -> Any:  # noqa: ANN401
 def _threshold(val: Outcomes, positive: int, label: np.ndarray, weight: np.ndarray, specificity: float) -> float:
     """The lowest probability of the positive class at which validation has this specificity, weighted."""
     negatives = val[label[val.rows] != positive]
-    probability = negatives.known_probability[:, positive]
+    probability = negatives.probability[:, positive]
     order = np.argsort(probability, kind="stable")
     below = np.cumsum(weight[negatives.rows][order]) / weight[negatives.rows].sum()
     reached = probability[order][np.searchsorted(below, specificity - 1e-12)]
@@ -411,24 +394,22 @@ def _by_class(runs: Sequence[Outcomes], labels: Labels) -> list[Json]:
     ]
 
 
-def _by_value(column: Sequence[str], runs: Sequence[Outcomes], labels: Labels, unit: np.ndarray) -> dict[str, Json]:
+def _by_value(column: Sequence[str], runs: Sequence[Outcomes], data: Data) -> dict[str, Json]:
     """Test figures by value of a column of labels.csv; `n` counts each image once, whatever the number of seeds."""
     found, values = {}, np.array(column)
     for value in sorted(set(column) - {""}):
         chosen = [run[mask] for run in runs if (mask := values[run.rows] == value).any()]
-        if not chosen:
-            continue
-        n_classes = len(labels.class_names)
-        estimates = intervals.metric_intervals(chosen, labels.label, labels.weight, unit, n_classes)
-        rows = np.unique(np.concatenate([run.rows for run in chosen]))
-        figures = _estimates(estimates, influence.METRICS, labels.label[rows], n_classes)
-        found[value] = {"n": len(rows), "n_units": len(np.unique(unit[rows])), **figures}
+        if chosen:
+            rows = np.unique(np.concatenate([run.rows for run in chosen]))
+            counts = {"n": len(rows), "n_units": len(np.unique(data.unit[rows]))}
+            found[value] = counts | _estimates(chosen, data)
     return found
 
 
-def _estimates(
-    found: Mapping[str, Interval | None], names: Sequence[str], label: np.ndarray, n_classes: int
-) -> dict[str, Json]:
+def _estimates(runs: Sequence[Outcomes], data: Data, names: Sequence[str] = influence.METRICS) -> dict[str, Json]:
     """Those of these metrics that exist; no macro F1 where a class is absent, which would count as 0."""
-    lacks = {"macro_f1"} if len(np.unique(label)) < n_classes else set()
+    labels, n_classes = data.labels, len(data.labels.class_names)
+    found = intervals.metric_intervals(runs, labels.label, labels.weight, data.unit, n_classes)
+    occurring = np.unique(labels.label[np.concatenate([run.rows for run in runs])])
+    lacks = {"macro_f1"} if len(occurring) < n_classes else set()
     return {name: asdict(one) for name in names if name not in lacks and (one := found[name]) is not None}

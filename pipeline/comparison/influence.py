@@ -38,7 +38,7 @@ def linearise(
     """All metrics of metrics.score but `ece`, as far as the outcomes allow; None where a metric is undefined."""
     found = {name: of(name, outcomes, label, weight, unit, n_classes) for name in METRICS}
     probability = outcomes.probability
-    if probability is not None:
+    if probability.shape[1]:
         squared_error = (probability**2).sum(axis=1) - 2 * np.exp(outcomes.true_log_probability) + 1
         found["brier"] = mean(squared_error / 2, weight) if n_classes == 2 else mean(squared_error, weight, 2.0)
         if n_classes > TOP_5_ABOVE:

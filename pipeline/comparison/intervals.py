@@ -1,8 +1,8 @@
 """Confidence intervals of metrics. What was sampled is the unit: its influences are summed over images and seeds.
 
 Everywhere `runs` are the outcomes of one strategy, one per seed; label, weight and unit (n_images,) are of all images.
-Intervals are 95 % and conditional on the trained runs: they cover other test units, not other seeds. Images of weight 0
-are left out. How well the intervals cover is simulated by `python -m benchmarks.error_rates`.
+Intervals are 95 % and conditional on the trained runs: they cover other test units, not other seeds. How well the
+intervals cover is simulated by `python -m benchmarks.error_rates`.
 """
 
 import hashlib
@@ -65,12 +65,6 @@ def digest_of(run: Outcomes) -> bytes:
     return b"".join(hashlib.sha256(array.tobytes()).digest() for array in arrays)
 
 
-def with_weight(run: Outcomes, weight: np.ndarray) -> Outcomes:
-    """The outcomes for images whose weight is above 0."""
-    kept = weight[run.rows] > 0
-    return run if kept.all() else run[kept]
-
-
 def metric_intervals(
     runs: Sequence[Outcomes], label: np.ndarray, weight: np.ndarray, unit: np.ndarray, n_classes: int
 ) -> dict[str, Interval | None]:
@@ -78,30 +72,25 @@ def metric_intervals(
 
     None where a class does not occur (`auroc`) and above 10,000 images (`ece`).
     """
-    kept = [with_weight(run, weight) for run in distinct(runs, digest_of)]
+    kept = distinct(runs, digest_of)
     rows = [run.rows for run in kept]
     by_run = [influence.linearise(run, label[run.rows], weight[run.rows], unit[run.rows], n_classes) for run in kept]
     found = {name: interval([metric[name] for metric in by_run], rows, unit) for name in by_run[0]}
-    probabilities = [run.probability for run in kept if run.probability is not None]
-    return found | ({"ece": ece_interval(rows, probabilities, label, weight, unit)} if probabilities else {})
+    if all(run.probability.shape[1] for run in kept):
+        found["ece"] = ece_interval(kept, label, weight, unit)
+    return found
 
 
-def ece_interval(
-    rows: Sequence[np.ndarray],
-    probabilities: Sequence[np.ndarray],
-    label: np.ndarray,
-    weight: np.ndarray,
-    unit: np.ndarray,
-) -> Interval | None:
-    """ECE of the probabilities (n, n_classes) of each run's rows, with its interval; None above 10,000 images."""
-    images = np.unique(np.concatenate(rows))
+def ece_interval(runs: Sequence[Outcomes], label: np.ndarray, weight: np.ndarray, unit: np.ndarray) -> Interval | None:
+    """ECE of the probabilities of the runs, with its interval; None above 10,000 images."""
+    images = np.unique(np.concatenate([run.rows for run in runs]))
     if len(images) > MAX_IMAGES_FOR_ECE:
         return None
-    confidence, is_correct, weights = np.zeros((3, len(images), len(rows)))
-    for s, (own, probability) in enumerate(zip(rows, probabilities, strict=True)):
-        at = np.searchsorted(images, own)
-        confidence[at, s], is_correct[at, s] = metrics.top_label(probability, label[own])
-        weights[at, s] = weight[own]
+    confidence, is_correct, weights = np.zeros((3, len(images), len(runs)))
+    for s, run in enumerate(runs):
+        at = np.searchsorted(images, run.rows)
+        confidence[at, s], is_correct[at, s] = metrics.top_label(run.probability, label[run.rows])
+        weights[at, s] = weight[run.rows]
     return Interval(*resampling.ece_interval(confidence, is_correct, weights, unit[images]))
 
 

@@ -24,7 +24,7 @@ def score(outcomes: Outcomes, label: np.ndarray, weight: np.ndarray, n_classes: 
     """
     smooth = influence.linearise(outcomes, label, weight, np.arange(len(label)), n_classes)
     found = {name: metric and metric.value for name, metric in smooth.items()}
-    if outcomes.probability is not None:
+    if outcomes.probability.shape[1]:
         found["ece"] = expected_calibration_error(outcomes.probability, label, weight)
     return found
 

@@ -7,7 +7,7 @@ cross-validation for model selection").
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import log_softmax
@@ -23,7 +23,7 @@ class Outcomes:
 
     `rows` (n,) int64: positions in labels.csv; `predicted` (n,): the predicted class; `true_log_probability` (n,)
     float64: of the image's label; `scores` (n, n_classes), or (n, 1) of the second of two classes: what the AUROC
-    ranks, within each `fold` (n,); (n, 0) where it is not known. `probability` (n, n_classes), None where only the
+    ranks, within each `fold` (n,); (n, 0) where it is not known. `probability` (n, n_classes); (n, 0) where only the
     above is known.
     """
 
@@ -32,18 +32,11 @@ class Outcomes:
     true_log_probability: np.ndarray
     scores: np.ndarray
     fold: np.ndarray
-    probability: np.ndarray | None
-
-    @property
-    def known_probability(self) -> np.ndarray:
-        """The probabilities; TypeError for cross-fitted outcomes, which have none."""
-        if self.probability is None:
-            raise TypeError("cross-fitted outcomes have no probabilities")
-        return self.probability
+    probability: np.ndarray
 
     def __getitem__(self, chosen: np.ndarray) -> "Outcomes":
         """Those of some images: positions, or bool (n,)."""
-        return Outcomes(*(None if value is None else value[chosen] for value in vars(self).values()))  # pyright: ignore[reportArgumentType]
+        return Outcomes(*(value[chosen] for value in vars(self).values()))
 
 
 def of_predictions(predictions: Predictions, label: np.ndarray) -> Outcomes:
@@ -64,10 +57,10 @@ def of_predictions(predictions: Predictions, label: np.ndarray) -> Outcomes:
 
 def of_classes(predicted: np.ndarray, rows: np.ndarray | None = None, fold: np.ndarray | None = None) -> Outcomes:
     """Outcomes of which only the predicted class (n,) is known; by default for the first n images, in one fold."""
-    n = len(predicted)
+    n, unknown = len(predicted), np.zeros((len(predicted), 0))
     rows = np.arange(n) if rows is None else rows
     fold = np.zeros(n, np.int64) if fold is None else fold
-    return Outcomes(rows, predicted, np.zeros(n), np.zeros((n, 0)), fold, None)
+    return Outcomes(rows, predicted, np.zeros(n), unknown, fold, unknown)
 
 
 def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, unit: np.ndarray) -> Outcomes:
@@ -81,15 +74,15 @@ def cross_fitted(rows: np.ndarray, candidates: Candidates, weight: np.ndarray, u
     others = [fold != k if fold.any() else fold == k for k in range(fold.max() + 1)]  # a single unit chooses for itself
     by_fold = np.stack([loss[:, other].sum(axis=1) for other in others])
     best = by_fold.argmin(axis=1)[fold]
-    n, has_scores = np.arange(len(rows)), candidates.positive_log_probability.shape[1] > 0
-    scores = candidates.positive_log_probability[best, n][:, None] if has_scores else np.zeros((len(rows), 0))
+    n, unknown = np.arange(len(rows)), np.zeros((len(rows), 0))
+    has_scores = candidates.positive_log_probability.shape[1] > 0
     return Outcomes(
         rows=rows,
         predicted=candidates.predicted[best, n],
         true_log_probability=candidates.true_log_probability[best, n].astype(np.float64),
-        scores=scores,
+        scores=candidates.positive_log_probability[best, n][:, None] if has_scores else unknown,
         fold=fold,
-        probability=None,
+        probability=unknown,
     )
 
 
@@ -100,10 +93,8 @@ def pooled(runs: Sequence[Outcomes]) -> Outcomes:
     intervals for test error". The AUROC, which ranks what one network predicts, stays within folds.
     """
     fold = np.repeat(np.arange(len(runs)), [len(run.rows) for run in runs])
-    *values, probability = zip(*(vars(run).values() for run in runs), strict=True)
-    rows, predicted, true, scores, _ = map(np.concatenate, values)
-    known = None if any(one is None for one in probability) else np.concatenate(probability)
-    return Outcomes(rows, predicted, true, scores, fold, known)[np.argsort(rows, kind="stable")]
+    together = Outcomes(*map(np.concatenate, zip(*(vars(run).values() for run in runs), strict=True)))
+    return replace(together, fold=fold)[np.argsort(together.rows, kind="stable")]
 
 
 def by_unit(outcomes: Outcomes, label: np.ndarray, unit: np.ndarray) -> Outcomes:
@@ -112,8 +103,8 @@ def by_unit(outcomes: Outcomes, label: np.ndarray, unit: np.ndarray) -> Outcomes
     Units that unit_labels gives no label are left out. label and unit (n_images,) are of all images.
     """
     rows, index, count = np.unique(unit[outcomes.rows], return_inverse=True, return_counts=True)
-    averaged = np.zeros((len(rows), outcomes.known_probability.shape[1]))
-    np.add.at(averaged, index, outcomes.known_probability)
+    averaged = np.zeros((len(rows), outcomes.probability.shape[1]))
+    np.add.at(averaged, index, outcomes.probability)
     log_probability = np.log(np.maximum(averaged / count[:, None], np.finfo(float).tiny))
     own = unit_labels(label, unit)
     votes = own[rows] >= 0

@@ -17,16 +17,7 @@ from statsmodels.stats.multitest import multipletests
 
 from pipeline.comparison import influence, resampling
 from pipeline.comparison.influence import Influence
-from pipeline.comparison.intervals import (
-    CONFIDENCE,
-    PSEUDO_UNITS,
-    Spread,
-    digest_of,
-    distinct,
-    spread_of,
-    sum_by,
-    with_weight,
-)
+from pipeline.comparison.intervals import CONFIDENCE, PSEUDO_UNITS, Spread, digest_of, distinct, spread_of, sum_by
 from pipeline.comparison.outcomes import Outcomes
 
 MIN_SEEDS_FOR_T = 5
@@ -105,7 +96,7 @@ def compare(runs: Sequence[Outcomes], baseline: Sequence[Outcomes], study: Study
         t = -abs(pairs.difference) / pairs.standard_error_over_seeds
         method, p_value = CORRECTED_T, float(2 * special.stdtr(len(pairs.rows) - 1, t))
     elif len(pairs.rows) == 1 and study.metric == "accuracy" and pairs.has_equal_single_images():
-        is_correct = (with_weight(one, study.weight).predicted == study.label[pairs.rows[0]] for one in pairs.first)
+        is_correct = (one.predicted == study.label[one.rows] for one in pairs.first)
         method, p_value = MCNEMAR, exact_mcnemar(*is_correct)
     else:
         method, p_value = SIGN_FLIP, resampling.sign_flip(pairs.by_unit())
@@ -234,19 +225,15 @@ class _Pairs:
 
 def _pairs(runs: Sequence[Outcomes], others: Sequence[Outcomes], study: Study) -> _Pairs:
     pairs = distinct(zip(runs, others, strict=True), lambda pair: digest_of(pair[0]) + digest_of(pair[1]))
-    is_cross_fitted = any(run.probability is None and run.fold.any() for run in (*runs, *others))
-    found = _Pairs(study, pairs[0], [], [], [], [], is_cross_fitted)
-    for pair in pairs:
-        if not np.array_equal(pair[0].rows, pair[1].rows):
-            raise ValueError("two runs are of other images, or in another order; expected pairs on the same images")
-        rows = with_weight(pair[0], study.weight).rows
-        ours, theirs = (_measure(with_weight(run, study.weight), study) for run in pair)
-        moved = ours.influence - theirs.influence
-        found.rows.append(rows)
-        found.ours.append(ours)
-        found.theirs.append(theirs)
-        found.differences.append(Influence(ours.value - theirs.value, moved, ours.share, ours.top))
-    return found
+    if not all(np.array_equal(run.rows, other.rows) for run, other in pairs):
+        raise ValueError("two runs are of other images, or in another order; expected pairs on the same images")
+    ours, theirs = ([_measure(run, study) for run in these] for these in zip(*pairs, strict=True))
+    differences = [
+        Influence(own.value - other.value, own.influence - other.influence, own.share, own.top)
+        for own, other in zip(ours, theirs, strict=True)
+    ]
+    is_cross_fitted = any(not run.probability.shape[1] and run.fold.any() for run in (*runs, *others))
+    return _Pairs(study, pairs[0], [run.rows for run, _ in pairs], ours, theirs, differences, is_cross_fitted)
 
 
 def _measure(run: Outcomes, study: Study) -> Influence:

@@ -10,6 +10,7 @@ with fewer than 10 distinct validation units, it is *provisional*. Test figures 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -76,19 +77,14 @@ def recommend(
     """
     by_cost = sorted(runs, key=train_flops.__getitem__)
     level = 1 - (1 - confidence) / max(len(runs) - 1, 1)
-    contrasts = {
-        (name, other): paired.contrast(runs[name], runs[other], study, level, margin)
-        for number, other in enumerate(by_cost)
-        for name in by_cost[number + 1 :]
-    }
-
-    def contrast(name: str, other: str) -> Contrast:
-        """The contrast name - other."""
-        return contrasts.get((name, other)) or contrasts[other, name].reversed()
+    contrasts = {}  # by (name, other), of name - other
+    for other, name in combinations(by_cost, 2):
+        contrasts[name, other] = paired.contrast(runs[name], runs[other], study, level, margin)
+        contrasts[other, name] = contrasts[name, other].reversed()
 
     def advantage(name: str, other: str) -> Contrast:
-        """The same, positive where `name` is better."""
-        return contrast(other, name) if study.metric == "nll" else contrast(name, other)
+        """The contrast, positive where `name` is better."""
+        return contrasts[other, name] if study.metric == "nll" else contrasts[name, other]
 
     beaten_by = {
         name: next((other for other in by_cost if other != name and advantage(other, name).low > 0), None)
@@ -98,13 +94,12 @@ def recommend(
     rivals = []
     for name in by_cost:
         if name != chosen:
-            found, is_excluded = contrast(name, chosen), advantage(name, chosen).margin_high <= margin
+            found, is_excluded = contrasts[name, chosen], advantage(name, chosen).margin_high <= margin
             rivals.append(Rival(name, found.difference, found.low, found.high, is_excluded, beaten_by[name]))
     in_set = [rival for rival in rivals if rival.beaten_by is None]
     n_units = len(np.unique(np.concatenate([study.unit[run.rows] for run in runs[chosen]])))
-    units_needed = max(
-        (contrast(one.strategy, chosen).units_needed for one in in_set or rivals), default=MOST_UNITS + 1
-    )
+    needed = [contrasts[one.strategy, chosen].units_needed for one in in_set or rivals]
+    units_needed = max(needed, default=MOST_UNITS + 1)
     not_beaten = []
     for name, these in references.items():
         better, worse = (these, runs[chosen]) if study.metric == "nll" else (runs[chosen], these)
@@ -123,13 +118,11 @@ def recommend(
     )
 
 
-def as_json(recommendation: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> Json:
-    """The record and its explanation; `strategies` and `references` as in details.json."""
-    return {**asdict(recommendation), "text": in_words(recommendation, strategies, references)}
-
-
 def in_words(found: Recommendation, strategies: Mapping[str, Json], references: Mapping[str, Json]) -> str:
-    """Paragraphs: a warning if there is one, the choice by validation, and its result on the test images."""
+    """Paragraphs: a warning if there is one, the choice by validation, and its result on the test images.
+
+    `strategies` and `references` as in details.json.
+    """
     paragraphs = [
         _not_beaten(found, strategies, references),
         _choice(found, strategies) + of_runs(dict(strategies), len(strategies[found.strategy]["seeds"]), "val"),

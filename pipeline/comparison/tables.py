@@ -11,8 +11,12 @@ METRIC_NAMES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
+    "top5_accuracy": "top-5 accuracy",
     "auroc": "AUROC",
     "nll": "NLL",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "ece_scaled": "ECE, scaled",
 }
 PER_UNIT = {"accuracy": "accuracy, %", "balanced_accuracy": "balanced accuracy, %", "auroc": "AUROC, %"}
 

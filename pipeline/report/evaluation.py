@@ -1,23 +1,19 @@
 """What `evaluate` found, in words, as Markdown, and as a page that loads nothing from a network."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from pipeline.dataset.units import FEW_UNITS
 from pipeline.ingest.tree import printable
-from pipeline.report import charts
+from pipeline.report import templates
 from pipeline.report.evidence import METRICS, NONE, PERCENT
-from pipeline.report.gallery import Example, percent
+from pipeline.report.gallery import Example, make_example, percent
 from pipeline.report.pictures import Album
 
 Json = dict[str, Any]
-HERE = Path(__file__).parent
 NAMES = METRICS | {"nll_scaled": "NLL (nats), scaled", "brier_scaled": "Brier score, scaled"}
 MAX_MATRIX = 20  # classes of a confusion matrix; of more, the most frequent confusions are listed
 N_NAMED, N_LISTED, N_PICTURES = 3, 20, 24
@@ -163,28 +159,18 @@ def _percent(found: Any) -> str:  # noqa: ANN401
 
 def tables(one: Json) -> list[Table]:
     """Everything about one model but its mistakes."""
-    names = [name for name in NAMES if one["metrics"].get(name)]
-    rows = [[NAMES[name], _estimate(name, one["metrics"][name])] for name in names]
-    columns = ["metric", "new images"]
-    if (rest := one["without_seen"]) is not None:
-        columns.append("without images seen in training")
-        rows = [[*row, _estimate(name, rest["metrics"].get(name))] for name, row in zip(names, rows, strict=True)]
-    if (own := one["own_test"]) is not None:
-        columns += ["its own test images", "difference"]
-        rows = [
-            [*row, _estimate(name, own["metrics"].get(name)), _difference(name, one["differences"].get(name))]
-            for name, row in zip(names, rows, strict=True)
-        ]
+    rest, own, columns, rows = one["without_seen"], one["own_test"], ["metric", "new images"], []
+    columns += ["without images seen in training"] if rest else []
+    columns += ["its own test images", "difference"] if own else []
+    for name in NAMES:
+        if one["metrics"].get(name):
+            shown = [_estimate(name, part["metrics"].get(name)) for part in (one, rest, own) if part]
+            difference = [_difference(name, one["differences"].get(name))] if own else []
+            rows.append([NAMES[name], *shown, *difference])
     scaled = f"Scaled: at the temperature {one['temperature']:.3g}, which training fitted on validation."
     found = [Table("Metrics", f"With 95 % intervals over units of images. {scaled}", columns, rows)]
     by_class = [
-        [
-            row["class"],
-            f"{row['support']:,}",
-            _percent(row["recall"]),
-            _percent(row["precision"]),
-            f"{100 * row['f1']:.1f} %",
-        ]
+        [row["class"], f"{row['support']:,}", *(_percent(row[key]) for key in ("recall", "precision", "f1"))]
         for row in one["classes"]
         if row["support"] or row["precision"]
     ]
@@ -228,10 +214,11 @@ def paired_table(found: Json) -> Table:
 
 def as_markdown(found: Json) -> str:
     """evaluation.md."""
-    lines = ["# Evaluation on new images", "", f"{_code(found['data']['directory'])}", ""]
+    directory = printable(found["data"]["directory"]).replace("`", "")
+    lines = ["# Evaluation on new images", "", f"`{directory}`", ""]
     lines += [line for sentence in found["summary"] for line in (_escaped(sentence), "")]
-    for table in [paired_table(found)] if found["paired"] else []:
-        lines += _markdown(table, "##")
+    if found["paired"]:
+        lines += _markdown(paired_table(found), "##")
     for one in found["models"]:
         lines += [f"## {_escaped(one['model'])}", ""]
         for table in tables(one):
@@ -246,45 +233,35 @@ def as_markdown(found: Json) -> str:
 
 
 def _markdown(table: Table, level: str) -> list[str]:
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows] if table.rows else [["none"], ["---"]]
-    written = ["| " + " | ".join(_escaped(text) for text in row) + " |" for row in rows]
+    columns = table.columns if table.rows else ["none"]
+    written = [f"| {' | '.join(map(_escaped, row))} |" for row in (columns, *table.rows)]
+    written.insert(1, f"| {' | '.join(['---'] * len(columns))} |")
     return [f"{level} {table.title}", "", *([_escaped(table.caption), ""] if table.caption else []), *written, ""]
 
 
 def _escaped(text: str) -> str:
     """Text that is no markup, in one line."""
-    return (
-        "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in printable(text)) if text != "---" else text
-    )
-
-
-def _code(text: str) -> str:
-    return f"`{printable(text).replace('`', '')}`"
+    return re.sub(r"[\\`*_\[\]<>|#]", r"\\\g<0>", printable(text))
 
 
 def as_page(found: Json, album: Album) -> str:
     """evaluation.html, with thumbnails of the worst mistakes."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     models = [
         {
             "name": one["model"],
             "tables": tables(one),
-            "mistakes": [_example(row, album) for row in one["mistakes"][:N_PICTURES]],
+            "mistakes": [_mistake(row, album) for row in one["mistakes"][:N_PICTURES]],
         }
         for one in found["models"]
     ]
-    return environment.get_template("evaluation.html.jinja").render(
+    return templates.load("evaluation.html.jinja").render(
         data=found["data"],
         summary=found["summary"],
         paired=paired_table(found) if found["paired"] else None,
         models=models,
-        palettes={"light": charts.LIGHT, "dark": charts.DARK},
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )
 
 
-def _example(row: Json, album: Album) -> Example:
-    lines = ("label", row["label"], ""), ("predicted", row["predicted"], percent(row["probability"]))
-    return Example(row["image_id"], album.thumbnail(row["image_id"]), lines)
+def _mistake(row: Json, album: Album) -> Example:
+    predicted = "predicted", row["predicted"], percent(row["probability"])
+    return make_example(album, row["image_id"], ("label", row["label"], ""), predicted)

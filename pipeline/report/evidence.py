@@ -13,17 +13,7 @@ from pipeline.report.provenance import Timing
 
 Json = dict[str, Any]
 PERCENT = ("accuracy", "balanced_accuracy", "macro_f1", "top5_accuracy")
-METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro F1",
-    "top5_accuracy": "top-5 accuracy",
-    "auroc": "AUROC",
-    "nll": "NLL (nats)",
-    "brier": "Brier score",
-    "ece": "ECE",
-    "ece_scaled": "ECE, scaled",
-}
+METRICS = tables.METRIC_NAMES | {"nll": "NLL (nats)"}
 NONE, TO = "\u2013", "\u2009\u2013\u2009"  # dashes: for no value, and between the ends of an interval
 COSTS = {
     "trainable_params": "trained parameters",
@@ -110,14 +100,11 @@ def difference(strategy: Json, metric: str) -> Json | None:
 def minutes(timings: Sequence[Timing], strategies: Json) -> dict[str, str]:
     """Measured minutes of one seed of each strategy, and of `extract`, as far as the stages ran on this machine."""
     seconds = {timing.stage: timing.wall_seconds for timing in timings}
-    by_seed = {
-        name: [seconds.get(f"fine_tune-{name}-{seed}") for seed in strategy["seeds"]]
-        for name, strategy in strategies.items()
-    }
-    if HEAD_ALL_SEEDS in strategies and "train_head" in seconds:  # the stage trains the heads of all seeds
-        by_seed[HEAD_ONLY] = [seconds["train_head"] / len(strategies[HEAD_ALL_SEEDS]["seeds"])]
-    by_seed["extract"] = [seconds.get("extract")]
-    measured = {name: [value for value in values if value is not None] for name, values in by_seed.items()}
+    stages = {name: [f"fine_tune-{name}-{seed}" for seed in strategy["seeds"]] for name, strategy in strategies.items()}
+    if "train_head" in seconds:  # the stage trains the heads of all seeds
+        seconds["train_head"] /= len(strategies[HEAD_ALL_SEEDS]["seeds"])
+    stages |= {HEAD_ONLY: ["train_head"], "extract": ["extract"]}
+    measured = {name: [seconds[stage] for stage in these if stage in seconds] for name, these in stages.items()}
     return {name: f"{sum(values) / len(values) / 60:.1f}" for name, values in measured.items() if values}
 
 
@@ -159,11 +146,10 @@ def learning(rows: Rows, names: Sequence[str]) -> Figure:
 
 def recipes(strategies: Json) -> dict[str, str]:
     """How each fine-tuned strategy was trained, in one line."""
-    runs = {name: strategy["runs"] for name, strategy in strategies.items()}
     return {
-        name: recipe(these[0]["network"], [run["chosen"].get("learning_rates") for run in these])
-        for name, these in runs.items()
-        if "recipe" in these[0]["network"]
+        name: recipe(strategy["runs"][0]["network"], [run["chosen"].get("learning_rates") for run in strategy["runs"]])
+        for name, strategy in strategies.items()
+        if "recipe" in strategy["runs"][0]["network"]
     }
 
 

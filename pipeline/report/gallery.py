@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 
+from pipeline.comparison import outcomes
+from pipeline.comparison.outcomes import Outcomes
 from pipeline.dataset.manifest import Labels
 from pipeline.features.hdf5 import Features
 from pipeline.report import charts, pictures
@@ -22,24 +23,6 @@ OTHERS = "other classes"
 
 
 @dataclass(frozen=True)
-class Average:
-    """Probabilities (n, n_classes) of the images `rows` (n,) that some run tested, averaged over those runs."""
-
-    rows: np.ndarray
-    probability: np.ndarray
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """The most probable class of each image."""
-        return self.probability.argmax(1)
-
-    @property
-    def confidence(self) -> np.ndarray:
-        """The probability of that class."""
-        return self.probability.max(1)
-
-
-@dataclass(frozen=True)
 class Example:
     """An image and its caption: lines of a word, a class, a probability."""
 
@@ -48,26 +31,24 @@ class Example:
     lines: tuple[tuple[str, str, str], ...]
 
 
-def average(runs: Sequence[Predictions]) -> Average:
-    """Average over runs, which may have tested other images; every image once."""
-    rows = np.concatenate([run.rows for run in runs])
-    probability = softmax(np.concatenate([run.log_probability for run in runs]).astype(np.float64), axis=1)
-    distinct, place = np.unique(rows, return_inverse=True)
-    total = np.zeros((len(distinct), probability.shape[1]))
-    np.add.at(total, place, probability)
-    return Average(distinct, total / np.bincount(place)[:, None])
+def average(runs: Sequence[Predictions], labels: Labels) -> Outcomes:
+    """Every image that some run tested, once, by the mean of its probabilities over those runs."""
+    tested = outcomes.pooled([outcomes.of_predictions(run, labels.label) for run in runs])
+    return outcomes.by_unit(tested, labels.label, np.arange(len(labels.label)))
 
 
-def examples(tested: Average, labels: Labels, album: Album) -> tuple[list[Example], list[Example]]:
+def examples(tested: Outcomes, labels: Labels, album: Album) -> tuple[list[Example], list[Example]]:
     """The most confident errors, and the least confident correct predictions."""
+    confidence = tested.probability.max(1)
 
     def example(i: int) -> Example:
         row = tested.rows[i]
-        predicted = ("predicted", labels.class_names[tested.predicted[i]], percent(tested.confidence[i]))
-        return _example(album, labels.image_id[row], ("label", labels.class_names[labels.label[row]], ""), predicted)
+        label = ("label", labels.class_names[labels.label[row]], "")
+        predicted = ("predicted", labels.class_names[tested.predicted[i]], percent(confidence[i]))
+        return make_example(album, labels.image_id[row], label, predicted)
 
     is_wrong = tested.predicted != labels.label[tested.rows]
-    order = np.argsort(tested.confidence, kind="stable")
+    order = np.argsort(confidence, kind="stable")
     errors, correct = [i for i in order[::-1] if is_wrong[i]], [i for i in order if not is_wrong[i]]
     return [example(i) for i in errors[:N_ERRORS]], [example(i) for i in correct[:N_CORRECT]]
 
@@ -77,7 +58,7 @@ def percent(probability: float) -> str:
     return f"{100 * min(max(probability, 0.001), 0.999):.1f}\u2009%"
 
 
-def maps(features: Features, labels: Labels, tested: Average) -> list[Figure]:
+def maps(features: Features, labels: Labels, tested: Outcomes) -> list[Figure]:
     """The cached features in two dimensions, coloured by class and by error."""
     images, xy, shares = pictures.map_features(features)
     outcome = np.full(len(labels.label), "not tested", dtype=object)
@@ -114,7 +95,7 @@ def suspects(rows: Sequence[dict[str, str]], album: Album) -> list[Example]:
     found = []
     for row in rows[:N_SUSPECTS]:
         given = ("label", row["label"], percent(float(row["self_confidence"])))
-        found.append(_example(album, row["image_id"], given, ("suggested", row["suggested"], "")))
+        found.append(make_example(album, row["image_id"], given, ("suggested", row["suggested"], "")))
     return found
 
 
@@ -132,8 +113,9 @@ def class_counts(classes: dict[str, int]) -> Figure:
 
 def groups(found: Sequence[Sequence[str]], album: Album) -> list[list[Example]]:
     """The first groups of images that are alike, at most four images of each."""
-    return [[_example(album, image_id) for image_id in group[:4]] for group in found[:N_PAIRS]]
+    return [[make_example(album, image_id) for image_id in group[:4]] for group in found[:N_PAIRS]]
 
 
-def _example(album: Album, image_id: str, *lines: tuple[str, str, str]) -> Example:
+def make_example(album: Album, image_id: str, *lines: tuple[str, str, str]) -> Example:
+    """An image of the album, with its caption."""
     return Example(image_id, album.thumbnail(image_id), lines)

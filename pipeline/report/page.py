@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import vl_convert
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline import logs
@@ -28,7 +27,7 @@ from pipeline.files import write_text
 from pipeline.network import backbones
 from pipeline.network.preprocessing import LARGEST_SHARE
 from pipeline.params import HEAD_ALL_SEEDS, HEAD_ONLY, PARAMS, load_params
-from pipeline.report import charts, evidence, gallery, pictures, provenance
+from pipeline.report import charts, evidence, gallery, pictures, provenance, templates
 from pipeline.report.evidence import Figure
 from pipeline.report.pictures import Album
 from pipeline.training.runs import RUNS, read_run
@@ -36,7 +35,6 @@ from pipeline.training.runs import RUNS, read_run
 Json = dict[str, Any]
 REPORTS = Path("reports")
 PAGE = REPORTS / "report.html"
-HERE = Path(__file__).parent  # of the template, the style and the script
 NAMES = ("details", "cost", "curves", "reliability", "splits")  # of the JSON files in reports/ that the page shows
 
 
@@ -65,7 +63,7 @@ def assemble() -> Json:
     provenance.check(stages, [path.as_posix() for path in runs])
     images = manifest.read_images()
     album = Album(Path(params.dataset.path), images)
-    tested = gallery.average([read_run(best, seed).test for seed in seeds])
+    tested = gallery.average([read_run(best, seed).test for seed in seeds], labels)
     errors, correct = gallery.examples(tested, labels, album)
     cut_away = features.provenance.backbone.preprocessing.cut_away(images.width, images.height).mean()
     class_rows, timings = evidence.class_rows(strategies, names), provenance.timings()
@@ -78,11 +76,6 @@ def assemble() -> Json:
         "best": best,
         "details": details,
         "table_of": evidence.table(details),
-        "tested": tables.tested(details),
-        "sampled": tables.sampled(strategies, "test"),
-        "per_seed": tables.per_seed(details),
-        "unit_name": tables.unit_name(details),
-        "further": tables.further(details),
         "recipes": evidence.recipes(strategies),
         "timings": timings,
         "minutes": evidence.minutes(timings, strategies),
@@ -153,20 +146,16 @@ def _network(made: Provenance, album: Album, candidates: list[str]) -> Json:
 
 def render(page: Json) -> str:
     """Fill the template; its security policy names the scripts by their digests, so that no other can run."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    template = templates.load(
+        "page.html.jinja",
+        label=evidence.label,
+        scaled=evidence.scaled,
+        shown=evidence.shown,
+        duration=duration,
+        paragraphs=paragraphs,
     )
-    environment.filters |= {
-        "label": evidence.label,
-        "scaled": evidence.scaled,
-        "shown": evidence.shown,
-        "duration": duration,
-        "paragraphs": paragraphs,
-    }
-    scripts = [
-        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
-        (HERE / "page.js").read_text(encoding="utf-8"),
-    ]
+    script = (templates.HERE / "page.js").read_text(encoding="utf-8")
+    scripts = [vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"), script]
     specs: list[Json] = []
 
     def place(figure: Figure) -> int:
@@ -174,18 +163,13 @@ def render(page: Json) -> str:
         specs.append(figure.spec or {})
         return len(specs) - 1
 
-    return environment.get_template("page.html.jinja").render(
+    return template.render(
         **page,
         place=place,
         specs=specs,
-        cell=evidence.cell,
-        measured=evidence.measured,
-        metrics=evidence.METRICS,
-        costs=evidence.COSTS,
-        cost_text=evidence.cost_text,
-        themes={"light": charts.theme(charts.LIGHT), "dark": charts.theme(charts.DARK)},
-        palettes={"light": charts.LIGHT, "dark": charts.DARK},
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        evidence=evidence,
+        tables=tables,
+        themes={kind: charts.theme(colours) for kind, colours in templates.PALETTES.items()},
         scripts=[Markup(script) for script in scripts],
         digests=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )

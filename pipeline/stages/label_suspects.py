@@ -40,12 +40,15 @@ LEAST_AVOIDED = 0.5  # share of the errors of naming the largest class always; b
 
 
 @dataclass(frozen=True)
-class Quality:
-    """How good the heads are on images that they were fitted without, weighted by image.
+class Suspects:
+    """The suspects, the least confident first, and how good the heads are on images that they were fitted without.
 
-    `accuracy`, and `largest_class`, the share of the largest class; both 0 if there are no heads.
+    `rows` (n,) int64: their images; `probability` (n, n_classes) float32: what these heads predict for them.
+    `accuracy`, and `largest_class`, the share of the largest class, are weighted by image; both 0 without heads.
     """
 
+    rows: np.ndarray
+    probability: np.ndarray
     accuracy: float = 0.0
     largest_class: float = 0.0
 
@@ -58,18 +61,6 @@ class Quality:
             f"the heads that find suspects are right for {100 * self.accuracy:.1f} % of the images, and naming the "
             f"largest class always for {100 * self.largest_class:.1f} %: many suspects may be labelled correctly"
         )
-
-
-@dataclass(frozen=True)
-class Suspects:
-    """The suspects, the least confident first, and the quality of the heads that found them.
-
-    `rows` (n,) int64: their images; `probability` (n, n_classes) float32: what these heads predict for them.
-    """
-
-    rows: np.ndarray
-    probability: np.ndarray
-    quality: Quality
 
 
 def main() -> None:
@@ -89,9 +80,10 @@ def main() -> None:
     torch.set_num_threads(params.threads)
     found = find(features, labels, units, options, choose_device(params.runtime.device))
     write(found, labels)
-    write_json(REPORT.with_suffix(".json"), {**vars(found.quality), "caution": found.quality.caution})
-    if found.quality.caution:
-        logs.log.warning("caution: %s", found.quality.caution)
+    quality = {"accuracy": found.accuracy, "largest_class": found.largest_class, "caution": found.caution}
+    write_json(REPORT.with_suffix(".json"), quality)
+    if found.caution:
+        logs.log.warning("caution: %s", found.caution)
     logs.log.info("%d of %d labels are suspects: %s", len(found.rows), len(labels.image_id), REPORT)
 
 
@@ -121,12 +113,11 @@ def find(
     rows = np.flatnonzero(fold >= 0)
     label, weight = labels.label[rows], labels.weight[rows]
     if len(set(label.tolist())) < 2:
-        return Suspects(rows[:0], np.zeros((0, len(labels.class_names)), np.float32), Quality())
+        return Suspects(rows[:0], np.zeros((0, len(labels.class_names)), np.float32))
     probability = predict_out_of_fold(features, labels, fold, options, device)
     accuracy = np.average(probability.argmax(1) == label, weights=weight)
-    quality = Quality(round(float(accuracy), 6), round(float(np.bincount(label, weight).max() / weight.sum()), 6))
-    found = rank(probability, label, weight)
-    return Suspects(rows[found], probability[found], quality)
+    largest_class, found = np.bincount(label, weight).max() / weight.sum(), rank(probability, label, weight)
+    return Suspects(rows[found], probability[found], round(float(accuracy), 6), round(float(largest_class), 6))
 
 
 def assign_folds(labels: Labels, units: list[list[int]], options: SuspectOptions) -> np.ndarray:

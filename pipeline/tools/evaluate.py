@@ -212,7 +212,7 @@ def describe(model: Model, data: Data, predictions: Predictions, distance: np.nd
         "classes": by_class(raw, data),
         "confusion": metrics.confusion(raw.predicted, labels.label, n_classes).tolist(),
         "reliability": {
-            name: metrics.reliability(one.known_probability, labels.label, labels.weight)
+            name: metrics.reliability(one.probability, labels.label, labels.weight)
             for name, one in (("raw", raw), ("scaled", scaled))
         },
         "mistakes": mistakes(scaled, labels),
@@ -276,7 +276,7 @@ def by_class(raw: Outcomes, data: Data) -> list[Json]:
 
 def mistakes(scaled: Outcomes, labels: Labels) -> list[Json]:
     """The wrong predictions with the largest probability, the worst first."""
-    probability = scaled.known_probability
+    probability = scaled.probability
     confidence, is_right = metrics.top_label(probability, labels.label)
     order = [i for i in np.argsort(-confidence, kind="stable").tolist() if not is_right[i]]
     return [

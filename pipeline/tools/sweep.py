@@ -85,9 +85,9 @@ class Result:
     def accuracy(self) -> Interval:
         """With its 95 % interval."""
         runs = intervals.distinct(self.val, intervals.digest_of)
-        study, kept = self.study, [intervals.with_weight(run, self.study.weight) for run in runs]
-        hits = [influence.mean(run.predicted == study.label[run.rows], study.weight[run.rows]) for run in kept]
-        found = intervals.interval(hits, [run.rows for run in kept], study.unit)
+        study = self.study
+        hits = [influence.mean(run.predicted == study.label[run.rows], study.weight[run.rows]) for run in runs]
+        found = intervals.interval(hits, [run.rows for run in runs], study.unit)
         assert found is not None  # as no run lacks a value
         return found
 

@@ -1,5 +1,7 @@
 """Metrics' influences and intervals against published figures, closed forms, scipy and statsmodels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +15,7 @@ from pipeline.comparison.influence import Influence
 from pipeline.comparison.intervals import ece_interval, metric_intervals
 from pipeline.comparison.metrics import expected_calibration_error
 from pipeline.comparison.outcomes import Outcomes
-from tests.factories import forty_data, outcomes_of, outcomes_with
+from tests.factories import FORTY, forty_data, outcomes_of, outcomes_with
 
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -161,7 +163,7 @@ def test_ece_has_the_basic_bootstrap_interval_of_scipy():
     expected = stats.bootstrap(
         (rows,), ece, method="basic", n_resamples=1000, vectorized=False, rng=np.random.default_rng(1)
     ).confidence_interval
-    found = ece_interval([rows], [probability], label, weight, rows)
+    found = ece_interval([outcomes_of(4 * logits, label)], label, weight, rows)
     assert found is not None
     assert found.value == pytest.approx(ece(rows))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.005)
@@ -172,7 +174,7 @@ def test_the_ece_of_answers_as_often_right_as_confident_may_be_0():
     for _ in range(200):
         logits = 2 * random.normal(size=(150, 3))
         label = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from the softmax
-        found = ece_interval([rows], [softmax(logits, axis=1)], label, np.ones(150), rows)
+        found = ece_interval([outcomes_of(logits, label)], label, np.ones(150), rows)
         assert found is not None
         n_covered += found.low == 0
     assert n_covered / 200 == pytest.approx(0.975, abs=0.025)
@@ -201,9 +203,8 @@ def test_intervals_cover_the_truth_where_images_come_in_groups(n_groups: int, rh
 def test_auroc_of_folds_is_the_mean_of_scikit_learns():
     logits, label, weight = answers(2, 200)
     fold = np.arange(200) % 5
-    found = influence.linearise(
-        Outcomes(np.arange(200), label, np.zeros(200), logits[:, 1:], fold, None), label, weight, np.arange(200), 2
-    )["auroc"]
+    outcomes = Outcomes(np.arange(200), label, np.zeros(200), logits[:, 1:], fold, np.zeros((200, 0)))
+    found = influence.linearise(outcomes, label, weight, np.arange(200), 2)["auroc"]
     areas = [roc_auc_score(label[fold == k], logits[fold == k, 1], sample_weight=weight[fold == k]) for k in range(5)]
     assert found is not None
     assert found.value == pytest.approx(np.average(areas, weights=np.bincount(fold, weight)))
@@ -212,10 +213,10 @@ def test_auroc_of_folds_is_the_mean_of_scikit_learns():
 @pytest.mark.parametrize("positive", [0, 1])
 def test_operating_points_are_on_scikit_learns_curve(positive: int):
     logits, label, weight = answers(2, 400)
-    study = label, weight, np.arange(400)
+    data = replace(forty_data(), labels=replace(FORTY, label=label, weight=weight), unit=np.arange(400))
     half = np.arange(400) < 200
     val, test = (outcomes_of(logits, label)[mask] for mask in (half, ~half))
-    found = operating_points([(val, test)], *study, positive, forty_data())
+    found = operating_points([(val, test)], data, positive)
     assert found is not None
     is_positive, probability = label == positive, softmax(logits, axis=1)[:, positive]
     options = {"drop_intermediate": False}

@@ -36,7 +36,7 @@ def answers(draw: st.DrawFn) -> Answers:
 
 
 def intervals_of(runs: list[Outcomes], study: Study) -> dict[str, Interval | None]:
-    n_classes = runs[0].known_probability.shape[1]
+    n_classes = runs[0].probability.shape[1]
     return metric_intervals(runs, study.label, study.weight, study.unit, n_classes)
 
 
@@ -60,7 +60,7 @@ def test_intervals_contain_the_value_and_lie_in_range(given_answers: Answers):
     runs, _, study = given_answers
     for name, interval in intervals_of(runs, study).items():
         if interval is not None:
-            top = {"nll": np.inf, "brier": 1 if runs[0].known_probability.shape[1] == 2 else 2}.get(name, 1)
+            top = {"nll": np.inf, "brier": 1 if runs[0].probability.shape[1] == 2 else 2}.get(name, 1)
             assert 0 <= interval.low <= interval.value <= interval.high <= top
             assert np.isfinite(interval.high)
 

@@ -70,6 +70,8 @@ def test_details_hold_every_strategy_and_what_the_head_gives_on_all_seeds(found:
     # Eight validation units a seed rule nothing out, so the cheapest is taken, and nothing is settled with 16 units
     assert (found["recommendation"]["strategy"], found["recommendation"]["is_settled"]) == ("feature_extraction", False)
     assert found["recommendation"]["n_units"] == 16
+    assert found["recommendation"]["text"].startswith("**Recommendation: feature_extraction, provisional.**")
+    assert {"margin", "confidence", "units_needed", "rivals", "not_beaten"} <= found["recommendation"].keys()
     assert (found["metric"], found["folds"]) == ("accuracy", 0)
     assert list(found["references"]) == ["majority_class"]
     assert found["references"]["majority_class"]["test"]["metrics"]["balanced_accuracy"]["value"] == 0.5
@@ -153,7 +155,7 @@ def test_of_many_groups_those_with_the_most_test_images_have_rows(monkeypatch: p
     monkeypatch.setattr(details, "MAX_GROUPS", 3)
     # Tested are images 8 to 31: three of a, one each of the others
     data = replace(FORTY, group=["a" if i in (9, 10, 30) else f"b{i:02}" for i in range(N)])
-    found = details.break_down([judge(run, data).test for run in HEAD_RUNS], data, unit_of(data))
+    found = details.break_down([judge(run, data).test for run in HEAD_RUNS], forty_data(data))
     assert list(found["groups"]) == ["a", "b08", "b11"]
     assert [row["n"] for row in found["groups"].values()] == [3, 1, 1]
     assert found["n_groups"] == 22

@@ -58,13 +58,6 @@ def test_one_error_of_hardly_any_weight_is_not_taken_for_certainty():
     assert accuracy_of(hits, weight).low == pytest.approx(accuracy_of(np.full(100, True)).low, abs=2e-3)
 
 
-def test_an_image_of_weight_zero_is_absent():
-    runs, _, study = two_strategies(3, 2)
-    study.weight[::3] = 0
-    left = [run[study.weight[run.rows] > 0] for run in runs]
-    assert intervals_of(runs, study, 3) == intervals_of(left, study, 3)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("n_classes", [2, 3, 11])
 def test_few_images_of_one_class_give_numbers(n: int, n_classes: int):
@@ -105,8 +98,7 @@ def test_the_brier_score_of_the_sure_and_wrong_is_the_most_there_is(n_classes: i
 def test_no_more_than_so_many_images_for_the_ece(monkeypatch: pytest.MonkeyPatch):
     runs, _, study = two_strategies(2, 1)
     monkeypatch.setattr("pipeline.comparison.intervals.MAX_IMAGES_FOR_ECE", 149)
-    probabilities = [run.known_probability for run in runs]
-    assert ece_interval([run.rows for run in runs], probabilities, study.label, study.weight, study.unit) is None
+    assert ece_interval(runs, study.label, study.weight, study.unit) is None
     assert intervals_of(runs, study, 2)["ece"] is None
 
 

@@ -84,26 +84,26 @@ def test_cross_fitting_removes_the_bias_of_the_best_of_many():
 def test_auroc_is_within_folds_and_averaged_by_weight():
     label, fold = np.array([0, 1, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 1, 1, 1, 1])
     score, weight = np.array([0.1, 0.2, 0.3, 5.1, 5.3, 5.2, 5.0]), np.array([1, 1, 2, 1, 1, 1, 1.0])
-    outcomes = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], fold, None)
+    outcomes = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], fold, np.zeros((7, 0)))
     found = influence.linearise(outcomes, label, weight, np.arange(7), 2)["auroc"]
     assert found is not None
     assert found.value == pytest.approx((4 * (1 / 3) + 4 * (1 / 3)) / 8)
     # The only positive of fold 0 has an influence all the same: around the mean over folds
     assert found.share.sum() == pytest.approx(1)
     # A fold with one class is left out
-    outcomes = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.append(fold[:-1], 2), None)
+    outcomes = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.append(fold[:-1], 2), np.zeros((7, 0)))
     rest = influence.linearise(outcomes, label, weight, np.arange(7), 2)["auroc"]
     assert rest is not None
     assert rest.value == pytest.approx((4 * (1 / 3) + 3 * 0.5) / 7)
     assert (rest.share[-1], rest.influence[-1]) == (0, 0)
-    alone = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.arange(7), None)
+    alone = Outcomes(np.arange(7), label, np.zeros(7), score[:, None], np.arange(7), np.zeros((7, 0)))
     assert influence.linearise(alone, label, weight, np.arange(7), 2)["auroc"] is None
 
 
 def test_folds_with_one_image_of_a_class_do_not_make_the_auroc_certain():
     fold, label = np.repeat(np.arange(5), 4), np.tile([1, 0, 0, 0], 5)
     score = np.random.default_rng(0).normal(size=20) + label
-    outcomes = Outcomes(np.arange(20), label, np.zeros(20), score[:, None], fold, None)
+    outcomes = Outcomes(np.arange(20), label, np.zeros(20), score[:, None], fold, np.zeros((20, 0)))
     found = influence.linearise(outcomes, label, np.ones(20), np.arange(20), 2)["auroc"]
     assert found is not None
     assert (found.influence[label == 1] ** 2).sum() > 1e-3
@@ -116,7 +116,7 @@ def test_the_images_of_a_unit_have_one_vote():
     assert unit_labels(label, unit).tolist() == [0, 1, -1, 0, 0]  # numbers 0 and 3 are of no unit
     assert found.rows.tolist() == [1, 4]  # unit 2 has two labels
     assert found.predicted.tolist() == [1, 0]
-    np.testing.assert_allclose(found.known_probability, [[0.2, 0.8], [0.6, 0.4]])
+    np.testing.assert_allclose(found.probability, [[0.2, 0.8], [0.6, 0.4]])
     np.testing.assert_allclose(np.exp(found.true_log_probability), [0.8, 0.6])
     certain = of_predictions(Predictions(np.arange(2), np.array([[1e4, 0.0], [1e4, 0.0]])), np.array([1, 1]))
     assert np.isfinite(by_unit(certain, np.array([1, 1]), np.zeros(2, int)).true_log_probability).all()

@@ -40,13 +40,6 @@ def test_runs_of_other_images_are_refused():
         compare(runs, others[::-1], study)
 
 
-def test_an_image_of_weight_zero_is_absent():
-    runs, others, study = two_strategies(3, 2)
-    study.weight[::3] = 0
-    left, others_left = ([run[study.weight[run.rows] > 0] for run in strategy] for strategy in (runs, others))
-    assert compare(runs, others, study) == compare(left, others_left, study)
-
-
 @pytest.mark.parametrize("n_images", [1, 2, 20])
 def test_no_difference_is_0_with_p_1_and_a_finite_interval(n_images: int):
     runs = [outcomes_with(np.arange(n_images) % 3 > 0)] * 2

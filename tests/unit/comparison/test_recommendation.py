@@ -190,14 +190,13 @@ def test_every_metric_rules_out_what_is_much_worse(metric: str):
     assert recommend(runs, metric=metric).strategy == "dear"
 
 
-def test_record_and_words_go_into_details_together():
+def test_few_seeds_say_that_other_training_seeds_may_differ():
     runs = {"cheap": right_on(ROWS[:350])}
     figure = {"value": 0.9, "low": 0.8, "high": 0.95, "sd": 0.01}
     metrics = {"metrics": {"accuracy": figure}, "n": [N], "n_units": [N]}
     strategy = {"val": metrics, "test": metrics, "cost": {"train_flops": 1}, "vs_baseline": None, "seeds": [0, 1]}
-    found = recommendation.as_json(recommend(runs), {"cheap": strategy}, {})
-    assert {"strategy", "is_settled", "text", "margin", "confidence", "units_needed", "rivals"} <= found.keys()
-    assert "90.0 % (80.0 % to 95.0 %)" in found["text"]
-    assert "a result of these 2 runs of each strategy" in found["text"]
-    five = recommendation.as_json(recommend(runs), {"cheap": strategy | {"seeds": [*range(5)]}}, {})
-    assert "of each strategy" not in five["text"]
+    text = recommendation.in_words(recommend(runs), {"cheap": strategy}, {})
+    assert "90.0 % (80.0 % to 95.0 %)" in text
+    assert "a result of these 2 runs of each strategy" in text
+    five = recommendation.in_words(recommend(runs), {"cheap": strategy | {"seeds": [*range(5)]}}, {})
+    assert "of each strategy" not in five

@@ -22,7 +22,7 @@ from pipeline.features import hdf5
 from pipeline.features.hdf5 import Features
 from pipeline.params import SuspectOptions
 from pipeline.stages import label_suspects
-from pipeline.stages.label_suspects import Quality, Suspects
+from pipeline.stages.label_suspects import Suspects
 from tests import factories
 
 CLASSES = ["birch, white", "oak", "yew"]
@@ -100,15 +100,15 @@ def test_heads_that_know_nothing_come_with_a_caution(labels: Labels, caplog: pyt
 def test_a_caution_stands_where_less_than_half_of_the_errors_are_avoided(
     accuracy: float, largest_class: float, is_cautious: bool
 ):
-    assert bool(Quality(accuracy, largest_class).caution) == is_cautious
+    assert bool(Suspects(np.zeros(0), np.zeros((0, 2)), accuracy, largest_class).caution) == is_cautious
 
 
 def test_weights_count_in_the_quality():
     features, label = blobs(90, 3)
     wrong = np.where(np.arange(90) < 30, (label + 1) % 3, label)
     weight = np.where(np.arange(90) < 30, 1e-3, 1.0)
-    assert find(features, labels_of(wrong, weight=weight)).quality.accuracy > 0.95
-    assert find(features, labels_of(wrong)).quality.accuracy < 0.8
+    assert find(features, labels_of(wrong, weight=weight)).accuracy > 0.95
+    assert find(features, labels_of(wrong)).accuracy < 0.8
 
 
 def test_it_writes_the_same_bytes_again(labels: Labels):
