@@ -1,7 +1,7 @@
 # make repro        set up .venv, run the whole pipeline, write reports/report.html
 # make first-look   a first answer in minutes: heads, advice and a page, in first-look/
 # make test         set up .venv and run every test
-# make test-fast    … those that take up to three seconds: no dvc repro, no browser, no zoo of architectures
+# make test-fast    … those that take up to a second and a half: no dvc repro, no browser, no zoo of architectures
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # OpenMP threads that wait sleep, instead of keeping a core busy; must be set before torch is loaded, changes no bits

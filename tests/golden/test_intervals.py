@@ -180,6 +180,7 @@ def test_the_ece_of_answers_as_often_right_as_confident_may_be_0():
     assert n_covered / 200 == pytest.approx(0.975, abs=0.025)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_groups", "rho", "accuracy"),
     [(10, 0.5, 0.95), (33, 0.5, 0.85), pytest.param(66, 0.2, 0.85, marks=pytest.mark.slow)],

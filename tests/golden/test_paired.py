@@ -93,6 +93,7 @@ def simulate(random: np.random.Generator, seeds: int, is_weighted: bool) -> tupl
     return runs, np.where((random.random(1200) < 0.5) & is_weighted, LIGHT[kind], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "is_weighted"), [(1, False), (1, True), (4, False), pytest.param(4, True, marks=pytest.mark.slow)]
 )

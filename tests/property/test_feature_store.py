@@ -112,6 +112,7 @@ orders = st.permutations(range(N_IMAGES * len(VIEWS)))
 borders = st.lists(st.integers(0, N_IMAGES * len(VIEWS)), max_size=3).map(sorted)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(order=orders, borders=borders)
 def test_bytes_do_not_depend_on_order_and_instalments(
@@ -125,6 +126,7 @@ def test_bytes_do_not_depend_on_order_and_instalments(
         assert assembled(images, fill(images, rows), folder) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(kills=st.lists(st.integers(0, 4), max_size=3), order=orders)
 def test_store_that_was_killed_anywhere_resumes_to_the_same_bytes(

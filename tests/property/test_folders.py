@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -184,6 +185,7 @@ def n_accounted(found: Inventory) -> int:
     return sum(found.summary[key] for key in ("n_images", "n_rejected", "n_skipped"))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_class_directories_with_rubbish_give_the_planted_classes(seed: int):
@@ -220,6 +222,7 @@ def spelled(path: str, root: Path, others: Sequence[str], random: Random) -> str
     return way if is_alone and not way.startswith(" ") else path
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_a_table_gives_the_planted_classes_however_it_writes_the_paths(seed: int):
@@ -243,6 +246,7 @@ def test_a_table_gives_the_planted_classes_however_it_writes_the_paths(seed: int
         assert n_accounted(found) == plants.n_files() + len(missing)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_any_tree_is_accounted_for_or_refused_in_one_line(seed: int):

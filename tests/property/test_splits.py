@@ -153,6 +153,7 @@ def test_every_stratum_has_its_share_of_every_split(table: Table, shares: tuple[
         assert abs(counts["val"] - shares[1] * counts.total()) <= 2  # it takes what test has left
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(tables(min_size=40, ties=False), st.tuples(SEEDS, SEEDS).filter(lambda pair: pair[0] != pair[1]))
 def test_another_seed_is_another_split(table: Table, seeds: tuple[int, int]):
@@ -224,6 +225,7 @@ def test_classes_get_what_they_miss_by_a_unit_each_and_no_class_loses_its_last(
 # hash
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(tables(min_size=2), SHARES, SEEDS, st.data())
 def test_an_added_image_moves_no_image_of_another_unit(
@@ -439,6 +441,7 @@ def test_every_class_that_misses_a_split_is_named_in_one_message():
     assert "none of them in test; add images" in str(e.value)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**31), texts=st.lists(st.text(), max_size=2))
 def test_units_are_ordered_by_the_digest_of_seed_and_name(seed: int, texts: list[str]) -> None:
     assert splits._digest(seed, *texts) == digest([seed, *texts])

@@ -61,6 +61,7 @@ def test_an_unknown_name_is_one_line(asked: list[dict[str, Any]]):
     assert not asked
 
 
+@pytest.mark.slow
 def test_every_choice_is_valid(tmp_path: Path):
     choices = common.read(defaults.CHOICES)
     for data in choices["data"].values():

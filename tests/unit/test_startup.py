@@ -26,6 +26,7 @@ def loaded_after(code: str) -> set[str]:
     return {*found.stdout.split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "libraries"),
     [

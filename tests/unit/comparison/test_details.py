@@ -195,6 +195,7 @@ def test_floats_are_rounded_to_six_digits_wherever_they_stand():
     assert details.round_floats({"a": [1 / 3, (2 / 3, 1)], "b": None}) == {"a": [0.333333, [0.666667, 1]], "b": None}
 
 
+@pytest.mark.slow
 def test_images_that_are_not_used_do_not_count_as_training():
     runs, heads = (
         [run_wrong_on(name, seed, [8 + seed]) for seed in (0, 1) * 3] for name in ("full", "feature_extraction")

@@ -266,6 +266,7 @@ def test_openvino_sends_nothing_whichever_module_comes_first(first: str) -> None
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
 def test_signals_find_their_stack_after_networks_have_come_and_gone() -> None:
     code = """

@@ -209,6 +209,7 @@ def test_an_image_that_cannot_be_decoded_ahead_is_an_error_once_it_is_needed(tmp
             list(loader.load([[(bad, 0)]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "on"])
 def test_a_disk_without_room_is_a_warning_unless_pixels_must_be_kept(
     cache: str, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -288,6 +289,7 @@ def test_image_that_needs_more_memory_than_there_is_is_not_called_damaged(
         load(open_loader({name: path}, workers=workers), [[(name, 0)]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_error_of_shared_memory_comes_without_the_traceback_of_a_worker_and_a_bug_with_it(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -311,6 +313,7 @@ def test_no_batches_are_no_batches(workers: int):
     assert load(open_loader({}, workers=workers), []) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["changed", "unreadable", "absent"])
 def test_a_file_that_is_not_as_it_was_indexed_is_one_line_with_its_path(damage: str, workers: int, tmp_path: Path):

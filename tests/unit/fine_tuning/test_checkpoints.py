@@ -77,6 +77,7 @@ def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", RECIPES.values(), ids=RECIPES)
 def test_run_that_is_interrupted_anywhere_ends_with_the_same_bytes(changes: dict[str, Any]) -> None:
     *expected, n_batches = train(recipe(**changes), path=None)

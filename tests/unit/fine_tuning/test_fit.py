@@ -270,6 +270,7 @@ def test_features_before_the_boundary_stay_and_those_behind_it_are_trained(name:
     assert all(not parameter.requires_grad for parameter in final[0].parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_cached_rows_of_several_cuts_give_the_losses_of_the_whole_network(name: str) -> None:
     cut, pool, boundaries = SEVERAL[name]

@@ -105,6 +105,7 @@ def test_no_network_is_one_line_that_says_where_files_would_do(tmp_path: Path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "unused"), [("digits", "torchvision"), ("elpv", "torchvision"), ("elpv", "sklearn")])
 def test_a_data_set_needs_only_its_own_package(name: str, unused: str, tmp_path: Path):
     code = (

@@ -146,6 +146,7 @@ def test_tracing_without_memory_is_not_called_untraceable(monkeypatch: pytest.Mo
         tracing.find(backbone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [

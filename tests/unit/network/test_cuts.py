@@ -75,6 +75,7 @@ def test_suffix_of_prefix_is_the_network_bit_for_bit(name: str) -> None:
             assert torch.equal(suffix.eval()(prefix.eval()(x)), whole), cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_every_tensor_is_on_one_side_of_a_cut_under_the_name_that_it_has(name: str) -> None:
     network = backbone(name).module
@@ -611,6 +612,7 @@ def test_tap_that_gives_no_vector_is_one_line_that_names_it_and_the_ways_out(
     assert is_one_line(caught)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "where", "pool", "boundaries"),
     [
@@ -690,6 +692,7 @@ CLS, NO_CLS = ["none", "avg", "flatten", "cls", "cls+avg"], ["none", "avg", "fla
 VIT_DINOV3 = "timm/vit_small_patch16_dinov3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "cut", "n_prefix", "poolings"),
     [

@@ -368,6 +368,7 @@ def test_position_embeddings_are_resized_as_timm_does(
     assert ("resized or renamed: pos_embed;" in line_of(caplog)) == (made != (size or 160))
 
 
+@pytest.mark.slow
 def test_dinov2_as_its_authors_publish_it_at_518_px_is_used_at_224(weights: Path) -> None:
     state = whole(REGISTERS, num_classes=0).state_dict()
     width = state["cls_token"].shape[-1]

@@ -241,6 +241,7 @@ def maps_as_features() -> None:
     _rewrite_features((4, 3, 3), hdf5.read_features().provenance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -49,6 +49,7 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert mine.exists()
 
 
+@pytest.mark.slow
 def test_files_of_strategies_no_longer_listed_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     factories.make_study(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -65,6 +66,7 @@ def test_files_of_strategies_no_longer_listed_are_deleted(tmp_path: Path, monkey
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     factories.make_study(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -64,6 +64,7 @@ def test_a_store_that_is_a_file_is_refused() -> None:
         run(runtime={"store": "params.yaml"})
 
 
+@pytest.mark.slow
 def test_the_four_flips_are_computed_and_stored_once_for_training_and_evaluation(computed: list[Row]) -> None:
     found = run(features={"views": 8}, augmentation={"flips": "both"}, evaluation={"views": FOUR})
     assert {view for _, view in computed} == {0, 1, 2, 3}
@@ -90,6 +91,7 @@ def test_the_augmentation_changes_no_evaluation_feature(computed: list[Row]) -> 
     assert not np.isclose(other.values[:, 1:], plain_values[:, 1:]).all()
 
 
+@pytest.mark.slow
 def test_features_have_the_same_bytes_where_only_the_key_changes(
     computed: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,7 @@ def test_features_have_the_same_bytes_where_only_the_key_changes(
         assert hdf5.FEATURES.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augmentation", [{"noise_std": 4.0}, {"crop_area": [0.3, 0.8]}])
 def test_another_cut_and_another_network_open_no_image_file(augmentation: dict[str, Any]) -> None:
     features: dict[str, Any] = {"views": 2}

@@ -237,6 +237,7 @@ def is_same_run(one: Run, other: Run) -> bool:
     return curves[0] == curves[1] and all(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -267,6 +268,7 @@ def test_parts_of_a_recipe_train_from_the_cache_as_through_the_whole_network(
     assert cached.curve[0]["val_loss"] == plain.curve[0]["val_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe"), [(TINY, {"dropout": 0.5}), (VIT, {"drop_path": 0.5}), (TINY, EXPERT)])
 def test_what_is_dropped_in_training_leaves_the_network_before_it_alone(
     name: str, recipe: dict[str, Any], tune: Tune
@@ -305,6 +307,7 @@ def test_every_epoch_has_a_view_of_its_own_at_boundary_zero_and_nothing_but_pixe
     assert hdf5.read_features().provenance.augmentation.rotation_degrees == 0.0
 
 
+@pytest.mark.slow
 def test_learning_rates_are_chosen_on_validation_and_each_that_is_left_is_a_candidate(tune: Tune) -> None:
     rates, weak = [1e-5, [1e-3, 1e-2], 1e-4], {"regularization_strengths": [30.0]}  # a head from which one can learn
     alone = [
@@ -336,6 +339,7 @@ def _candidate(run: Run) -> str:
     return f"{rates}, epoch {epoch}" if epoch else run.candidates.names[0]
 
 
+@pytest.mark.slow
 def test_halving_starts_from_a_head_that_has_not_seen_what_is_set_aside(
     tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +374,7 @@ def test_halving_starts_from_a_head_that_has_not_seen_what_is_set_aside(
     assert [n == len(rows) for n, _ in starts] == [False] * 3 + [True] * 2
 
 
+@pytest.mark.slow
 def test_halving_leaves_validation_untouched(tune: Tune) -> None:
     """Whatever the validation labels are, the same learning rates are left."""
     rates = [3e-6, 1e-4, 1e-3, 1e-2]
@@ -405,6 +410,7 @@ def test_a_learning_rate_that_explodes_is_left_out_with_a_warning_unless_it_is_t
         tune(TINY, {"learning_rates": [1e30, 1e35], "epochs": 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features", "boundary"), [(TINY, SEVERAL, "conv1"), (TINY, SEVERAL, "layer2"), (VIT, OF_VIT, "blocks.2")]
 )
@@ -434,6 +440,7 @@ def test_cache_of_several_cuts_gives_the_losses_of_the_whole_network_at_every_st
     assert row_bytes in {4 * int(np.prod(hdf5.read_shard(path).shape)) for path in paths}
 
 
+@pytest.mark.slow
 def test_layout_of_several_cuts_is_in_the_provenance_and_their_shares_are_in_the_run_of_the_head(tune: Tune) -> None:
     tuned = tune(TINY, {"epochs": 1}, features=SEVERAL)
     features, head = hdf5.read_features(), read_run("feature_extraction", 0)
@@ -470,6 +477,7 @@ def rows_of(part: str, views: Sequence[int]) -> list[Row]:
     return [(images.sha256[row], view) for row in rows for view in views]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["all", "layer3", ["layer1", "layer3"], "every_block"])
 def test_all_frozen_is_feature_extraction_with_augmentation_from_the_same_rows(
     cut: str | list[str], tune: Tune, computed: list[Row]
@@ -489,6 +497,7 @@ def head_of_run() -> nn.Module:
     return network[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "features", "head", "strategy"),
     [
@@ -530,6 +539,7 @@ def test_saved_runs_load_and_predict_what_they_predicted(
         assert network.card.temperature == calibration.temperature(*val)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("features", "strategy"),
     [
@@ -603,6 +613,7 @@ def test_every_stage_sets_its_own_number_of_threads(tune: Tune) -> None:
         assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [{"freeze_until": "none"}, {"freeze_until": "layer2"}], ids=["images", "cached"])
 def test_a_run_on_the_cpu_makes_no_context_on_a_gpu_that_is_there(
     strategy: dict[str, Any], tune: Tune, monkeypatch: pytest.MonkeyPatch
@@ -643,6 +654,7 @@ def test_a_head_on_another_backbone_than_the_plans_is_refused(tune: Tune) -> Non
         fine_tune.main()
 
 
+@pytest.mark.slow
 def test_rounding_of_the_cache_is_reported(tune: Tune) -> None:
     run = tune(TINY, {"freeze_until": "layer2"}, features={"store_dtype": "fp16"})
     assert 0 < run.network["largest_rounding"] < 1e-3
@@ -656,6 +668,7 @@ def test_the_store_lies_where_params_yaml_says(tune: Tune) -> None:
     assert [*Path("elsewhere").glob("*/*.h5")]
 
 
+@pytest.mark.slow
 def test_the_whole_network_trains_on_pixels_without_opening_an_image_file(tune: Tune) -> None:
     model, whole = Path("models/tuned/seed_0.safetensors"), {"freeze_until": "none"}
     augmentation = {"noise_std": 3.0}
@@ -701,6 +714,7 @@ INTERRUPTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "features"),
     [*((strategy, {}) for strategy in INTERRUPTED.values()), (INTERRUPTED["cached"], SEVERAL)],
@@ -737,6 +751,7 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [slow(each) if "features" in each else each for each in OTHER_RUNS.values()], ids=OTHER_RUNS
 )

@@ -71,6 +71,7 @@ def test_maps_and_tokens_are_pooled(shape: tuple[int, ...], expected: int):
         assert found == pytest.approx(values[:, :, 1:].mean(axis=(1, 2)), abs=1e-6), "without the class token"
 
 
+@pytest.mark.slow
 def test_the_stage_writes_a_run_for_each_classifier_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     factories.make_study(tmp_path)
     monkeypatch.chdir(tmp_path)

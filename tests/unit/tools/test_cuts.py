@@ -84,6 +84,7 @@ def test_configured_network_is_described_as_it_is_configured(folder: Path, comma
     assert points[0]["shape"][1:] == [32, 32]
 
 
+@pytest.mark.slow
 def test_table_for_a_data_set_forecasts_gigabytes_and_minutes(folder: Path, command: Callable[..., str]) -> None:
     configure(folder, size=64)
     lines = [f"{number:05}.png,{number:064x},64,64" for number in range(30_000)]

@@ -66,6 +66,7 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_files_of_git_and_of_dvc_are_read_at_a_revision(project: Path) -> None:
     Path("params.yaml").write_text("threads: 3\n")
     with experiments.reading("HEAD") as read:

@@ -142,6 +142,7 @@ def files(repository: Path) -> Callable[..., tuple[Path, str]]:
     return make
 
 
+@pytest.mark.slow
 def test_the_file_gives_what_predict_gives_for_any_number_of_images(
     repository: Path, files: Callable[..., tuple[Path, str]], tmp_path: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_views_and_temperature_are_inside(repository: Path, files: Callable[...,
     assert not np.allclose(found[0], probability.mean(0), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_metadata_hold_classes_card_and_geometry_and_no_path_of_this_machine(
     repository: Path, files: Callable[..., tuple[Path, str]]
 ) -> None:
@@ -303,6 +305,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, preprocessing: Preprocessing = PRE
     return network
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_from_predict_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = photographs(tmp_path / "images", 3)
     network = fake_run(monkeypatch)
@@ -355,6 +358,7 @@ def test_classes_within_the_tolerance_of_each_other_are_a_tie(tmp_path: Path, mo
     assert export.compare(tmp_path, network, card, paths, is_whole=False).n_other == 3
 
 
+@pytest.mark.slow
 def test_without_images_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     fake_run(monkeypatch)
     output = tmp_path / "model.onnx"
@@ -376,6 +380,7 @@ def test_without_images_the_way_out_is_named(tmp_path: Path, monkeypatch: pytest
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_counted_and_many_are_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

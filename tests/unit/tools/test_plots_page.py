@@ -9,6 +9,7 @@ from pipeline.tools import plots_page
 from tests.factories import REPOSITORY
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     plots_page.write()

@@ -238,6 +238,7 @@ def read_rows(text: str, form: str) -> list[dict]:
     return json.loads(text) if form == "json" else [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_probabilities_are_at_the_temperature_of_the_card_and_the_most_probable_classes_come_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]
 ) -> None:

@@ -97,6 +97,7 @@ def without_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_request, "_dvc", lambda *_: {})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(capsys: pytest.CaptureFixture):
     pull_request.show("main", None)
@@ -124,6 +125,7 @@ def test_what_changed_is_recommended_and_is_guarded_stands_in_the_markdown(capsy
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_a_new_strategy_and_one_that_is_gone_stand_in_the_metrics(capsys: pytest.CaptureFixture):
     Path("reports/metrics/full_retrain.json").unlink()
@@ -153,6 +155,7 @@ def test_what_is_within_its_tolerance_passes():
     pull_request.show("main", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_where_nothing_differs_and_nothing_is_guarded_the_markdown_says_so(capsys: pytest.CaptureFixture):
     set_params(guard={})
@@ -188,6 +191,7 @@ def test_reports_of_here_that_are_missing_are_one_line():
         pull_request.show("main", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_a_project_in_a_sub_directory_of_its_repository_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -375,6 +379,7 @@ def test_a_guard_that_names_no_figure_is_one_line(name: str, message: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_text_that_would_break_a_table_does_not(capsys: pytest.CaptureFixture):
     set_params(path="data/`a|b`\nc", epochs=12, batch_size=16)
@@ -382,6 +387,7 @@ def test_text_that_would_break_a_table_does_not(capsys: pytest.CaptureFixture):
     assert r"| params.yaml | dataset.path | data/raw/elpv | data/`a\|b` c |  |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("branch")
 def test_a_failure_of_dvc_is_one_line_and_its_warnings_are_shown(capsys: pytest.CaptureFixture):
     Path("reports/metrics/full_retrain.json").write_text("{")

@@ -304,6 +304,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | i
     return found
 
 
+@pytest.mark.slow
 def test_minutes_leave_depths_out_and_train_the_others_as_without_them(
     trained: list[tuple[str | int, int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
