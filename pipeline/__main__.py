@@ -126,7 +126,7 @@ def evaluate(
     with the first on the same images. Writes evaluation.html, .md and .json. Files that cannot be read are left out,
     with exit code 1.
     """
-    from pipeline.ingest.tree import OPTIONAL
+    from pipeline.ingest.directory import OPTIONAL
     from pipeline.tools import evaluate
 
     *second, data = list(others)

@@ -12,9 +12,9 @@ import pandas as pd
 
 from pipeline.dataset.decoding import EXTENSIONS
 from pipeline.ingest import duplicates
+from pipeline.ingest.directory import IMAGE_EXTENSIONS, counted, printable, shorten
 from pipeline.ingest.indexing import NO_IMAGE, Inspected
 from pipeline.ingest.listing import Listing
-from pipeline.ingest.tree import IMAGE_EXTENSIONS, counted, printable, shorten
 
 SHOWN_GROUPS, SHOWN_MEMBERS, SHOWN_NAMES = 20, 20, 20  # at most, in the summary
 SHOWN_POOR = 100  # images of each kind, at most, in the summary

@@ -11,10 +11,10 @@ from types import MappingProxyType
 
 import pandas as pd
 
-from pipeline.ingest.folders import from_folders
-from pipeline.ingest.names import unify
+from pipeline.ingest.class_folders import from_folders
+from pipeline.ingest.class_names import unify
+from pipeline.ingest.directory import OPTIONAL, TABLE, fits, printable, walk
 from pipeline.ingest.table import SYNONYMS, from_table
-from pipeline.ingest.tree import OPTIONAL, TABLE, fits, printable, walk
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 from pipeline.dataset.manifest import SPLIT_NAMES
-from pipeline.ingest.tree import (
+from pipeline.ingest.directory import (
     EXCLUDED,
     FOLDER,
     HIDDEN,

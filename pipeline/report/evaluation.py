@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.dataset.units import FEW_UNITS
-from pipeline.ingest.tree import printable
+from pipeline.ingest.directory import printable
 from pipeline.report import templates
 from pipeline.report.evidence import METRICS, NONE, PERCENT
 from pipeline.report.gallery import Example, make_example, percent

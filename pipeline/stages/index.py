@@ -17,9 +17,9 @@ from pipeline import logs
 from pipeline.dataset import manifest
 from pipeline.files import write_json
 from pipeline.ingest import indexing, inventory, listing
+from pipeline.ingest.directory import counted, printable
 from pipeline.ingest.inventory import Inventory
 from pipeline.ingest.listing import Listing
-from pipeline.ingest.tree import counted, printable
 from pipeline.params import Dataset, load_params
 
 REPORTS = Path("reports/data")

@@ -28,8 +28,8 @@ from pipeline.dataset.manifest import Images, Labels, Split
 from pipeline.dataset.units import unit_of
 from pipeline.files import write_json, write_text
 from pipeline.ingest import listing
+from pipeline.ingest.directory import IMAGE_EXTENSIONS, TABLE, printable, shorten
 from pipeline.ingest.listing import Listing
-from pipeline.ingest.tree import IMAGE_EXTENSIONS, TABLE, printable, shorten
 from pipeline.report import evaluation, provenance
 from pipeline.report.pictures import Album
 from pipeline.tools import inference

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline import logs
 from pipeline.files import replacing
-from pipeline.ingest.tree import IMAGE_EXTENSIONS, is_system, printable
+from pipeline.ingest.directory import IMAGE_EXTENSIONS, is_system, printable
 from pipeline.tools import inference
 from pipeline.tools.inference import Answer
 from pipeline.training import calibration

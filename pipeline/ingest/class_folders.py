@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from pipeline.ingest.table import SYNONYMS
-from pipeline.ingest.tree import (
+from pipeline.ingest.directory import (
     EXCLUDED,
     FOLDER,
     HIDDEN,
@@ -20,6 +19,7 @@ from pipeline.ingest.tree import (
     left_out,
     shorten,
 )
+from pipeline.ingest.table import SYNONYMS
 
 # Names of directories that hold something else than one class
 NO_CLASS = {

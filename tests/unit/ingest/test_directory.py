@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.ingest.directory import fits
 from pipeline.ingest.listing import find_images
-from pipeline.ingest.tree import fits
 
 
 def touch(directory: Path, *names: str) -> None:
