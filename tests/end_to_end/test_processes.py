@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -351,6 +352,11 @@ class Machine:
         """The processes of the stage."""
         return [*map(int, Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split())]
 
+    def is_running(self) -> bool:
+        """True; if it has ended, the test fails with what it printed."""
+        assert self.launcher.poll() is None, self.launcher.communicate()
+        return True
+
     def lose(self) -> None:
         """Switch it off."""
         for process in (self.launcher.pid, *self.ranks):
@@ -372,12 +378,19 @@ def documented(start: str, heading: str) -> list[str]:
     return shlex.split(found[0].replace("\\\n", ""))
 
 
+def free_port() -> int:
+    """Below those that systems give to any connection: a launcher binds it seconds later."""
+    for port in range(29500 + os.getpid() % 1000, 32768):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("no port is free")
+
+
 @pytest.fixture
 def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
     """Starts the launcher of a machine with one rank as docs/machines.md says; `nodes` replaces its number there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options, _, module = " ".join(documented("torchrun", "Several machines")[1:]).partition(" -m ")
     assert module == "pipeline.stages.extract"
     options = options.replace("first-machine:29500", f"127.0.0.1:{port}").replace("--nproc-per-node 4", "")
@@ -400,8 +413,7 @@ def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
 
 def stop_at_a_third(store: Path, *machines: Machine) -> list[int]:
     """Let the ranks run until a third of the rows is there, and hold them; their processes."""
-    while len(rows_in(store)) < N_IMAGES * VIEWS / 3:
-        assert all(machine.launcher.poll() is None for machine in machines)
+    while len(rows_in(store)) < N_IMAGES * VIEWS / 3 and all(machine.is_running() for machine in machines):
         time.sleep(0.02)
     (store / "hold").write_text("0")
     return [rank for machine in machines for rank in machine.ranks]
@@ -409,8 +421,7 @@ def stop_at_a_third(store: Path, *machines: Machine) -> list[int]:
 
 def go_on(store: Path, ended: Sequence[int], *machines: Machine) -> list[str]:
     """Let the ranks run to their end, once those that ended are replaced; what the launchers have printed."""
-    while not all(machine.ranks and not {*machine.ranks} & {*ended} for machine in machines):
-        assert all(machine.launcher.poll() is None for machine in machines)
+    while not all(machine.is_running() and machine.ranks and not {*machine.ranks} & {*ended} for machine in machines):
         time.sleep(0.02)
     (store / "hold").unlink()
     return [machine.output() for machine in machines]
