@@ -8,7 +8,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.lock requirements-export.lock
 LOCKS := $(RUN_LOCKS) requirements-dev.lock
-PYTEST := python -m pytest --numprocesses logical --dist loadgroup
+# The tests of a file run in one process: what they share is made once. In their order, in which the longest come first
+PYTEST := python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 .PHONY: repro first-look test test-fast check venv lock fresh bench bench-quick elpv
 # DVC promises no order among independent stages: `plan` first, so that a wrong name fails in seconds, then the advice

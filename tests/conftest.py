@@ -30,18 +30,6 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the tests of a module in one process of pytest-xdist: what they share is made once.
-
-    But for what runs dvc repro, and the families of networks: they share nothing and take minutes.
-    """
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if not any(item.get_closest_marker(name) for name in ("xdist_group", "architectures", "end_to_end")):
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ from pipeline.params import BackboneChoice
 from pipeline.stages import extract, fine_tune, index, plan, references, split, train_head
 from tests.factories import REPOSITORY, carry
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.end_to_end
 
 COLOURS = {"blue": (90, 110, 150), "green": (100, 150, 95), "red": (150, 105, 90)}
 METRICS = {
@@ -164,7 +164,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(folder / "site"),
         "GIT_CONFIG_GLOBAL": os.devnull,
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
     repository = at(root, environment)
     imported = repository.run("python", "-c", "import pipeline.params; print(pipeline.params.__file__)", cwd=folder)

@@ -25,7 +25,7 @@ from pipeline.features.hdf5 import Row
 from pipeline.features.views import AUGMENTED
 from tests.factories import REPOSITORY
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.end_to_end
 
 N_IMAGES, VIEWS = 48, 2
 # Forks a child for every line that it reads, which fills the store and writes features.h5 as the stage does

@@ -32,7 +32,7 @@ from pipeline.dataset.decoding import decode
 from pipeline.features import hdf5
 from tests.factories import REPOSITORY, carry
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("torture")]
+pytestmark = pytest.mark.end_to_end
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (12, 16, 3), dtype=np.uint8)

@@ -2,8 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -120,11 +119,6 @@ def test_network_gives_features_of_its_width_at_its_own_size(name: str) -> None:
     assert features.isfinite().all()
 
 
-def grouped(names: Iterable[str]) -> list[Any]:
-    """All tests of a network run in one process."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-
-
 @pytest.fixture(scope="module")
 def small(request: pytest.FixtureRequest) -> Backbone:
     """Each network with small images, made once for all tests of it."""
@@ -151,7 +145,7 @@ def test_network_that_openvino_cannot_convert_runs_in_torch(caplog: pytest.LogCa
     assert np.isfinite(output).all()
 
 
-@pytest.mark.parametrize("small", grouped(SIZES), indirect=True)
+@pytest.mark.parametrize("small", SIZES, indirect=True)
 def test_openvino_gives_what_torch_gives(small: Backbone) -> None:
     outputs = []
     for kind in ("openvino", "torch"):
@@ -167,7 +161,7 @@ def test_at_least_45_of_50_networks_can_be_cut() -> None:
     assert len(SIZES.keys() - UNCUT.keys()) >= 45
 
 
-@pytest.mark.parametrize("small", grouped(name for name in SIZES if name not in UNCUT), indirect=True)
+@pytest.mark.parametrize("small", [name for name in SIZES if name not in UNCUT], indirect=True)
 def test_network_can_be_cut_early_in_the_middle_and_late(small: Backbone) -> None:
     shape = (3, *[small.preprocessing.crop] * 2)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -185,7 +179,7 @@ def test_network_can_be_cut_early_in_the_middle_and_late(small: Backbone) -> Non
     assert sizes[0] < sizes[1] < sizes[2], "cuts lie in three places"
 
 
-@pytest.mark.parametrize("small", grouped(UNCUT), indirect=True)
+@pytest.mark.parametrize("small", UNCUT, indirect=True)
 def test_network_that_cannot_be_cut_there_says_why(small: Backbone) -> None:
     where, reason = UNCUT[small.name]
     with pytest.raises(ValueError, match=reason) as caught:
