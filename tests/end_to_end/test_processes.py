@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -378,19 +377,12 @@ def documented(start: str, heading: str) -> list[str]:
     return shlex.split(found[0].replace("\\\n", ""))
 
 
-def free_port() -> int:
-    """Below those that systems give to any connection: a launcher binds it seconds later."""
-    for port in range(29500 + os.getpid() % 1000, 32768):
-        with socket.socket() as tried, suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
-    pytest.fail("no port is free")
-
-
 @pytest.fixture
 def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
     """Starts the launcher of a machine with one rank as docs/machines.md says; `nodes` replaces its number there."""
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     options, _, module = " ".join(documented("torchrun", "Several machines")[1:]).partition(" -m ")
     assert module == "pipeline.stages.extract"
     options = options.replace("first-machine:29500", f"127.0.0.1:{port}").replace("--nproc-per-node 4", "")
@@ -401,14 +393,21 @@ def join(images: Path, tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
     def start(nodes: str) -> Machine:
         # All have one address here: the store of the rendezvous must be with the machine that is never lost
         host = f"--rdzv-conf is_host={int(not launchers)}"
-        launcher = ("-m", "torch.distributed.run", *host.split(), *options.replace("1:3", nodes).split())
+        launcher = (
+            "-m",
+            "torch.distributed.run",
+            *host.split(),
+            *options.replace("--nnodes 1:3", f"--nnodes {nodes}").split(),
+        )
         log = tmp_path / f"{len(launchers)}.log"
         launchers.append(once(images, tmp_path, log, *launcher, **environment))
         return Machine(launchers[-1])
 
     yield start
     for launcher in launchers:
-        launcher.terminate()
+        if launcher.poll() is None:
+            launcher.terminate()
+            launcher.communicate()
 
 
 def stop_at_a_third(store: Path, *machines: Machine) -> list[int]:
