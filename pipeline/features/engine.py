@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of the largest value, by which OpenVINO in fp32 may differ from torch
 PIECE = 32  # rows of a GPU's batch, about, that are loaded together: a worker would take seconds for all of them
+REQUEST = 2  # rows of a request to OpenVINO: few, so that what the layers hand on stays in a core's cache
 IN_FLIGHT = 2  # batches that a GPU computes while the rows of the one before are waited for
 log = logging.getLogger("pipeline")
 
@@ -93,9 +94,9 @@ def prepare(
         raise ValueError("params.yaml: features.engine: openvino runs on a CPU; expected auto or torch")
     if engine != "torch" and device.type == "cpu":
         try:
-            compiled = _compile(module, example, precision)
+            compiled = _compile(module, example[:REQUEST], precision)
             if expected is not None and precision == "fp32":
-                _compare(compiled, example, expected)
+                _compare(compiled, example[:1], expected)
         # The converter raises errors of many types; all of them mean that it cannot convert the network
         except Exception as error:
             raise_if_of_machine(error)
@@ -106,7 +107,7 @@ def prepare(
                 ) from None
             log.warning("OpenVINO cannot convert this network, torch runs it (%s)", one_line(error))
         else:
-            return Runner("openvino", len(example), len(example), partial(_run_openvino, compiled, len(example)))
+            return Runner("openvino", len(example), len(example), partial(_run_openvino, compiled))
     place(module, device)
     size = len(example)
     return Runner("torch", size, piece_size(size, device), partial(_run_torch, module, size, precision, device))
@@ -208,7 +209,25 @@ class _Link:
         return copied, done
 
 
-def _run_openvino(compiled: openvino.CompiledModel, size: int, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+def _run_openvino(compiled: openvino.CompiledModel, pieces: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Run pieces in requests, whose size is that of the compiled network; outputs come piece by piece."""
+    size, lengths = compiled.input(0).shape[0], deque[int]()
+
+    def parts() -> Iterator[torch.Tensor]:
+        for piece in pieces:
+            lengths.append(len(piece))
+            yield from piece.split(size)
+
+    found: list[np.ndarray] = []
+    for output in _run_requests(compiled, size, parts()):
+        found.append(output)
+        if sum(map(len, found)) == lengths[0]:
+            yield np.concatenate(found)
+            lengths.popleft()
+            found = []
+
+
+def _run_requests(compiled: openvino.CompiledModel, size: int, batches: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
     """Run several requests at once and collect them in order (callbacks of OpenVINO's own queue can deadlock)."""
     n_requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
     idle = [compiled.create_infer_request() for _ in range(n_requests)]
@@ -274,7 +293,7 @@ def _root_logger_kept() -> Iterator[None]:
 
 
 def _compare(compiled: openvino.CompiledModel, example: torch.Tensor, expected: np.ndarray) -> None:
-    (found,) = _run_openvino(compiled, len(example), [example[:1]])
+    (found,) = _run_openvino(compiled, [example])
     apart, largest = np.abs(found - expected).max(), np.abs(expected).max()
     if not apart <= TOLERANCE * largest:  # true for NaN too
         raise RuntimeError(f"it differs from torch by {apart / largest:.1g} of the largest value")

@@ -52,6 +52,16 @@ def test_single_short_batch_needs_no_padding(network: nn.Module, name: str) -> N
     assert output.shape == (3, 5)
 
 
+@pytest.mark.parametrize("lengths", [(8, 8), (7, 1, 8, 3), (1, 1, 1), (5,)])
+def test_requests_are_smaller_than_pieces_and_change_no_row(network: nn.Module, lengths: tuple[int, ...]) -> None:
+    assert engine.REQUEST < 8
+    x = inputs(sum(lengths))
+    found = list(engine.run(network, x.split(lengths), "openvino", "fp32", CPU, 8))
+    assert [len(output) for output in found] == [*lengths]
+    alone = [next(engine.run(network, [row[None]], "openvino", "fp32", CPU, 8)) for row in x]
+    assert np.array_equal(np.concatenate(found), np.concatenate(alone))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_no_batches_give_no_outputs(network: nn.Module, name: str) -> None:
     assert list(engine.run(network, [], name, "fp32", CPU, 8)) == []
