@@ -27,7 +27,7 @@ from pipeline.params import Augmentation, Runtime
 
 PREFETCHED = 4  # batches for each worker
 LOCATED = 256  # batches whose pixels are looked up at once
-AHEAD = 2  # images in a batch that is decoded ahead: few, because what was asked for is waited for
+AHEAD = 8  # images in a batch that is decoded ahead; what was asked for is waited for
 SHARED_MEMORY = "/dev/shm"
 # Pixels that were decoded: their kind, the SHA-256 of the image, and which view of the batch they are, or the pixels
 Fresh = list[tuple[Kind, str, int | np.ndarray]]
