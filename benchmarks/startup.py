@@ -17,7 +17,7 @@ COMMON = ("numpy", "pydantic", "ruamel.yaml", "tqdm")
 TORCH = ("torch.fx", "torch.utils.flop_counter", "safetensors.torch")
 HEAD = ("scipy.optimize", "threadpoolctl")
 NEEDED = {
-    "fetch": ("PIL.Image",),
+    "fetch": ("pandas", "PIL.Image"),
     "index": ("pandas", "PIL.Image", "scipy.fft", "scipy.sparse.csgraph", "scipy.spatial"),
     "split": ("pandas", "scipy.sparse.csgraph"),
     "plan": (*TORCH, *HEAD),
