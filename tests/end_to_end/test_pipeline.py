@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,27 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from click.testing import CliRunner
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from pipeline import logs
+from pipeline.__main__ import cli
 from pipeline.network import backbones
 from pipeline.params import BackboneChoice
-from pipeline.stages import extract, fine_tune, index, plan, references, split, train_head
+from pipeline.stages import (
+    compare,
+    extract,
+    fetch,
+    fine_tune,
+    index,
+    label_suspects,
+    plan,
+    references,
+    split,
+    train_head,
+)
 from tests.factories import REPOSITORY, carry
 
 pytestmark = pytest.mark.end_to_end
@@ -218,6 +232,17 @@ def call(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Call:
     return call_stage
 
 
+def call_what_follows(call: Call, seeds: Sequence[int] = (0,)) -> None:
+    """Run every stage that needs the cached features, in the order of dvc.yaml."""
+    for main in (train_head.main, references.main):
+        call(main)
+    for name in TUNED:
+        for seed in seeds:
+            call(fine_tune.main, name, str(seed))
+    for main in (label_suspects.main, compare.main):
+        call(main)
+
+
 def mistake(call: Call, main: Callable[[], None], *arguments: str) -> str:
     """The one line with which a stage refuses its input."""
     with pytest.raises(SystemExit) as caught:
@@ -344,11 +369,12 @@ def test_near_duplicates_across_splits_are_reported_and_a_new_threshold_trains_n
     assert repository.read_json("reports/splits.json")["n_straddling"] == [0, 0]
 
 
-def test_folds_test_every_image_once_and_are_compared_together(repository: Repository) -> None:
+def test_folds_test_every_image_once_and_are_compared_together(repository: Repository, call: Call) -> None:
     with repository.params() as params:
         params["split"].update({"method": "folds", "seeds": [0, 1, 2], "val_fraction": 0.2})
         params["fine_tune"]["seeds"] = [0, 1, 2]
-    repository.repro()
+    call(split.main)
+    call_what_follows(call, seeds=[0, 1, 2])
     details = repository.read_json("reports/details.json")
     assert (details["folds"], details["common_seeds"]) == (3, [0, 1, 2])
     for strategy in (*details["strategies"].values(), *details["references"].values()):
@@ -360,8 +386,7 @@ def test_folds_test_every_image_once_and_are_compared_together(repository: Repos
     assert "The 3 folds of one partition: each unit is tested once, by a run that never saw it." in text
     with repository.params() as params:
         params["fine_tune"]["seeds"] = [0, 1]
-    printed = repository.run(sys.executable, "-m", "dvc", "repro", is_checked=False)
-    assert "with `split.method: folds` expected all of split.seeds" in printed
+    assert "with `split.method: folds` expected all of split.seeds" in mistake(call, compare.main)
 
 
 def test_clone_without_any_data_can_tell_whether_the_lock_is_fresh(base: Repository, tmp_path: Path) -> None:
@@ -459,28 +484,30 @@ def extracted(repository: Repository, call: Call, caplog: pytest.LogCaptureFixtu
     return run
 
 
-def test_features_of_several_cuts_go_through_every_stage_report_and_prediction(repository: Repository) -> None:
+def test_features_of_several_cuts_go_through_every_stage_report_and_prediction(
+    repository: Repository, call: Call, in_torch: None
+) -> None:
     with repository.params() as params:
         params["features"].update({"cut": ["layer3", "layer1", "all"], "pool": "avg"})
         params["fine_tune"]["strategies"]["partial_freeze"]["freeze_until"] = "layer2"
-    assert repository.repro() == EVERY_STAGE - {"index", "split"}
+    for main in (plan.main, extract.main):
+        call(main)
+    call_what_follows(call)
     layout = repository.read_json("data/plan/backbone.json")["taps"]
     assert [tap["cut"] for tap in layout] == ["layer1.0.act2", "layer3.0.act3", "all"]
     details = repository.read_json("reports/details.json")["strategies"]
     for run in details["feature_extraction_all_seeds"]["runs"]:
         assert run["network"]["widths"] == {tap["cut"]: tap["width"] for tap in layout}
         assert sum(run["network"]["weight_shares"].values()) == pytest.approx(1, abs=1e-5)
-    repository.run("python", "-m", "pipeline", "report")
+    run = partial(CliRunner().invoke, cli, catch_exceptions=False)
+    run(["report"])
     for report in ("comparison.md", "report.html"):
         assert "Which cuts carry the weight of the head" in (repository.root / "reports" / report).read_text()
-    assert "layer1.0.act2" in repository.run("python", "-m", "pipeline", "store", "status")
+    assert "layer1.0.act2" in run(["store", "status"]).stdout
     image = next((repository.root / MINE / "images").iterdir())
     for name in ("feature_extraction", *TUNED):
-        found = json.loads(
-            repository.run("python", "-m", "pipeline", "predict", f"models/{name}/seed_0", str(image), "--json")
-        )
+        found = json.loads(run(["predict", f"models/{name}/seed_0", str(image), "--json"]).stdout)
         assert found[0]["class"] in COLOURS
-    assert repository.repro() == set()
 
 
 def test_images_that_come_cost_their_own_rows_and_those_that_go_or_move_cost_nothing(
@@ -537,11 +564,13 @@ def test_added_seed_trains_the_new_runs_only(repository: Repository) -> None:
     assert seeds == {"feature_extraction": 2, "partial_freeze": 2, "full_retrain": 2, "feature_extraction_all_seeds": 3}
 
 
-def test_a_growing_data_set_split_by_hash_moves_no_image_and_computes_the_new_ones_only(repository: Repository) -> None:
+def test_a_growing_data_set_split_by_hash_moves_no_image_and_computes_the_new_ones_only(
+    repository: Repository, call: Call, extracted: Extracted
+) -> None:
     growing = Path("data/growing")
 
-    def add(rows: list[dict[str, str]], *targets: str, **split: Any) -> tuple[set[str], str]:
-        """Have the data set hold these digits, and reproduce `targets`: the stages that ran, and their output."""
+    def split_with(rows: list[dict[str, str]], **options: Any) -> str:
+        """Have the data set hold these digits, extract and split; what was logged of the rows of features."""
         for row in rows:
             target = repository.root / growing / row["path"]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -550,33 +579,25 @@ def test_a_growing_data_set_split_by_hash_moves_no_image_and_computes_the_new_on
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        repository.dvc("add", "--quiet", growing.as_posix())
         with repository.params() as params:
             params["dataset"].update({"path": growing.as_posix()})
-            params["split"].update(split)
-            params["fine_tune"]["run"] = []
-        command = [sys.executable, "-m", "dvc", "repro", *targets]
-        done = subprocess.run(command, cwd=repository.root, env=repository.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        output = done.stdout + done.stderr
-        return set(re.findall(r"^Running stage '([^']+)'", done.stdout, re.MULTILINE)), output
+            params["split"].update(options)
+        output, _ = extracted()
+        call(split.main)
+        return output
 
     def parts(seed: int) -> dict[str, str]:
         with (repository.root / "data" / "splits" / f"seed_{seed}.csv").open(newline="") as file:
             return {row["image_id"]: row["split"] for row in csv.DictReader(file)}
 
-    with repository.params() as params:
-        params["dataset"]["fetch"] = ["digits"]
-    repository.dvc("repro", "--quiet", "fetch@digits")
+    call(fetch.main, "digits")
     digits = repository.root / "data" / "raw" / "digits"
     with (digits / "labels.csv").open(newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: Path(row["path"]).name)[:330]
-    _, output = add(rows[:300], "train_head", method="hash", test_fraction=0.3, val_fraction=0.2)
-    assert "0 rows reused, 600 computed" in output
+    output = split_with(rows[:300], method="hash", test_fraction=0.3, val_fraction=0.2)
+    assert output.startswith("0 rows reused, 600 computed, ")
     before = {seed: parts(seed) for seed in (0, 1)}
-    ran, output = add(rows)
-    assert "600 rows reused, 60 computed" in output
-    assert {"index", "split", "extract", "train_head", "compare"} <= ran
+    assert split_with(rows) == "600 rows reused, 60 computed, 0 dropped"
     for seed, old in before.items():
         now = parts(seed)
         assert len(now) == 330
@@ -584,15 +605,11 @@ def test_a_growing_data_set_split_by_hash_moves_no_image_and_computes_the_new_on
     assert before[0] != before[1]
 
     given = [row | {"split": ("train", "train", "test", "val")[number % 4]} for number, row in enumerate(rows)]
-    ran, output = add(given, "train_head", method="given")
-    assert "extract" not in ran
+    assert split_with(given, method="given") == "660 rows reused, 0 computed, 0 dropped"
     assert parts(0) == parts(1) == {row["path"]: row["split"] for row in given}
-    assert repository.read_json("reports/splits.json")["sizes"]["0"] == {
-        "train": 166,
-        "val": 82,
-        "test": 82,
-        "unused": 0,
-    }
+    sizes = {"train": 166, "val": 82, "test": 82, "unused": 0}
+    assert repository.read_json("reports/splits.json")["sizes"]["0"] == sizes
+    call(train_head.main)
 
 
 def test_removed_strategy_leaves_no_trace_here_or_in_a_clone_and_comes_back_without_training(
