@@ -3,8 +3,8 @@
 Whole runs of `index` and `extract` on JPEGs of 12 megapixels, with `dataset.jpeg_decoding` fast and exact; the seconds
 of a run with few images are subtracted, so that start-up does not count; `runtime.pixel_cache` is off, because with it
 the workers decode during start-up. The limit of `extract` is what decoding and the network take, each alone on all
-cores. Then what decoding at reduced size does to features and to a head: on
-patches of scikit-learn's two photographs, which are as large for a small network as photographs are for a large one.
+cores. Then what decoding at reduced size does to features and to a head: on patches of scikit-learn's two photographs,
+which are as large for a small network as photographs are for a large one.
 """
 
 import tempfile
