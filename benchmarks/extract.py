@@ -14,7 +14,7 @@ from pipeline.params import load_params
 
 RESNET50 = "torchvision/resnet50"
 QUICK = {LITE: 4, RESNET50: 16}  # of how many images one is taken
-TARGETS = {(LITE, "fp32"): 7, (LITE, "bf16"): 9, (RESNET50, "fp32"): 3, (RESNET50, "bf16"): 6}
+TARGETS = {(LITE, "fp32"): 5, (LITE, "bf16"): 7.5, (RESNET50, "fp32"): 3, (RESNET50, "bf16"): 6}
 STEP = 5
 
 
