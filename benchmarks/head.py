@@ -2,8 +2,9 @@
 
 A grid of 12 L2 strengths on one view of the training images of seed 0 (needs `dvc repro extract split`), weighted,
 standardised, float32. scikit-learn goes through the same grid with `warm_start`, to the loosest tolerance with which
-its validation NLLs are ours. It is timed as it comes, and once more with one BLAS thread: on few rows its threads cost
-more than they give.
+its validation NLLs are ours; where its line search ends too early for that, they are compared with those of float64,
+which is not timed. It is timed as it comes, and once more with one BLAS thread: on few rows its threads cost more than
+they give.
 """
 
 import statistics
@@ -48,10 +49,11 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
     size = f"{len(train.label):,} x {values.shape[-1]:,}"
     yield Line(f"head: {len(STRENGTHS)} strengths on {size}", seconds, "s", "at most", 1)
 
-    x, x_val = (ours.head[0](torch.from_numpy(part.features[:, 0])).numpy() for part in (train, val))
+    standardized = [ours.head[0](torch.from_numpy(part.features[:, 0])).numpy() for part in (train, val)]
 
-    def reference(tolerance: float) -> tuple[float, float]:
+    def reference(dtype: type, tolerance: float) -> tuple[float, float]:
         """Seconds, and the largest difference of the validation NLLs from ours."""
+        x, x_val = (part.astype(dtype) for part in standardized)
         model, apart, elapsed = LogisticRegression(tol=tolerance, max_iter=10_000, warm_start=True), 0.0, 0.0
         for strength in STRENGTHS:
             # Of two classes it has one weight vector, the difference of ours, and so half the penalty
@@ -62,11 +64,13 @@ def measure(*, is_quick: bool) -> Iterator[Line]:
         return elapsed, apart
 
     for tolerance in (1e-4, 1e-5, 1e-6):
-        theirs, apart = reference(tolerance)
+        theirs, apart = reference(np.float32, tolerance)
         if apart <= APART:
             break
     with threadpool_limits(1, "blas"):
-        alone, _ = reference(tolerance)
+        alone, _ = reference(np.float32, tolerance)
+        if apart > APART:
+            _, apart = reference(np.float64, 1e-8)
     print(f"  scikit-learn: {theirs:.2f} s, {alone:.2f} s with one BLAS thread (tol {tolerance:g})", flush=True)
     yield Line("scikit-learn as it comes / head", theirs / seconds, "times", "at least", 10)
     yield Line("validation NLL apart from scikit-learn's", apart, "nats", "at most", APART)
