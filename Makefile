@@ -4,8 +4,6 @@
 # make test-fast    … those that take up to a second and a half: no dvc repro, no browser, no zoo of architectures
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# OpenMP threads that wait sleep, instead of keeping a core busy; must be set before torch is loaded, changes no bits
-export OMP_WAIT_POLICY := PASSIVE
 RUN_LOCKS := requirements.lock requirements-compare.lock requirements-report.lock requirements-export.lock
 LOCKS := $(RUN_LOCKS) requirements-dev.lock
 # The tests of a file run in one process: what they share is made once. In their order, in which the longest come first

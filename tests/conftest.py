@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is loaded, here and in every process that a test starts; threads that wait sleep instead of spinning
+# Before torch is loaded, here and in every process that a test starts; threads that wait sleep at once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -103,13 +103,24 @@ def test_garbage_is_looked_for_seldom_while_libraries_load_and_not_at_the_end():
     assert done.stdout.split() == ["100000", "True"]
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], found: str):
-    code = "import pipeline, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+@pytest.mark.parametrize("package", ["pipeline", "benchmarks"])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ["PASSIVE", "1000"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+    ],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(
+    package: str, given: dict[str, str], found: list[str]
+):
+    code = f"import {package}, os, sys; assert 'torch' not in sys.modules; "
+    code += "print(*map(os.environ.get, ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"
+    environment = {key: value for key, value in os.environ.items() if "OMP_" not in key} | given
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == found
+    assert printed.stdout.split() == found
 
 
 @pytest.mark.parametrize("module", MODULES)
