@@ -45,7 +45,7 @@ def test_the_parameters_of_the_study_are_valid(tmp_path: Path):
     params = prepared(tmp_path)
     assert params.dataset.fetch == ("elpv",)
     assert len(params.split.seeds) == 10
-    assert len(params.fine_tune.seeds) == 3
+    assert len(params.fine_tune.seeds) == 5
     assert params.split.test_fraction == 0.25
 
 
@@ -68,6 +68,7 @@ def test_an_unknown_parameter_is_named(tmp_path: Path):
         prepared(tmp_path, "features.size=3")
 
 
+SEEDS = "split.seeds=[0,1,2]"
 STAGES = ("fetch", "index", "split", "plan", "extract", "train_head", "fine_tune")
 
 
@@ -84,7 +85,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_whole_seeds(monkeypatch: pyte
         monkeypatch.setattr(getattr(studies, stage), "main", partial(run, stage))
     before = [*sys.argv]
     monkeypatch.chdir(tmp_path)
-    params = prepared(tmp_path, "fine_tune.seeds=[0,1]", "fine_tune.run=[partial_freeze,full_retrain]")
+    params = prepared(tmp_path, SEEDS, "fine_tune.seeds=[0,1]", "fine_tune.run=[partial_freeze,full_retrain]")
     with pytest.raises(KeyboardInterrupt):
         [studies.do_once(*step) for step in studies.steps(params)]
     first = [["fetch", "elpv"], ["index"], ["split"], ["plan"], ["extract"], ["train_head"]]
@@ -96,7 +97,7 @@ def test_a_study_goes_on_where_it_was_stopped_with_whole_seeds(monkeypatch: pyte
     assert ran == [["fine_tune", *run] for run in runs]
     assert sys.argv == before
     ran.clear()
-    params = prepared(tmp_path, "fine_tune.seeds=[0,1,2]", "fine_tune.run=[partial_freeze]")
+    params = prepared(tmp_path, SEEDS, "fine_tune.seeds=[0,1,2]", "fine_tune.run=[partial_freeze]")
     [studies.do_once(*step) for step in studies.steps(params)]
     assert ran == [["plan"], ["fine_tune", "partial_freeze", "2"]]
 
@@ -123,7 +124,7 @@ def test_the_interval_over_splits_is_that_of_nadeau_and_bengio():
 
 def test_a_study_may_be_prepared_again_with_other_parameters(tmp_path: Path):
     for n in (1, 2):
-        params = prepared(tmp_path, f"fine_tune.seeds={[*range(n)]}")
+        params = prepared(tmp_path, SEEDS, f"fine_tune.seeds={[*range(n)]}")
         assert params.fine_tune.seeds == tuple(range(n))
 
 
