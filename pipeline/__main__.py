@@ -64,7 +64,7 @@ def gc(days: float, *, yes: bool) -> None:
 @cli.command()
 @click.argument("run")
 @click.argument("images", nargs=-1)
-@click.option("--paths", metavar="FILE", type=click.Path(path_type=Path), help="CSV file whose column path has more.")
+@click.option("--paths", metavar="FILE", type=click.Path(path_type=Path), help="CSV with a column path: more images.")
 @click.option(
     "--format",
     "form",
@@ -153,7 +153,7 @@ def evaluate(
     help="A file, directory or pattern of images to check with; repeatable. Default: validation and test images.",
 )
 def export(run: str, output: Path, images: tuple[str, ...], *, is_whole: bool, opset: int) -> None:
-    """Write the saved run RUN as OUTPUT.onnx, from pixels to probabilities, and check it against predict."""
+    """Write the saved run RUN to OUTPUT (.onnx), from pixels to probabilities, and check it against predict."""
     from pipeline.tools import export
 
     export.show(run, output, images, is_whole=is_whole, opset=opset)
@@ -226,7 +226,7 @@ def sweep(
 @click.option("--against", required=True, metavar="REV", help="The revision to compare with, e.g. main.")
 @click.option("--pictures", metavar="DIR", type=click.Path(path_type=Path), help="Draw the plots into this directory.")
 def compare(against: str, pictures: Path | None) -> None:
-    """Print the Markdown of a pull request; fails if a guarded metric got worse."""
+    """Print the Markdown of a pull request; fails if a guarded metric got worse by more than it may."""
     from pipeline.tools import pull_request
 
     pull_request.show(against, pictures)
