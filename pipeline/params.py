@@ -454,7 +454,7 @@ class Params(Record):
         ends_late = self.head.kind == "pretrained" and is_late
         base = f"found `cut: {[*cut] if isinstance(cut, tuple) else cut}` and `pool: {pool}`"
         needs = "a cut before the network's own dense layers (python -m pipeline cuts NAME), no list, and `pool: none`"
-        reserved = (HEAD_ONLY, HEAD_ALL_SEEDS, *REFERENCES)
+        reserved = (HEAD_ONLY, HEAD_ALL_SEEDS, *REFERENCES, "backbone")  # the last is a file of data/plan/
         baselines = f"{HEAD_ONLY} or an entry of fine_tune.run"
         for is_wrong, problem in (
             (unnumbered, f"split.seeds: found {[*seeds]}; with `method: folds` expected the K folds, 0 to K - 1"),

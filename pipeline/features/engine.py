@@ -27,7 +27,9 @@ from pipeline.network.device import arithmetic, autocast, pinned, place
 if TYPE_CHECKING:
     import openvino
 
-TOLERANCE = 1e-4  # of the largest value, by which OpenVINO in fp32 may differ from torch
+# Of the largest value, by which OpenVINO may differ from torch in fp32: rounding, but no other result
+FEATURES = {"fp32": 1e-4, "bf16": 0.5}
+LOGITS = {"fp32": 0.01}  # in which features may cancel; in bf16 that can leave nothing but rounding
 PIECE = 32  # rows of a GPU's batch, about, that are loaded together: a worker would take seconds for all of them
 REQUEST = 2  # rows of a request to OpenVINO: few, so that what the layers hand on stays in a core's cache
 IN_FLIGHT = 2  # batches that a GPU computes while the rows of the one before are waited for
@@ -82,12 +84,13 @@ def prepare(
     precision: str,
     device: torch.device,
     expected: np.ndarray | None = None,
+    tolerance: dict[str, float] = FEATURES,
 ) -> Runner:
     """Make `module` ready for batches like `example`; `engine` is `features.engine`.
 
     auto takes OpenVINO on a CPU if it can convert the network, and logs a warning if not. `expected` is torch's output
-    for the first row of `example` in fp32: if given, OpenVINO's output must equal it up to TOLERANCE. Raises ValueError
-    if `engine` is openvino and OpenVINO cannot run the network.
+    for the first row of `example` in fp32: if given, OpenVINO's output must equal it up to the `tolerance` of the
+    precision, if it has one. Raises ValueError if `engine` is openvino and OpenVINO cannot run the network.
     """
     module.eval()
     if engine == "openvino" and device.type != "cpu":
@@ -95,8 +98,8 @@ def prepare(
     if engine != "torch" and device.type == "cpu":
         try:
             compiled = _compile(module, example[:REQUEST], precision)
-            if expected is not None and precision == "fp32":
-                _compare(compiled, example[:1], expected)
+            if expected is not None and precision in tolerance:
+                _compare(compiled, example[:1], expected, tolerance[precision])
         # The converter raises errors of many types; all of them mean that it cannot convert the network
         except Exception as error:
             raise_if_of_machine(error)
@@ -292,10 +295,10 @@ def _root_logger_kept() -> Iterator[None]:
         root.filters, root.handlers = filters, handlers
 
 
-def _compare(compiled: openvino.CompiledModel, example: torch.Tensor, expected: np.ndarray) -> None:
+def _compare(compiled: openvino.CompiledModel, example: torch.Tensor, expected: np.ndarray, tolerance: float) -> None:
     (found,) = _run_openvino(compiled, [example])
     apart, largest = np.abs(found - expected).max(), np.abs(expected).max()
-    if not apart <= TOLERANCE * largest:  # true for NaN too
+    if not apart <= tolerance * largest:  # true for NaN too
         raise RuntimeError(f"it differs from torch by {apart / largest:.1g} of the largest value")
 
 

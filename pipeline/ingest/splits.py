@@ -54,9 +54,10 @@ def _stratified(labels: Labels, units: list[list[int]], given: list[str], option
     """
     names, pool = list(given), []
     for unit in units:
-        found = {given[row] for row in unit}
-        if found <= {"train", ""}:
-            pool.append(unit)
+        used = [row for row in unit if given[row] != "unused"]  # this is of one image, not of what is tied to it
+        found = {given[row] for row in used}
+        if used and found <= {"train", ""}:
+            pool.append(used)
         highest = next((name for name in RANKED if name in found), "train")
         for row in unit:
             names[row] = given[row] or highest

@@ -68,7 +68,8 @@ class Pool(nn.Module):
             mean = x[:, self.prefix_tokens :].mean(1)
             return torch.cat((x[:, 0], mean), 1) if self.kind == "cls+avg" else mean
         is_channels_last = x.shape[1] == x.shape[2] != x.shape[3]
-        return x.flatten(1, -2).mean(1) if is_channels_last else x.flatten(2).mean(2)
+        # Not of flattened pixels: OpenVINO 2026.4 gives wrong results for that with a standardised head behind it
+        return x.mean((1, 2) if is_channels_last else (2, 3))
 
 
 class Taps(nn.Module):

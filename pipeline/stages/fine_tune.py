@@ -72,7 +72,11 @@ def main() -> None:
         network = nn.Sequential(nn.Identity() if plan.is_cached else prefix.module, suffix, head)
         batch_size = params.features.batch_size.on(device.type)
         example = next(load([[(int(val[0]), eval_views[0])] * batch_size]))
-        evaluation_engine = engine.prepare(params.features.engine, network, example, recipe.precision, device).engine
+        with torch.no_grad():
+            expected = network.eval()(example[:1]).numpy()
+        given_engine, logits = params.features.engine, engine.LOGITS
+        prepared = engine.prepare(given_engine, network, example, recipe.precision, device, expected, logits)
+        evaluation_engine = prepared.engine
         place(network, device)
         engine_and_batch = evaluation_engine, batch_size
         task = Task(load, labels.label, labels.weight, train, val, train_views, eval_views, *engine_and_batch)
@@ -83,6 +87,7 @@ def main() -> None:
             return checkpoints.locate(network, inputs | {"machine": machine})
 
         def refit(part: Task) -> dict[str, torch.Tensor]:
+            torch.manual_seed(seed)
             _, dense = cuts.split(backbone, base.cut)
             one = heads.build(base.feature_shape, len(labels.class_names), card.head, dense)
             return refit_head(network[:-1], one.to(device), part, card.head, params.features.views, recipe.precision)
@@ -95,7 +100,8 @@ def main() -> None:
         whole = nn.Sequential(prefix.module, suffix, head)  # from pixels: the cache may lack this view of training
         place(whole, device)
         pixels = replace(task, load=load_images(images, loader))
-        known = locate_training_images(whole, pixels, params.features.engine, recipe.precision, device)
+        whole_engine = given_engine if evaluation_engine == "openvino" else "torch"
+        known = locate_training_images(whole, pixels, whole_engine, recipe.precision, device)
 
     network.cpu()
     passes = len(train) * len(cached_views) if plan.is_cached else trained.n_steps

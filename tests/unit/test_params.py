@@ -380,7 +380,7 @@ def test_a_pretrained_head_may_have_dropout(dropout: float, tmp_path: Path):
     assert (params.head.kind, params.head.dropout) == ("pretrained", dropout)
 
 
-@pytest.mark.parametrize("name", ["feature_extraction", "feature_extraction_all_seeds", "majority_class"])
+@pytest.mark.parametrize("name", ["feature_extraction", "feature_extraction_all_seeds", "majority_class", "backbone"])
 def test_no_fine_tuned_strategy_may_have_a_reserved_name(tmp_path: Path, name: str):
     document = document_with({})
     strategies = document["fine_tune"]["strategies"]

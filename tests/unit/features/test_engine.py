@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from pipeline.features import engine
+from pipeline.network.cuts import Pool
 from pipeline.network.device import choose_device
+from pipeline.training.heads import Standardize
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ENGINES = ["torch", "openvino"]
@@ -252,11 +254,37 @@ def test_openvino_is_taken_only_where_it_gives_what_torch_gives(
     assert engine.prepare("auto", network, x, "fp32", CPU, expected).engine == "openvino"
     other = expected + 2e-4 * np.abs(expected).max()
     assert engine.prepare("auto", network, x, "bf16", CPU, other).engine == "openvino", "bf16 differs anyway"
+    assert engine.prepare("auto", network, x, "bf16", CPU, 9 * expected).engine == "torch", "but not so much"
+    assert engine.prepare("auto", network, x, "fp32", CPU, other, engine.LOGITS).engine == "openvino"
+    assert engine.prepare("auto", network, x, "fp32", CPU, 1.1 * expected, engine.LOGITS).engine == "torch"
     assert engine.prepare("auto", network, x, "fp32", CPU, other).engine == "torch"
     assert "torch runs it (it differs from torch by 0.0002 of the largest value)" in caplog.text
     assert engine.prepare("auto", network, x, "fp32", CPU, np.full_like(expected, np.nan)).engine == "torch"
     with pytest.raises(ValueError, match=r"features\.engine: openvino cannot .* differs from torch"):
         engine.prepare("openvino", network, x, "fp32", CPU, other)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["avg", "flatten"])
+@pytest.mark.parametrize("layout", [nn.Identity(), ChannelsLast()])
+def test_openvino_gives_the_logits_of_a_standardised_head_on_a_map(kind: str, layout: nn.Module) -> None:
+    """Of the mean of flattened pixels, OpenVINO 2026.4 gives others."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), layout, Pool(kind, 0))
+    with torch.no_grad():
+        width = base(inputs(1)).shape[1]
+    standardize = Standardize(width)
+    standardize.mean.uniform_()
+    standardize.deviation.uniform_(0.5, 2)
+    module = nn.Sequential(base, standardize, nn.Dropout(0.0), nn.Linear(width, 3)).eval()
+    with torch.no_grad():
+        expected = module(inputs(4)).numpy()
+    (found,) = engine.run(module, [inputs(4)], "openvino", "fp32", CPU, 4)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dataset import manifest
 from pipeline.dataset.units import unit_of
-from pipeline.features import hdf5
+from pipeline.features import engine, hdf5
 from pipeline.features.hdf5 import Row
 from pipeline.features.loading import Loader
 from pipeline.features.views import AUGMENTED
@@ -375,6 +375,16 @@ def test_halving_starts_from_a_head_that_has_not_seen_what_is_set_aside(
 
 
 @pytest.mark.slow
+def test_halving_with_a_head_that_starts_at_random_gives_the_same_bytes_again(tune: Tune) -> None:
+    rates = {"learning_rates": [1e-3, 1e-2, 1e-1], "halving_keeps": 1, "halving_epochs": 1, "epochs": 2}
+    found = []
+    for state in (1, 2):  # of random numbers, which differs from process to process
+        torch.manual_seed(state)
+        found.append(tune(TINY, {"freeze_until": "layer2", **rates}, head={"kind": "mlp", "hidden": [8]}))
+    assert is_same_run(*found)
+
+
+@pytest.mark.slow
 def test_halving_leaves_validation_untouched(tune: Tune) -> None:
     """Whatever the validation labels are, the same learning rates are left."""
     rates = [3e-6, 1e-4, 1e-3, 1e-2]
@@ -471,6 +481,34 @@ def test_boundary_of_densenet_has_batchnorm_on_both_sides() -> None:
     assert isinstance(behind[0], _BatchNorm)
 
 
+@pytest.mark.parametrize("boundary", ["none", "layer2"])
+@pytest.mark.parametrize("engine_name", ["torch", "openvino"])
+def test_training_starts_with_the_figures_of_the_head_in_either_engine(
+    boundary: str, engine_name: str, tune: Tune
+) -> None:
+    features = {"cut": "layer3", "pool": "avg", "engine": engine_name}
+    first, *_ = tune(TINY, {"freeze_until": boundary, "epochs": 1}, features=features).curve
+    (of_head,) = read_run("feature_extraction", 0).chosen["val_nll"].values()
+    assert first["val_loss"] == pytest.approx(of_head, rel=1e-3)
+
+
+def test_an_engine_that_gives_other_logits_than_torch_is_not_used(
+    tune: Tune, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tune(TINY, {"epochs": 1})
+    shutil.rmtree("reports/runs/tuned")
+    run_openvino = engine._run_openvino
+
+    def run(compiled: Any, pieces: Any) -> Iterator[np.ndarray]:
+        for output in run_openvino(compiled, pieces):
+            yield output if output.shape[1] > len(COLOURS) else 2 * output  # wrong logits, right features
+
+    monkeypatch.setattr(engine, "_run_openvino", run)
+    found = tune(TINY, {"epochs": 1}, features={"engine": "auto"})
+    assert "torch runs it (it differs from torch by " in caplog.text
+    np.testing.assert_allclose(found.val.log_probability, expected.val.log_probability, atol=1e-4)
+
+
 def rows_of(part: str, views: Sequence[int]) -> list[Row]:
     images = manifest.read_images()
     rows = manifest.read_split(0, images.image_id).rows(part)
@@ -504,6 +542,7 @@ def head_of_run() -> nn.Module:
         (TINY, {"cut": "all"}, {}, {"freeze_until": 5}),
         (TINY, {"cut": "all"}, {}, {"init": "random", "batchnorm": "train"}),
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"freeze_until": "layer2"}),
+        (TINY, {"cut": "layer3", "pool": "avg", "engine": "openvino"}, {}, {"freeze_until": "layer2"}),
         (TINY, {"cut": 8, "pool": "flatten", "store_dtype": "fp16"}, {}, {"freeze_until": "all"}),
         (TINY, {"cut": "layer3", "pool": "avg"}, {}, {"init": "random", "batchnorm": "train"}),
         slow(MOBILENET, {"cut": "flatten"}, PRETRAINED, {"freeze_until": "features.9"}),

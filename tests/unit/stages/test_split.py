@@ -168,6 +168,17 @@ def test_an_unused_image_leaks_nothing():
     assert report()["sizes"]["0"]["unused"] == 1
 
 
+def test_what_is_tied_to_an_unused_image_can_be_drawn():
+    set_params(method="given", test_fraction=0.25, val_fraction=0.25, seeds=[0])
+    patients = {row: f"patient {row // 4:02}" for row in range(80)}  # one image of each is unused
+    set_labels(80, group=patients, given_split={row: "unused" if row % 4 == 0 else "" for row in range(80)})
+    split.main()
+    (found,) = manifest.read_splits(manifest.read_labels().image_id)
+    assert [(found.split == name).sum() for name in ("test", "val", "train", "unused")] == [15, 15, 30, 20]
+    assert all(len({*found.split[row + 1 : row + 4]}) == 1 for row in range(0, 80, 4))
+    assert report()["n_leaks"] == 0
+
+
 def test_given_splits_that_another_method_ignores_are_noted(caplog: pytest.LogCaptureFixture):
     set_params(method="hash", test_fraction=0.3, val_fraction=0.3)
     set_labels(given_split=given())

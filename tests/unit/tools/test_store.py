@@ -386,6 +386,18 @@ def test_gc_leaves_what_else_lies_in_the_directory(run: Run, root: Path) -> None
     assert {*root.iterdir()} == {path.parent for path in others}
 
 
+@pytest.mark.parametrize("name", ["thesis/data.txt", "photo.png"])
+def test_gc_leaves_a_directory_whose_name_fits_but_not_what_is_in_it(run: Run, root: Path, name: str) -> None:
+    fill_store(store_key())
+    other = root / ("0123456789abcdef" * 2) / name
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"mine")
+    assert "1 keys" in run("status")
+    run("gc", "--days", "0", "--yes")
+    assert [*root.iterdir()] == [root / ("0123456789abcdef" * 2)]
+    assert other.read_bytes() == b"mine"
+
+
 def test_key_of_another_version_is_shown_as_such(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_store, "SCHEMA", 1)
     fill_store(store_key())
