@@ -19,6 +19,7 @@ from pipeline.training.runs import CHECKPOINTS
 HOUR, DAY = 3600, 86_400  # s; a temporary file that is older than an hour was left by a process that is gone
 KEY = re.compile(r"[0-9a-f]{16}([0-9a-f]{16})?(\.[0-9a-f]{8})?")  # directories with other names are not the store's
 OWN = re.compile(r"key\.json|index\.hdf5|verified|.+\.(h5|damaged)|\..+\.tmp")  # files that the store makes in them
+UNKNOWN = "unknown: no key.json that fits"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ def _directories() -> list[_Directory]:
         inside = [*path.glob("*")]
         entries = [_size_and_time(entry) for entry in inside]
         last_use = max((time for _, time in entries), default=_size_and_time(path)[1])
-        unknown = "unknown: no key.json that fits"
-        description, is_current = unknown, False
+        description, is_current = UNKNOWN, False
         # The errors that a file of another program can cause; RecursionError: brackets nested too deep
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             key = json.loads((path / "key.json").read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def _directories() -> list[_Directory]:
                 is_current = key["schema"] == store.SCHEMA and not aside
                 other = "set aside, its rows were computed again" if aside else "of another version of this pipeline"
                 description = _describe(key) if is_current else other
-        if description == unknown and not all(OWN.fullmatch(entry.name) for entry in inside):
+        if description == UNKNOWN and not all(OWN.fullmatch(entry.name) for entry in inside):
             continue
         found.append(_Directory(path, description, is_current, sum(size for size, _ in entries), last_use, now))
     return sorted(found, key=lambda directory: -directory.last_use)
